@@ -1,0 +1,19 @@
+//! Writes `protocol/src/generated/` from `protocol/proto/`. Run by
+//! `make protocol` after a change of the .proto file.
+
+use std::path::Path;
+
+fn main() -> std::io::Result<()> {
+    let protocol = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    ttrpc_codegen::Codegen::new()
+        .out_dir(protocol.join("src/generated"))
+        .input(protocol.join("proto/agent.proto"))
+        .include(protocol.join("proto"))
+        .rust_protobuf()
+        .customize(ttrpc_codegen::Customize {
+            async_server: true,
+            ..Default::default()
+        })
+        .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default())
+        .run()
+}

@@ -1,0 +1,50 @@
+//! What the host and the guest agent of kuasar-runv say to each other.
+//!
+//! Four kinds of connection cross the VM's vsock device. On the host each one
+//! is a unix stream socket of the sandbox directory:
+//!
+//! | port | opened by | carries |
+//! |---|---|---|
+//! | [`AGENT_PORT`] | host | ttrpc, service `Agent` of `proto/agent.proto` |
+//! | [`DEBUG_CONSOLE_PORT`] | host | a shell, only when enabled in the configuration |
+//! | [`STREAM_PORT`] | host (stand-in) | one stdio stream or the control channel of one guest process, see [`stream`] |
+//! | [`EVENT_PORT`] | guest | length-prefixed `Event` messages, the first is `Ready`, see [`event`] |
+//!
+//! Both sides are built from one commit; [`PROTOCOL_VERSION`] is checked in
+//! `Ready` so that a stale guest image is reported instead of misunderstood.
+
+pub mod event;
+pub mod stream;
+
+#[allow(clippy::all, clippy::pedantic)]
+mod generated {
+    pub mod agent;
+    pub mod agent_ttrpc;
+}
+
+pub use generated::{agent, agent_ttrpc};
+
+/// Bumped with every incompatible change of anything in this crate.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The guest's context id. Each VM has a vsock device of its own, so all can
+/// use the same.
+pub const GUEST_CID: u32 = 3;
+
+/// vsock ports, see the table above.
+pub const AGENT_PORT: u32 = 1024;
+pub const DEBUG_CONSOLE_PORT: u32 = 1025;
+pub const STREAM_PORT: u32 = 1026;
+pub const EVENT_PORT: u32 = 1027;
+
+/// virtio-fs tag of the pod's one shared directory and where the agent mounts it.
+pub const SHARE_TAG: &str = "kuasar-share";
+pub const GUEST_SHARE_DIR: &str = "/run/kuasar/share";
+
+/// Kernel command line parameters the agent reads.
+pub mod cmdline {
+    /// `kuasar.log=error|warn|info|debug|trace`; default `info`.
+    pub const LOG_LEVEL: &str = "kuasar.log";
+    /// `kuasar.debug_console=1` serves a shell on `DEBUG_CONSOLE_PORT`.
+    pub const DEBUG_CONSOLE: &str = "kuasar.debug_console";
+}

@@ -1,0 +1,2 @@
+mod vm;
+fn main() {}

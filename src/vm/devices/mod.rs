@@ -1,0 +1,1 @@
+//! Devices that run in the sandboxer and are reached by every hypervisor.

@@ -1,0 +1,2 @@
+//! Hypervisors behind one trait, and the devices they share.
+pub mod devices;
