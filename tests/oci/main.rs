@@ -25,3 +25,11 @@ mod start;
 mod state;
 mod stdio;
 mod tty;
+
+mod probe {
+    #[test]
+    #[ignore = "runs inside the containers of other tests"]
+    fn main() {
+        kuasar_runv_test_harness::probe::main();
+    }
+}

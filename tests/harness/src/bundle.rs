@@ -44,6 +44,29 @@ impl Bundle {
         self.args(["/bin/sh", "-c", script])
     }
 
+    /// Lets the container run a check of [`crate::probe`].
+    ///
+    /// # Panics
+    /// When the running test cannot be copied into the rootfs.
+    #[must_use]
+    pub fn probe(self, check: &str) -> Self {
+        let program = std::env::current_exe().expect("/proc is mounted");
+        fs::copy(program, self.rootfs().join("bin/probe")).expect("rootfs is writable");
+        let variable = json!(format!("{}={check}", crate::probe::VARIABLE));
+        self.args([
+            "/bin/probe",
+            "--ignored",
+            "--exact",
+            "probe::main",
+            "--nocapture",
+            "--test-threads=1",
+        ])
+        .with(|c| {
+            let env = c["process"]["env"].as_array_mut().expect("env");
+            env.push(variable);
+        })
+    }
+
     /// Changes the configuration.
     #[must_use]
     pub fn with(mut self, edit: impl FnOnce(&mut Value)) -> Self {

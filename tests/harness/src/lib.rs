@@ -31,6 +31,7 @@ pub mod container;
 pub mod data;
 pub mod invocation;
 pub mod leaks;
+pub mod probe;
 pub mod process;
 pub mod reaper;
 pub mod runtime;
