@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, waitpid,
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, pidfd_send_signal, waitpid,
 };
 
 use super::Error;
@@ -105,7 +105,12 @@ impl Process {
                 status: None,
             }),
             Err(e) => {
-                // It still waits at the gate and ends as soon as that closes.
+                // It waits at the gate, so a plain kill ends it at once.
+                if let Err(e) = kill_process(pid, Signal::KILL)
+                    .and_then(|()| waitpid(Some(pid), WaitOptions::empty()).map(|_| ()))
+                {
+                    log::warn!("cannot end the child {pid}: {e}");
+                }
                 Err(e.into())
             }
         }
