@@ -15,7 +15,7 @@ pub struct Args {}
 const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"];
 
 /// Mount options that are honoured.
-const MOUNT_OPTIONS: [&str; 41] = [
+const MOUNT_OPTIONS: &[&str] = &[
     "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "iversion",
     "mand", "noatime", "nodev", "nodiratime", "noexec", "noiversion", "nomand", "norelatime",
     "nostrictatime", "nosuid", "private", "rbind", "relatime", "remount", "ro", "rprivate",
@@ -32,7 +32,7 @@ pub fn run(_: &Context, _: &Args) -> Result<u8, Failure> {
         "mountOptions": MOUNT_OPTIONS,
         "linux": {
             "namespaces": NAMESPACES,
-            "capabilities": capabilities(),
+            "capabilities": CAPABILITIES,
             // Limits are those of the guest, whose cgroups are version 2.
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false},
             "seccomp": {
@@ -61,8 +61,7 @@ pub fn run(_: &Context, _: &Args) -> Result<u8, Failure> {
 }
 
 /// Every capability of Linux 6.12 (include/uapi/linux/capability.h).
-fn capabilities() -> [&'static str; 41] {
-    [
+const CAPABILITIES: &[&str] = &[
         "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID",
         "CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE",
         "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN", "CAP_NET_RAW",
@@ -72,5 +71,4 @@ fn capabilities() -> [&'static str; 41] {
         "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL", "CAP_SETFCAP", "CAP_MAC_OVERRIDE",
         "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND", "CAP_AUDIT_READ",
         "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
-    ]
-}
+];

@@ -97,7 +97,7 @@ impl Connection {
     /// As connect(2).
     pub fn connect(dir: BorrowedFd<'_>, name: &str) -> io::Result<Connection> {
         let fd = message_socket()?;
-        let address = UnixAddr::new(&unix_socket::short_path(dir, name))?;
+        let address = UnixAddr::new(&unix_socket::short_path(&dir, name))?;
         connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &address)?;
         Ok(Connection(fd.into()))
     }
@@ -192,7 +192,7 @@ impl Listener {
     /// As bind(2).
     pub fn bind(dir: BorrowedFd<'_>, name: &str) -> io::Result<Listener> {
         let fd = message_socket()?;
-        let address = UnixAddr::new(&unix_socket::short_path(dir, name))?;
+        let address = UnixAddr::new(&unix_socket::short_path(&dir, name))?;
         bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &address)?;
         listen(&fd, Backlog::MAXALLOWABLE)?;
         Ok(Listener(fd))

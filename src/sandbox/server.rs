@@ -30,7 +30,7 @@ use crate::root::Root;
 use crate::sys::process::{self, ProcessRef};
 use crate::sys::seqpacket::{Channel, Message};
 use crate::sys::unix_socket;
-use crate::vm::devices::{fs, vsock};
+use crate::vm::devices::{self, fs, vsock};
 use crate::vm::{self, FsDevice, Vm, VmConfig, VmEvent, VmSize};
 
 /// The sandboxer's name on the hidden command line.
@@ -157,8 +157,7 @@ struct Sandboxer {
     vmm_start_us: u64,
     clients: Vec<Client>,
     dir: PathBuf,
-    _vsock: vsock::Handle,
-    _fs: fs::Handle,
+    _devices: [devices::vhost_user::Handle; 2],
 }
 
 /// A command.
@@ -189,12 +188,12 @@ impl Sandboxer {
             record.vm = Some(ProcessRef::of(pid)?);
             record.write(&root).map_err(io::Error::other)
         })?;
-        let vsock = vsock::spawn(vsock_vhost, &dir_fd, VSOCK_SOCKET, u64::from(GUEST_CID))
-            .map_err(context("the vsock device"))?;
-        let fs = fs::spawn(fs_vhost, SHARE_TAG, share.dir())
-            .map_err(context("the virtio-fs device"))?;
+        let shared = unix_socket::open_dir(share.dir()).map_err(context("the shared directory"))?;
+        let fs = fs::spawn(fs_vhost, shared).map_err(context("the virtio-fs device"))?;
         let listener =
             Listener::bind(dir_fd.as_fd(), CONTROL_SOCKET).map_err(context("making a socket"))?;
+        let vsock = vsock::spawn(vsock_vhost, dir_fd, u64::from(GUEST_CID))
+            .map_err(context("the vsock device"))?;
         let timeout = config
             .config
             .timeouts
@@ -212,8 +211,7 @@ impl Sandboxer {
             vmm_start_us,
             clients: Vec::new(),
             dir,
-            _vsock: vsock,
-            _fs: fs,
+            _devices: [vsock, fs],
         })
     }
 
