@@ -124,8 +124,9 @@ impl Failure {
     }
 }
 
-/// Exit code of a command line that cannot be understood.
+/// Exit codes of a command line that cannot be understood, as runc's.
 const USAGE: u8 = 1;
+const UNKNOWN_COMMAND: u8 = 3;
 
 /// Runs the command line and returns the exit code.
 pub fn run() -> u8 {
@@ -134,7 +135,11 @@ pub fn run() -> u8 {
         Err(e) => {
             // To a closed pipe there is nothing more to say.
             let _ = e.print();
-            return if e.use_stderr() { USAGE } else { 0 };
+            return match e.kind() {
+                _ if !e.use_stderr() => 0,
+                clap::error::ErrorKind::InvalidSubcommand => UNKNOWN_COMMAND,
+                _ => USAGE,
+            };
         }
     };
     let global = cli.global;

@@ -95,7 +95,7 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
         if let Some(path) = namespace.path() {
             return Err(Error::Unsupported(format!(
                 "joining the {} namespace {} is not supported: a container in a virtual machine has namespaces of its own",
-                namespace.typ(),
+                json!(namespace.typ()).as_str().unwrap_or_default(),
                 path.display()
             )));
         }

@@ -173,7 +173,9 @@ mod tests {
         let mode = fs::metadata(path.join("vsock.sock")).unwrap().permissions();
         assert_eq!(mode.mode() & 0o777, 0o600);
 
-        for connect in [connect::<&File>, connect_nonblocking::<&File>] {
+        type Connect = fn(&File, &str) -> io::Result<UnixStream>;
+        let both: [Connect; 2] = [|d, n| connect(d, n), |d, n| connect_nonblocking(d, n)];
+        for connect in both {
             let mut client = connect(&dir, "vsock.sock").unwrap();
             let (mut server, _) = listener.accept().unwrap();
             client.write_all(b"hello").unwrap();
