@@ -1,0 +1,1 @@
+//! The state machine of a QEMU VM against a program that plays QEMU.
