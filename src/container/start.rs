@@ -23,9 +23,12 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
         Status::Creating => return Err(Error::StillCreating),
     }
     let agent = connect(root, &record.sandbox_id)?;
-    start_in_guest(&agent, id)?;
-    record.phase = Phase::Started;
-    Ok(record.write(root)?)
+    let started = start_in_guest(&agent, id);
+    if matches!(started, Ok(()) | Err(Error::AlreadyRunning)) {
+        record.phase = Phase::Started;
+        record.write(root)?;
+    }
+    started
 }
 
 /// Asks the agent to start the container.
@@ -34,6 +37,8 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
 /// See [`Error`].
 pub fn start_in_guest(agent: &Agent, id: &str) -> Result<(), Error> {
     agent.start_container(id).map_err(|e| match e {
+        // A `start` that was killed before it could write the record.
+        e if e.is_wrong_state() => Error::AlreadyRunning,
         agent_client::Error::Refused { message, .. } => Error::Process(message),
         other => Error::Agent(other),
     })

@@ -260,8 +260,8 @@ impl Sandboxer {
         }
         match self.boot {
             Boot::Running { deadline } if Instant::now() >= deadline => Err(End::Failed(format!(
-                "the guest's agent was not ready in time; the guest's console is in {}",
-                self.dir.join(CONSOLE_LOG).display()
+                "the guest's agent was not ready in time{}",
+                console_tail(&self.dir)
             ))),
             _ => Ok(()),
         }
@@ -326,9 +326,9 @@ impl Sandboxer {
                                 |message| format!("{message} ({})", exit.status),
                             );
                             return Err(End::Failed(format!(
-                                "{}: {why}; the guest's console is in {}",
+                                "{}: {why}{}",
                                 self.vm.hypervisor(),
-                                self.dir.join(CONSOLE_LOG).display()
+                                console_tail(&self.dir)
                             )));
                         }
                         VmEvent::Stalled { reason } => return Err(End::Failed(reason)),
@@ -487,6 +487,25 @@ impl Sandboxer {
             }
         }
     }
+}
+
+/// What the guest printed last, for the message of a boot that failed: the log
+/// itself is removed with everything else.
+fn console_tail(dir: &Path) -> String {
+    const LINES: usize = 4;
+    const LINE_LEN: usize = 200;
+    let text = std::fs::read(dir.join(CONSOLE_LOG)).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(8192)..]).into_owned();
+    let lines: Vec<String> = text
+        .lines()
+        .map(|line| line.chars().filter(|c| !c.is_control()).take(LINE_LEN).collect())
+        .filter(|line: &String| !line.trim().is_empty())
+        .collect();
+    let last = &lines[lines.len().saturating_sub(LINES)..];
+    if last.is_empty() {
+        return String::new();
+    }
+    format!("; the guest's console ended with: {}", last.join(" | "))
 }
 
 /// Why the loop ends.

@@ -14,6 +14,7 @@
 mod end;
 pub mod relay;
 pub mod spawn;
+mod trim;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Duration;
@@ -51,6 +52,7 @@ pub fn main() -> u8 {
     if channel.send(b"attached", &[]).is_err() {
         return 1;
     }
+    trim::code_and_constants();
     match relay.run(Some(channel)) {
         Ending::Exited(code) => code,
         Ending::Killed(signal) => end::by_signal(signal),
