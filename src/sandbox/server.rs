@@ -498,7 +498,12 @@ fn console_tail(dir: &Path) -> String {
     let text = String::from_utf8_lossy(&text[text.len().saturating_sub(8192)..]).into_owned();
     let lines: Vec<String> = text
         .lines()
-        .map(|line| line.chars().filter(|c| !c.is_control()).take(LINE_LEN).collect())
+        .map(|line| {
+            line.chars()
+                .filter(|c| !c.is_control())
+                .take(LINE_LEN)
+                .collect()
+        })
         .filter(|line: &String| !line.trim().is_empty())
         .collect();
     let last = &lines[lines.len().saturating_sub(LINES)..];

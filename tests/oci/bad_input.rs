@@ -7,7 +7,7 @@ use kuasar_runv_test_harness::{Bundle, World, json};
 /// `create` of this bundle fails with these words and leaves nothing.
 #[track_caller]
 fn refused(world: &World, bundle: &Bundle, words: &str) {
-    let _ = world.try_create(bundle, "c").fails_with(1, words);
+    let _ = world.try_create(bundle, "c").fails_about(1, words);
     assert!(
         !world.pid_file("c").exists(),
         "a pid file without a process"
@@ -43,7 +43,7 @@ fn a_missing_configuration_is_named() {
 fn a_missing_bundle_is_an_error() {
     let world = World::new();
     let out = world.create_call(&world.path("missing"), "c").output();
-    let _ = out.fails_with(1, "no such file or directory");
+    let _ = out.fails_about(1, "no such file or directory");
     world.assert_clean();
 }
 

@@ -206,6 +206,6 @@ fn a_pid_file_that_cannot_be_written_fails_create() {
     let call = world.call(["create", "--pid-file"]);
     let call = call.arg(world.path("missing/pid")).arg("--bundle");
     let call = call.arg(bundle.path()).arg(world.id("c"));
-    let _ = call.output().fails_with(1, "no such file or directory");
+    let _ = call.output().fails_about(1, "no such file or directory");
     world.assert_clean();
 }

@@ -22,7 +22,6 @@ fn features_is_the_document_of_the_runtime_specification() {
     };
     has("/mountOptions", "rbind");
     has("/mountOptions", "ro");
-    has("/hooks", "createRuntime");
     for namespace in ["pid", "network", "ipc", "uts", "mount"] {
         has("/linux/namespaces", namespace);
     }

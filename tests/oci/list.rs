@@ -72,5 +72,5 @@ fn an_unknown_format_is_refused() {
     let _ = world
         .call(["list", "--format", "xml"])
         .output()
-        .fails_with(1, "invalid format option");
+        .fails_about(1, "format");
 }

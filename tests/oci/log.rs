@@ -99,7 +99,7 @@ fn an_unknown_log_format_is_refused() {
     let _ = world
         .call(["--log-format", "xml", "list"])
         .output()
-        .fails_with(1, "invalid log-format");
+        .fails_about(1, "log-format");
 }
 
 #[test]
@@ -109,5 +109,5 @@ fn a_log_that_cannot_be_opened_fails_the_call() {
     let _ = call
         .arg("list")
         .output()
-        .fails_with(1, "no such file or directory");
+        .fails_about(1, "no such file or directory");
 }

@@ -191,6 +191,6 @@ fn a_console_socket_that_does_not_exist_fails_create() {
         .call(["create", "--console-socket"])
         .arg(world.path("missing.sock"));
     let call = call.arg("--bundle").arg(bundle.path()).arg(world.id("c"));
-    let _ = call.output().fails_with(1, "no such file or directory");
+    let _ = call.output().fails_about(1, "no such file or directory");
     world.assert_clean();
 }

@@ -343,6 +343,23 @@ impl Output {
         out
     }
 
+    /// As [`Output::fails_with`], for words no client compares: upper and lower case
+    /// are the same.
+    ///
+    /// # Panics
+    /// When it is another code or other words.
+    #[track_caller]
+    pub fn fails_about(self, code: i32, words: &str) -> Output {
+        let out = self.exits_with(code);
+        let said = out.stderr().to_lowercase();
+        assert!(
+            said.contains(&words.to_lowercase()),
+            "`{}` should say {words:?} and says {said:?}",
+            out.name
+        );
+        out
+    }
+
     /// Value of the line `key=value` a script in the container printed.
     ///
     /// # Panics
