@@ -38,7 +38,11 @@ pub fn init(file: Option<&Path>, format: Format, debug: bool) -> io::Result<()> 
             io::Error::new(e.kind(), format!("opening the log {}: {e}", path.display()))
         })?)),
     };
-    let level = if debug { LevelFilter::Debug } else { LevelFilter::Info };
+    let level = if debug {
+        LevelFilter::Debug
+    } else {
+        LevelFilter::Info
+    };
     install(Logger { format, file }, level);
     Ok(())
 }
@@ -49,7 +53,14 @@ pub fn init_sandboxer(debug: bool) {
         format: Format::Text,
         file: None,
     };
-    install(logger, if debug { LevelFilter::Debug } else { LevelFilter::Info });
+    install(
+        logger,
+        if debug {
+            LevelFilter::Debug
+        } else {
+            LevelFilter::Info
+        },
+    );
 }
 
 fn install(logger: Logger, level: LevelFilter) {
@@ -112,7 +123,10 @@ fn format_line(format: Format, record: &Record<'_>) -> String {
     };
     let message = record.args().to_string();
     match format {
-        Format::Json => format!("{}\n", json!({"level": level, "msg": message, "time": time})),
+        Format::Json => format!(
+            "{}\n",
+            json!({"level": level, "msg": message, "time": time})
+        ),
         // logrus quotes as Go does; JSON's quoting is the same but for rarities.
         Format::Text => format!("time=\"{time}\" level={level} msg={}\n", json!(message)),
     }
@@ -138,6 +152,9 @@ mod tests {
         assert_eq!(json["msg"], "exec: \"x\": not found");
         let text = line(Format::Text);
         assert!(text.starts_with("time=\"20"), "{text}");
-        assert!(text.ends_with("level=error msg=\"exec: \\\"x\\\": not found\"\n"), "{text}");
+        assert!(
+            text.ends_with("level=error msg=\"exec: \\\"x\\\": not found\"\n"),
+            "{text}"
+        );
     }
 }

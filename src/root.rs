@@ -57,7 +57,10 @@ impl Root {
     /// As mkdir(2).
     pub fn create(&self) -> io::Result<()> {
         for dir in [self.containers(), self.0.join("sandboxes")] {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)?;
         }
         Ok(())
     }

@@ -57,8 +57,8 @@ impl Agent {
     /// # Errors
     /// [`Error::Broken`] when the client's threads cannot be started.
     pub fn new(stream: UnixStream, deadline: Duration) -> Result<Agent, Error> {
-        let client = ttrpc::Client::new(stream.into_raw_fd())
-            .map_err(|e| Error::Broken(e.to_string()))?;
+        let client =
+            ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
             stub: Stub::new(client),
             deadline,

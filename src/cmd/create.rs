@@ -53,7 +53,9 @@ impl Common {
 /// Boots the container's virtual machine and sets the container up in it. Its
 /// process waits for `kuasar-runv start`.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n    kuasar-runv create --bundle mybundle --pid-file pid mycontainer\n    kuasar-runv start mycontainer")]
+#[command(
+    after_help = "Example:\n    kuasar-runv create --bundle mybundle --pid-file pid mycontainer\n    kuasar-runv start mycontainer"
+)]
 pub struct Args {
     #[command(flatten)]
     common: Common,

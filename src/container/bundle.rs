@@ -152,11 +152,17 @@ mod tests {
             (config("nowhere", PROCESS), "invalid rootfs"),
             (config("config.json", PROCESS), "not a directory"),
             (
-                config("rootfs", r#"{"cwd":"/","args":[],"user":{"uid":0,"gid":0}}"#),
+                config(
+                    "rootfs",
+                    r#"{"cwd":"/","args":[],"user":{"uid":0,"gid":0}}"#,
+                ),
                 "args must not be empty",
             ),
             (
-                config("rootfs", r#"{"cwd":"x","args":["a"],"user":{"uid":0,"gid":0}}"#),
+                config(
+                    "rootfs",
+                    r#"{"cwd":"x","args":["a"],"user":{"uid":0,"gid":0}}"#,
+                ),
                 "Cwd must be an absolute path",
             ),
             (

@@ -77,8 +77,12 @@ fn systemd_path(path: &Path) -> Result<PathBuf, Error> {
             "expected cgroupsPath to be of format \"slice:prefix:name\" for systemd cgroups, got {text:?} instead"
         )));
     };
-    Ok(expand_slice(if slice.is_empty() { "system.slice" } else { slice })
-        .join(format!("{prefix}-{name}.scope")))
+    Ok(expand_slice(if slice.is_empty() {
+        "system.slice"
+    } else {
+        slice
+    })
+    .join(format!("{prefix}-{name}.scope")))
 }
 
 /// `a-b.slice` lies in `a.slice`.
@@ -113,7 +117,9 @@ fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
             "cgroup" => {
                 let controllers = options
                     .split(',')
-                    .filter(|o| !matches!(*o, "rw" | "ro" | "xattr" | "noprefix" | "clone_children"))
+                    .filter(|o| {
+                        !matches!(*o, "rw" | "ro" | "xattr" | "noprefix" | "clone_children")
+                    })
                     .map(str::to_owned)
                     .collect();
                 v1.push(Hierarchy {

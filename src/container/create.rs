@@ -215,9 +215,9 @@ fn check_options(options: &Options, bundle: &Bundle) -> Result<(), Error> {
         (None, true, false) => unsupported(
             "cannot allocate tty if kuasar-runv will detach without setting console socket",
         ),
-        (Some(_), false, _) | (Some(_), _, true) => unsupported(
-            "cannot use console socket if kuasar-runv will not detach or allocate tty",
-        ),
+        (Some(_), false, _) | (Some(_), _, true) => {
+            unsupported("cannot use console socket if kuasar-runv will not detach or allocate tty")
+        }
         _ => Ok(()),
     }
 }
@@ -309,8 +309,10 @@ fn spawn_standin(
 }
 
 fn clone_rootfs(bundle: &Bundle) -> Result<OwnedFd, Error> {
-    mounts::clone_path(&bundle.rootfs, true)
-        .map_err(context(format!("cloning the mount of {}", bundle.rootfs.display())))
+    mounts::clone_path(&bundle.rootfs, true).map_err(context(format!(
+        "cloning the mount of {}",
+        bundle.rootfs.display()
+    )))
 }
 
 fn clone_bind(bind: &Bind) -> Result<OwnedFd, Error> {

@@ -55,9 +55,9 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
         Err(RecordError::NotFound | RecordError::Invalid { .. }) => None,
         Err(e) => return Err(e.into()),
     };
-    let same_boot = record.as_ref().is_some_and(|r| {
-        crate::sys::process::boot_id().is_ok_and(|boot| boot == r.boot_id)
-    });
+    let same_boot = record
+        .as_ref()
+        .is_some_and(|r| crate::sys::process::boot_id().is_ok_and(|boot| boot == r.boot_id));
     if let Some(standin) = record.as_ref().and_then(|r| r.standin)
         && same_boot
     {
@@ -70,6 +70,8 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
     if let Some(record) = &record {
         cgroup::remove(&record.cgroups)?;
     }
-    root::remove_private_dir(&root.container(id))
-        .map_err(context(format!("removing {}", root.container(id).display())))
+    root::remove_private_dir(&root.container(id)).map_err(context(format!(
+        "removing {}",
+        root.container(id).display()
+    )))
 }

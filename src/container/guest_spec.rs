@@ -102,7 +102,8 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
     }
     if find(LinuxNamespaceType::Mount).is_none() {
         return Err(Error::Unsupported(
-            "a container needs a mount namespace: add {\"type\": \"mount\"} to linux.namespaces".into(),
+            "a container needs a mount namespace: add {\"type\": \"mount\"} to linux.namespaces"
+                .into(),
         ));
     }
     if find(LinuxNamespaceType::Network).is_none() {
@@ -137,13 +138,22 @@ fn check_host_features(bundle: &Bundle) -> Result<(), Error> {
     ] {
         refuse(&format!("/hooks/{hook}"), LATER)?;
     }
-    refuse("/linux/intelRdt", "cannot be used: a virtual machine has no resctrl")?;
+    refuse(
+        "/linux/intelRdt",
+        "cannot be used: a virtual machine has no resctrl",
+    )?;
     refuse(
         "/linux/seccomp/listenerPath",
         "cannot be used: a notify descriptor cannot leave the virtual machine",
     )?;
-    refuse("/linux/mountLabel", "needs SELinux, which the guest does not have")?;
-    refuse("/process/selinuxLabel", "needs SELinux, which the guest does not have")?;
+    refuse(
+        "/linux/mountLabel",
+        "needs SELinux, which the guest does not have",
+    )?;
+    refuse(
+        "/process/selinuxLabel",
+        "needs SELinux, which the guest does not have",
+    )?;
     refuse(
         "/process/apparmorProfile",
         "needs AppArmor, which the guest does not have",
@@ -160,9 +170,8 @@ fn bind(bundle: &Bundle, mount: &Mount, index: usize) -> Result<Option<Bind>, Er
         .map(String::as_str)
         .collect();
     let is_recursive = options.contains(&"rbind");
-    let is_bind = is_recursive
-        || options.contains(&"bind")
-        || mount.typ().as_deref() == Some("bind");
+    let is_bind =
+        is_recursive || options.contains(&"bind") || mount.typ().as_deref() == Some("bind");
     if !is_bind {
         return check_guest_mount(mount).map(|()| None);
     }
@@ -240,7 +249,10 @@ mod tests {
         let guest = bundle(|_| {}).unwrap();
         assert_eq!(guest.json["root"]["path"], "/run/kuasar/share/c1/rootfs");
         assert_eq!(guest.json["mounts"][0]["source"], "proc");
-        assert_eq!(guest.json["mounts"][1]["source"], "/run/kuasar/share/c1/mount-1");
+        assert_eq!(
+            guest.json["mounts"][1]["source"],
+            "/run/kuasar/share/c1/mount-1"
+        );
         let [bind] = guest.binds.as_slice() else {
             panic!("{:?}", guest.binds)
         };
@@ -259,7 +271,9 @@ mod tests {
             ("mount namespace", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "network"}]);
             }),
-            ("linux.intelRdt", |c| c["linux"]["intelRdt"] = json!({"closID": "a"})),
+            ("linux.intelRdt", |c| {
+                c["linux"]["intelRdt"] = json!({"closID": "a"})
+            }),
             ("hooks.poststop", |c| {
                 c["hooks"] = json!({"poststop": [{"path": "/bin/true"}]});
             }),
@@ -276,6 +290,9 @@ mod tests {
         let message = bundle(|c| c["mounts"][1]["source"] = json!("/no/such/file"))
             .unwrap_err()
             .to_string();
-        assert!(message.contains("/no/such/file") && message.contains("/etc/hosts"), "{message}");
+        assert!(
+            message.contains("/no/such/file") && message.contains("/etc/hosts"),
+            "{message}"
+        );
     }
 }

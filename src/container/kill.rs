@@ -31,7 +31,11 @@ pub fn kill(root: &Root, id: &str, signal: i32, all: bool) -> Result<(), Error> 
     match sent {
         Ok(()) => Ok(()),
         Err(Error::Agent(e)) if e.is_wrong_state() || e.is_not_found() => {
-            if all { Ok(()) } else { Err(Error::NotRunning) }
+            if all {
+                Ok(())
+            } else {
+                Err(Error::NotRunning)
+            }
         }
         // A guest that does not answer is not in the way of SIGKILL: the end of
         // the stand-in is the end of the process, and delete ends the VM.

@@ -19,8 +19,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::sys::lock::DirLock;
 use crate::root::Root;
+use crate::sys::lock::DirLock;
 
 /// How long a command waits for another one that works on the same container.
 const LOCK_DEADLINE: Duration = Duration::from_secs(60);
@@ -122,7 +122,17 @@ mod tests {
         for good in ["a", "A_b+c-d.e", "0123456789abcdef", "..."] {
             assert!(check_id(good).is_ok(), "{good}");
         }
-        for bad in ["", ".", "..", "a/b", "../x", "a b", "é", "a\n", &"x".repeat(256)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "../x",
+            "a b",
+            "é",
+            "a\n",
+            &"x".repeat(256),
+        ] {
             assert!(matches!(check_id(bad), Err(Error::InvalidId)), "{bad:?}");
         }
     }

@@ -216,4 +216,3 @@ pub fn monotonic_us() -> u64 {
     let (sec, nsec) = (now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs());
     sec * 1_000_000 + nsec / 1000
 }
-

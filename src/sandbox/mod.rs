@@ -172,12 +172,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn share(
-        &self,
-        container: &str,
-        name: &str,
-        tree: BorrowedFd<'_>,
-    ) -> Result<(), Error> {
+    pub fn share(&self, container: &str, name: &str, tree: BorrowedFd<'_>) -> Result<(), Error> {
         let request = Request::Share {
             container: container.to_owned(),
             name: name.to_owned(),
@@ -204,11 +199,12 @@ impl Sandbox {
     /// # Errors
     /// [`Error::Connect`] when nothing listens there.
     pub fn dial(&self, port: u32, deadline: Duration) -> Result<UnixStream, Error> {
-        crate::agent_client::vsock::dial(self.dir_fd.as_fd(), VSOCK_SOCKET, port, deadline)
-            .map_err(|e| Error::Connect {
+        crate::agent_client::vsock::dial(self.dir_fd.as_fd(), VSOCK_SOCKET, port, deadline).map_err(
+            |e| Error::Connect {
                 port,
                 reason: e.to_string(),
-            })
+            },
+        )
     }
 
     /// Opens the streams of a guest process for its stand-in, control first.

@@ -57,7 +57,6 @@ impl SandboxRecord {
     /// Whether the VM can still run anything.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        self.sandboxer.is_some_and(ProcessRef::is_alive)
-            && self.vm.is_none_or(ProcessRef::is_alive)
+        self.sandboxer.is_some_and(ProcessRef::is_alive) && self.vm.is_none_or(ProcessRef::is_alive)
     }
 }

@@ -172,7 +172,8 @@ impl Sandboxer {
     fn start(config: &SandboxerConfig, start_us: u64) -> Result<Sandboxer, Error> {
         let root = Root::new(Some(config.root.clone()));
         let dir = root.sandbox(&config.id);
-        let dir_fd = unix_socket::open_dir(&dir).map_err(context("opening the sandbox directory"))?;
+        let dir_fd =
+            unix_socket::open_dir(&dir).map_err(context("opening the sandbox directory"))?;
         let bind = |name: &str| {
             unix_socket::bind(dir_fd.as_fd(), name).map_err(context("making a socket"))
         };
@@ -194,10 +195,7 @@ impl Sandboxer {
             Listener::bind(dir_fd.as_fd(), CONTROL_SOCKET).map_err(context("making a socket"))?;
         let vsock = vsock::spawn(vsock_vhost, dir_fd, u64::from(GUEST_CID))
             .map_err(context("the vsock device"))?;
-        let timeout = config
-            .config
-            .timeouts
-            .boot(machine.capabilities().emulated);
+        let timeout = config.config.timeouts.boot(machine.capabilities().emulated);
         Ok(Sandboxer {
             vm: machine,
             share,
@@ -284,7 +282,10 @@ impl Sandboxer {
         });
         let first_client = fds.len();
         for client in &self.clients {
-            fds.push(PollFd::from_borrowed_fd(client.channel.as_fd(), PollFlags::IN));
+            fds.push(PollFd::from_borrowed_fd(
+                client.channel.as_fd(),
+                PollFlags::IN,
+            ));
         }
         let timeout = match self.boot {
             Boot::Running { deadline } => {
@@ -497,7 +498,12 @@ fn console_tail(dir: &Path) -> String {
     let text = String::from_utf8_lossy(&text[text.len().saturating_sub(8192)..]).into_owned();
     let lines: Vec<String> = text
         .lines()
-        .map(|line| line.chars().filter(|c| !c.is_control()).take(LINE_LEN).collect())
+        .map(|line| {
+            line.chars()
+                .filter(|c| !c.is_control())
+                .take(LINE_LEN)
+                .collect()
+        })
         .filter(|line: &String| !line.trim().is_empty())
         .collect();
     let last = &lines[lines.len().saturating_sub(LINES)..];
@@ -534,7 +540,11 @@ impl AgentEvents {
         match self.stream.read(&mut chunk) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
             Err(e) => return Err(e),
         }
         let mut events = Vec::new();
@@ -547,7 +557,9 @@ impl AgentEvents {
                 break;
             }
             let frame: Vec<u8> = self.buffer.drain(..4 + len).collect();
-            events.extend(kuasar_runv_protocol::event::read_event(&mut frame.as_slice())?);
+            events.extend(kuasar_runv_protocol::event::read_event(
+                &mut frame.as_slice(),
+            )?);
         }
         Ok(events)
     }
@@ -558,7 +570,11 @@ fn vm_config(config: &SandboxerConfig, dir: &Path) -> VmConfig {
     let mut params = format!(
         "{}={}",
         cmdline::LOG_LEVEL,
-        if settings.debug { "debug" } else { settings.guest.agent_log.as_str() }
+        if settings.debug {
+            "debug"
+        } else {
+            settings.guest.agent_log.as_str()
+        }
     );
     if settings.debug_console {
         params.push_str(&format!(" {}=1", cmdline::DEBUG_CONSOLE));

@@ -36,7 +36,13 @@ impl Share {
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)?;
         crate::root::create_private_dir(&dir)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        mount(Some("tmpfs"), &dir, Some("tmpfs"), flags, Some(TMPFS_OPTIONS))?;
+        mount(
+            Some("tmpfs"),
+            &dir,
+            Some("tmpfs"),
+            flags,
+            Some(TMPFS_OPTIONS),
+        )?;
         Ok(Share { dir })
     }
 
@@ -50,12 +56,7 @@ impl Share {
     /// # Errors
     /// `InvalidInput` for names that are not plain file names, `AlreadyExists`,
     /// else as move_mount(2).
-    pub fn attach(
-        &self,
-        container: &str,
-        name: &str,
-        tree: BorrowedFd<'_>,
-    ) -> io::Result<()> {
+    pub fn attach(&self, container: &str, name: &str, tree: BorrowedFd<'_>) -> io::Result<()> {
         let dir = self.dir.join(plain(container)?);
         let target = dir.join(plain(name)?);
         match fs::create_dir(&dir) {

@@ -107,10 +107,10 @@ fn write_nowait(fd: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> {
     };
     // SAFETY: the vector describes `bytes`, which outlives the call and is only
     // read from.
-    let written = unsafe { libc::pwritev2(fd.as_raw_fd(), &raw const vector, 1, -1, libc::RWF_NOWAIT) };
-    usize::try_from(written).map_err(|_| {
-        Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
-    })
+    let written =
+        unsafe { libc::pwritev2(fd.as_raw_fd(), &raw const vector, 1, -1, libc::RWF_NOWAIT) };
+    usize::try_from(written)
+        .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
 }
 
 impl Pump {
@@ -307,7 +307,10 @@ impl Relay {
             Output(usize),
         }
         let mut who = vec![Who::Signals];
-        let mut fds = vec![PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN)];
+        let mut fds = vec![PollFd::from_borrowed_fd(
+            self.signals.as_fd(),
+            PollFlags::IN,
+        )];
         let mut add = |name: Who, fd, flags| {
             who.push(name);
             fds.push(PollFd::from_borrowed_fd(fd, flags));

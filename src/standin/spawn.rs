@@ -250,7 +250,13 @@ fn ensure_mount_point(root: BorrowedFd<'_>, path: &Path, is_dir: bool) -> io::Re
             mkdirat(&parent, name, Mode::from_raw_mode(0o755))
         } else {
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            openat(&parent, name, flags | OFlags::WRONLY, Mode::from_raw_mode(0o644)).map(drop)
+            openat(
+                &parent,
+                name,
+                flags | OFlags::WRONLY,
+                Mode::from_raw_mode(0o644),
+            )
+            .map(drop)
         };
         match made {
             // The guest may be making the same mount point.

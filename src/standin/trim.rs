@@ -22,8 +22,13 @@ pub fn code_and_constants() {
     let end = ptr::addr_of!(etext).addr() & !(page - 1);
     // SAFETY: the range holds only unmodified private pages of a file; dropped,
     // they are read again from there when they are next used.
-    let dropped =
-        unsafe { libc::madvise(ptr::without_provenance_mut(start), end - start, libc::MADV_DONTNEED) };
+    let dropped = unsafe {
+        libc::madvise(
+            ptr::without_provenance_mut(start),
+            end - start,
+            libc::MADV_DONTNEED,
+        )
+    };
     // Nothing depends on it but the size.
     let _ = dropped;
 }

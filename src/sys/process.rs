@@ -65,9 +65,8 @@ impl ProcessRef {
     /// Whether it still runs. A zombie has ended.
     #[must_use]
     pub fn is_alive(self) -> bool {
-        stat(self.pid).is_ok_and(|s| {
-            s.start_time == self.start_time && !matches!(s.state, 'Z' | 'X' | 'x')
-        })
+        stat(self.pid)
+            .is_ok_and(|s| s.start_time == self.start_time && !matches!(s.state, 'Z' | 'X' | 'x'))
     }
 
     /// A descriptor that can only ever mean this process; `None` when it has ended.

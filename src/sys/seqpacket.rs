@@ -67,8 +67,7 @@ impl Channel {
     /// # Errors
     /// As sendmsg(2); `BrokenPipe` when the other end is gone.
     pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let mut space =
-            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -92,8 +91,7 @@ impl Channel {
             return Err(io::ErrorKind::TimedOut.into());
         }
         let mut bytes = vec![0; MAX_MESSAGE];
-        let mut space =
-            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = recvmsg(
             &self.0,
@@ -107,7 +105,10 @@ impl Channel {
                 fds.extend(received);
             }
         }
-        if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+        if received
+            .flags
+            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+        {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
                 "message longer than the protocol allows",
@@ -169,7 +170,10 @@ mod tests {
         a.send(b"hello", &[write.as_fd()]).unwrap();
         a.send(b"again", &[]).unwrap();
         let first = b.recv(SOON).unwrap().unwrap();
-        assert_eq!((first.bytes.as_slice(), first.fds.len()), (&b"hello"[..], 1));
+        assert_eq!(
+            (first.bytes.as_slice(), first.fds.len()),
+            (&b"hello"[..], 1)
+        );
         drop((write, first));
         let mut rest = Vec::new();
         { read }.read_to_end(&mut rest).unwrap();

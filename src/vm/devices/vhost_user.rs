@@ -18,8 +18,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::{Error as ProtocolError, Listener};
 use vhost_user_backend::bitmap::BitmapReplace;
 use vhost_user_backend::{
-    Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringMutex, VringState, VringStateGuard,
-    VringStateMutGuard, VringT,
+    Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringMutex, VringState,
+    VringStateGuard, VringStateMutGuard, VringT,
 };
 use virtio_queue::Error as QueueError;
 use vm_memory::mmap::NewBitmap;
@@ -173,8 +173,7 @@ where
     control.wait_for_vmm(&listener)?;
     let protocol = |e: DaemonError| Error::Protocol(e.to_string());
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<T::Bitmap>::new());
-    let mut daemon =
-        VhostUserDaemon::new(name.to_owned(), backend, memory).map_err(protocol)?;
+    let mut daemon = VhostUserDaemon::new(name.to_owned(), backend, memory).map_err(protocol)?;
     for handler in daemon.get_epoll_handlers() {
         for &(fd, event) in extra {
             handler

@@ -76,7 +76,9 @@ impl Backend {
         let answer = || -> Result<usize, Box<dyn std::error::Error>> {
             let reader = Reader::new(memory, chain.clone())?;
             let writer = Writer::new(memory, chain)?;
-            Ok(self.server.handle_message(reader, writer, None::<&mut ()>)?)
+            Ok(self
+                .server
+                .handle_message(reader, writer, None::<&mut ()>)?)
         };
         // The server checks most of what the guest says, but not all of it; a
         // panic must cost the guest its request and not the VM its device.

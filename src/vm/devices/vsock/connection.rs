@@ -198,7 +198,10 @@ impl Connection {
             return Err(Violation::DataAfterShutdown);
         }
         let outstanding = self.received.wrapping_sub(self.forwarded);
-        if outstanding.checked_add(len).is_none_or(|sum| sum > self.buf_alloc) {
+        if outstanding
+            .checked_add(len)
+            .is_none_or(|sum| sum > self.buf_alloc)
+        {
             return Err(Violation::Credit);
         }
         self.received = self.received.wrapping_add(len);
@@ -304,7 +307,11 @@ impl Connection {
             && self.readable
             && !self.host_eof
             && self.guest_done & shutdown::RECEIVE == 0;
-        if open { self.credit().min(self.burst) } else { 0 }
+        if open {
+            self.credit().min(self.burst)
+        } else {
+            0
+        }
     }
 
     /// Reads from the host socket into the collected buffers, which hold

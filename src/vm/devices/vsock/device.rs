@@ -115,7 +115,10 @@ impl Device {
     /// Clients that the guest has not heard of yet stay.
     pub fn reset(&mut self) {
         let unknown = |c: &Connection| {
-            matches!(c.phase, Phase::Greeting | Phase::Draining | Phase::Requested { sent: false })
+            matches!(
+                c.phase,
+                Phase::Greeting | Phase::Draining | Phase::Requested { sent: false }
+            )
         };
         for token in self.table.select(|c| !unknown(c)) {
             self.remove(token);
@@ -327,7 +330,11 @@ impl Device {
                 self.ready.push_front(token);
             }
         }
-        Ok(if served { Progress::More } else { Progress::RingEmpty })
+        Ok(if served {
+            Progress::More
+        } else {
+            Progress::RingEmpty
+        })
     }
 
     /// Sends what is due on one connection; `false` if buffers ran out.
@@ -555,7 +562,11 @@ impl Device {
     }
 
     fn window(&self) -> u32 {
-        if self.table.len() < LARGE_WINDOWS { LARGE_WINDOW } else { SMALL_WINDOW }
+        if self.table.len() < LARGE_WINDOWS {
+            LARGE_WINDOW
+        } else {
+            SMALL_WINDOW
+        }
     }
 
     /// Puts a connection into the table and under watch.
@@ -709,7 +720,10 @@ impl Device {
             return;
         };
         let room = connection.has_backlog();
-        let Some(fd) = connection.raw_fd().filter(|_| room != connection.watching_room) else {
+        let Some(fd) = connection
+            .raw_fd()
+            .filter(|_| room != connection.watching_room)
+        else {
             return;
         };
         connection.watching_room = room;

@@ -86,7 +86,12 @@ impl Host {
         };
         let timer = nix_raw_fd(&host.timer);
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        host.control(ControlOperation::Add, host.listener.as_raw_fd(), edge, LISTENER)?;
+        host.control(
+            ControlOperation::Add,
+            host.listener.as_raw_fd(),
+            edge,
+            LISTENER,
+        )?;
         host.control(ControlOperation::Add, timer, edge, TIMER)?;
         Ok(host)
     }
@@ -216,7 +221,11 @@ pub fn read_greeting(socket: &UnixStream) -> Greeting {
     }
     let Some(end) = line[..peeked].iter().position(|&byte| byte == b'\n') else {
         let hopeless = peeked == MAX_LINE || !is_prefix(&line[..peeked]);
-        return if hopeless { Greeting::Malformed } else { Greeting::Partial };
+        return if hopeless {
+            Greeting::Malformed
+        } else {
+            Greeting::Partial
+        };
     };
     // The bytes were just seen in the socket, and nobody else reads from it.
     let mut consumed = [0u8; MAX_LINE];
@@ -233,7 +242,11 @@ fn is_prefix(line: &[u8]) -> bool {
 fn parse(line: &[u8]) -> Option<u32> {
     let digits = line.strip_prefix(WORD)?;
     let plain = !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
-    std::str::from_utf8(digits).ok().filter(|_| plain)?.parse().ok()
+    std::str::from_utf8(digits)
+        .ok()
+        .filter(|_| plain)?
+        .parse()
+        .ok()
 }
 
 /// Bytes received, 0 when the client is gone, `None` when there are none yet.
