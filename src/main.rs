@@ -1,2 +1,3 @@
+mod sys;
 mod vm;
 fn main() {}
