@@ -1,10 +1,2 @@
-//! Thin, safe wrappers of the kernel interfaces the runtime is built on. No
-//! policy here.
-
-pub mod atomic_file;
-pub mod interrupt;
-pub mod lock;
-pub mod mount;
-pub mod process;
-pub mod seqpacket;
+//! Thin layers over system calls that several modules need.
 pub mod unix_socket;
