@@ -1,3 +1,16 @@
+//! `kuasar-runv`: an OCI runtime with runc's command line that runs every pod
+//! in its own virtual machine. `docs/architecture.md` explains the parts.
+
+use std::process::ExitCode;
+
+mod agent_client;
+mod cmd;
+mod config;
+mod container;
+mod logging;
+mod root;
+mod sandbox;
+mod standin;
 mod sys;
 mod vm;
 
