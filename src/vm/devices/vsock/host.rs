@@ -118,7 +118,12 @@ impl Host {
         };
         into.extend(raw.iter().take(count).map(|event| match event.data() {
             LISTENER => Event::Clients,
-            TIMER => Event::Tick,
+            TIMER => {
+                // An interval timer goes on only once it has been read. Fails
+                // only when it has been disarmed meanwhile.
+                let _ = self.timer.wait();
+                Event::Tick
+            }
             data => Event::Connection(
                 Token::from_u64(data),
                 EventSet::from_bits_truncate(event.events),
