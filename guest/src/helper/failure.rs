@@ -60,23 +60,10 @@ impl Failure {
         if let Some(message) = logged.iter().find_map(|l| l.strip_prefix(FINAL)) {
             return Failure::InvalidSpec(message.to_owned());
         }
-        let mut message = String::from("unable to start container process: ");
-        let mut cause: Option<&dyn std::error::Error> = Some(error);
-        let mut last = String::new();
-        while let Some(e) = cause {
-            let text = e.to_string();
-            // Transparent wrappers repeat the text of what they wrap.
-            if text != last {
-                let colon = if last.is_empty() { "" } else { ": " };
-                // Writing to a string cannot fail.
-                let _ = write!(message, "{colon}{text}");
-                last = text;
-            }
-            cause = e.source();
-        }
+        let mut message = format!("unable to start container process: {}", chain(error));
         if let Some(first) = logged.first() {
-            // As above.
-            let _ = write!(message, ": {}", spell_out_errnos(first));
+            message.push_str(": ");
+            message.push_str(&spell_out_errnos(first));
         }
         match error {
             LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_) => {
@@ -95,6 +82,24 @@ impl Failure {
         truncate(&mut message, MAX_MESSAGE);
         (kind, message)
     }
+}
+
+/// An error and its causes, outermost first.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut last = error.to_string();
+    let mut message = last.clone();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        let text = e.to_string();
+        // Transparent wrappers repeat the text of what they wrap.
+        if text != last {
+            message.push_str(": ");
+            message.push_str(&text);
+            last = text;
+        }
+        cause = e.source();
+    }
+    message
 }
 
 /// Starts collecting what libcontainer logs in this process and those it clones.

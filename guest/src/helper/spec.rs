@@ -25,6 +25,7 @@ use oci_spec::runtime::{
 };
 
 use super::Failure;
+use super::failure::chain;
 use super::passwd::DEFAULT_HOME;
 
 /// Option of a tmpfs: start with a copy of what it covers.
@@ -32,12 +33,13 @@ pub const TMPCOPYUP: &str = "tmpcopyup";
 
 type Result<T> = std::result::Result<T, Failure>;
 
-/// Reads a spec as the host sent it.
+/// Reads a spec as the host sent it. In the way libcontainer will: under
+/// emulation the second reader of another kind would cost more than reading.
 ///
 /// # Errors
 /// `InvalidSpec` when it is not one.
-pub fn parse(json: &[u8]) -> Result<Spec> {
-    serde_json::from_slice(json).map_err(|e| Failure::invalid(format!("invalid config.json: {e}")))
+pub fn load(path: &Path) -> Result<Spec> {
+    Spec::load(path).map_err(|e| Failure::invalid(format!("invalid config.json: {}", chain(&e))))
 }
 
 /// Refuses what cannot be honoured and fills in defaults, see the module's
