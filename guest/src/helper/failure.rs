@@ -1,0 +1,265 @@
+//! Why an operation failed, in one line that a user of runc would understand.
+//!
+//! libcontainer reports a failure of the container's first process as the text
+//! of its outermost error ("failed to prepare rootfs"); what went wrong is only
+//! in its log. So the helper collects what libcontainer logs as errors, from all
+//! the processes it clones, and appends the first, innermost of them.
+
+use std::fmt::{Debug, Write as _};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
+
+use libcontainer::error::LibcontainerError;
+use nix::errno::Errno;
+use tracing_core::field::{Field, Visit};
+use tracing_core::span::{Attributes, Id, Record};
+use tracing_core::{Dispatch, Event, Interest, Level, LevelFilter, Metadata, Subscriber};
+
+use crate::sys;
+use crate::zygote::FailureKind;
+
+/// Longest line kept of one logged error, in bytes.
+const MAX_LINE: usize = 2048;
+/// Longest message that is answered, in bytes.
+const MAX_MESSAGE: usize = 4096;
+/// Marks the line of a failure that already says everything.
+const FINAL: char = '!';
+
+static COLLECTOR: OnceLock<File> = OnceLock::new();
+
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The spec cannot be honoured.
+    #[error("{0}")]
+    InvalidSpec(String),
+    #[error("{context}: {source}")]
+    Io { context: String, source: io::Error },
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Failure {
+    pub fn invalid(message: impl Into<String>) -> Failure {
+        Failure::InvalidSpec(message.into())
+    }
+
+    /// For `map_err`: adds what was being done to an I/O error.
+    pub fn io<E: Into<io::Error>>(context: impl Into<String>) -> impl FnOnce(E) -> Failure {
+        let context = context.into();
+        move |source| Failure::Io {
+            context,
+            source: source.into(),
+        }
+    }
+
+    /// The failure libcontainer met, from its error and from what it logged.
+    pub fn from_libcontainer(error: &LibcontainerError) -> Failure {
+        let logged = logged();
+        if let Some(message) = logged.iter().find_map(|l| l.strip_prefix(FINAL)) {
+            return Failure::InvalidSpec(message.to_owned());
+        }
+        let mut message = String::from("unable to start container process: ");
+        let mut cause: Option<&dyn std::error::Error> = Some(error);
+        let mut last = String::new();
+        while let Some(e) = cause {
+            let text = e.to_string();
+            // Transparent wrappers repeat the text of what they wrap.
+            if text != last {
+                let colon = if last.is_empty() { "" } else { ": " };
+                // Writing to a string cannot fail.
+                let _ = write!(message, "{colon}{text}");
+                last = text;
+            }
+            cause = e.source();
+        }
+        if let Some(first) = logged.first() {
+            // As above.
+            let _ = write!(message, ": {}", spell_out_errnos(first));
+        }
+        match error {
+            LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_) => {
+                Failure::InvalidSpec(message)
+            }
+            _ => Failure::Other(message),
+        }
+    }
+
+    pub fn into_parts(self) -> (FailureKind, String) {
+        let kind = match self {
+            Failure::InvalidSpec(_) => FailureKind::InvalidSpec,
+            Failure::Io { .. } | Failure::Other(_) => FailureKind::Internal,
+        };
+        let mut message = one_line(&self.to_string());
+        truncate(&mut message, MAX_MESSAGE);
+        (kind, message)
+    }
+}
+
+/// Starts collecting what libcontainer logs in this process and those it clones.
+///
+/// # Errors
+/// Of `memfd_create`.
+pub fn start_collecting() -> io::Result<()> {
+    // SAFETY: the name is a C string.
+    let fd =
+        sys::check(unsafe { libc::memfd_create(c"errors".as_ptr(), libc::MFD_CLOEXEC) }.into())?;
+    // SAFETY: just made for us; descriptors fit an int.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+    // SAFETY: plain integers. Processes share the offset, and append on top.
+    sys::check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, libc::O_APPEND) }.into())?;
+    // A helper calls this once; a second collector would change nothing.
+    drop(COLLECTOR.set(file));
+    drop(tracing_core::dispatcher::set_global_default(Dispatch::new(
+        ErrorCollector,
+    )));
+    Ok(())
+}
+
+/// Records the one message the user is to see, from inside the container.
+pub fn record_final(message: &str) {
+    record(&format!("{FINAL}{message}"));
+}
+
+fn record(line: &str) {
+    let mut line = one_line(line);
+    truncate(&mut line, MAX_LINE);
+    line.push('\n');
+    if let Some(mut file) = COLLECTOR.get() {
+        // Without it the outermost error is still reported.
+        drop(file.write_all(line.as_bytes()));
+    }
+}
+
+fn logged() -> Vec<String> {
+    let mut text = String::new();
+    if let Some(mut file) = COLLECTOR.get() {
+        let read = file
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| file.take(64 * 1024).read_to_string(&mut text));
+        if read.is_err() {
+            text.clear();
+        }
+    }
+    text.lines().map(str::to_owned).collect()
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn truncate(text: &mut String, max: usize) {
+    let mut end = text.len().min(max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+}
+
+/// Adds the usual words behind each errno name of a `Debug` text: callers of an
+/// OCI runtime look for "no such file or directory" and its like.
+fn spell_out_errnos(text: &str) -> String {
+    let mut out = String::new();
+    let mut word = String::new();
+    for c in text.chars().chain(std::iter::once(' ')) {
+        if c.is_ascii_alphanumeric() {
+            word.push(c);
+            continue;
+        }
+        match errno_by_name(&word) {
+            Some(errno) => out.push_str(&errno.desc().to_lowercase()),
+            None => out.push_str(&word),
+        }
+        word.clear();
+        out.push(c);
+    }
+    out.truncate(out.trim_end().len());
+    out
+}
+
+fn errno_by_name(name: &str) -> Option<Errno> {
+    const LAST: i32 = 133;
+    if !name.starts_with('E') || name.len() < 4 {
+        return None;
+    }
+    (1..=LAST)
+        .map(Errno::from_raw)
+        .find(|e| *e != Errno::UnknownErrno && format!("{e:?}") == name)
+}
+
+/// Keeps the errors and turns everything else off.
+struct ErrorCollector;
+
+impl Subscriber for ErrorCollector {
+    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
+        if self.enabled(metadata) {
+            Interest::always()
+        } else {
+            Interest::never()
+        }
+    }
+
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() == Level::ERROR && metadata.is_event()
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(LevelFilter::ERROR)
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        let mut line = Line::default();
+        event.record(&mut line);
+        record(&(line.message + &line.fields));
+    }
+
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+}
+
+#[derive(Default)]
+struct Line {
+    message: String,
+    fields: String,
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        // Writing to a string cannot fail.
+        let _ = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            "err" | "error" | "e" | "ret" => write!(self.fields, ": {value:?}"),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errno_names_become_words() {
+        assert_eq!(
+            spell_out_errnos("failed to chdir: Nix(ENOENT)"),
+            "failed to chdir: Nix(no such file or directory)"
+        );
+        assert_eq!(spell_out_errnos("EXIT Early E"), "EXIT Early E");
+    }
+
+    #[test]
+    fn a_message_is_one_bounded_line() {
+        let (kind, message) = Failure::invalid(format!("a\nb {}", "é".repeat(5000))).into_parts();
+        assert_eq!(kind, FailureKind::InvalidSpec);
+        assert!(message.starts_with("a b é"));
+        assert!(message.len() <= MAX_MESSAGE);
+    }
+}

@@ -1,0 +1,272 @@
+//! The process that forks helpers, and the agent's end of it.
+//!
+//! ```text
+//!  agent ──request+fds──▶ requests socket ◀── helper waiting (one, forked ahead)
+//!    ▲                                          │ Started + pidfd
+//!    └───────────── answer socket ◀─────────────┤ Created | Failed
+//!                   closed by the agent ───────▶│ exits; the zygote forks the next
+//! ```
+//!
+//! The request is taken by a helper that already exists, so a container does
+//! not wait for a fork. One helper works at a time: that bounds the memory, and
+//! creating containers is bound by the processor anyway.
+//!
+//! The helper stays until the agent has closed its end of the answer socket.
+//! Until then it, and not the agent, is the parent of the container's first
+//! process, so that the process cannot be reaped before the agent knows it.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::ForkResult;
+use serde::{Deserialize, Serialize};
+use std::os::fd::AsFd;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+
+use crate::{helper, ipc, logging, sys};
+
+/// How long a helper may take for one operation.
+const OPERATION_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a request may wait for a free helper, those before it included.
+const QUEUE_DEADLINE: Duration = Duration::from_secs(120);
+
+/// What a helper is asked to do: create one container.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CreateRequest {
+    pub container_id: String,
+    /// Private directory of the container, with [`helper::SPEC_FILE`] in it.
+    pub dir: PathBuf,
+    /// Which of stdin, stdout and stderr follow as descriptors.
+    pub stdio: [bool; 3],
+    pub no_pivot: bool,
+    pub no_new_keyring: bool,
+}
+
+/// What a helper answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Answer {
+    /// The request was taken; a pidfd of the helper comes along.
+    Started,
+    /// The container's process waits. With a terminal its master comes along.
+    Created { pid: i32 },
+    /// The container was not created; what is left of it is the agent's to
+    /// remove.
+    Failed { kind: FailureKind, message: String },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureKind {
+    /// The spec asks for something that cannot be done.
+    InvalidSpec,
+    /// Everything else.
+    Internal,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ZygoteError {
+    #[error("{message}")]
+    Failed { kind: FailureKind, message: String },
+    #[error("the helper process ended without an answer")]
+    HelperDied,
+    #[error("creating the container took longer than {0:?}")]
+    Deadline(Duration),
+    #[error("talking to the helper: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// A container that was just created.
+pub struct Created {
+    pub pid: i32,
+    /// Master of the container's terminal.
+    pub terminal: Option<OwnedFd>,
+    /// Dropping this ends the helper, and makes the agent the process's parent.
+    pub hold: AnswerSocket,
+}
+
+/// The agent's end of an answer socket.
+pub struct AnswerSocket(AsyncFd<OwnedFd>);
+
+/// The agent's end of the zygote.
+pub struct Zygote {
+    requests: OwnedFd,
+    one_at_a_time: Mutex<()>,
+}
+
+impl Zygote {
+    /// Forks the zygote.
+    ///
+    /// # Errors
+    /// Of `socketpair` and `fork`.
+    ///
+    /// Must be called before any other thread exists.
+    pub fn spawn() -> io::Result<Zygote> {
+        let (ours, theirs) = ipc::pair()?;
+        // SAFETY: there is one thread, as this function demands, so the child
+        // may do everything its parent could.
+        match unsafe { nix::unistd::fork() }? {
+            ForkResult::Parent { .. } => Ok(Zygote {
+                requests: ours,
+                one_at_a_time: Mutex::new(()),
+            }),
+            ForkResult::Child => {
+                logging::disown_machine();
+                drop(ours);
+                let status = i32::from(run(&theirs).is_err());
+                // SAFETY: ends this process without running the parent's
+                // destructors a second time.
+                unsafe { libc::_exit(status) }
+            }
+        }
+    }
+
+    /// Has a helper create a container. `stdio` holds the streams announced in
+    /// the request, in order.
+    ///
+    /// # Errors
+    /// See [`ZygoteError`].
+    pub async fn create(
+        &self,
+        request: &CreateRequest,
+        stdio: &[OwnedFd],
+    ) -> Result<Created, ZygoteError> {
+        let _turn = timeout(QUEUE_DEADLINE, self.one_at_a_time.lock())
+            .await
+            .map_err(|_| ZygoteError::Deadline(QUEUE_DEADLINE))?;
+        let (ours, theirs) = ipc::pair()?;
+        sys::set_nonblocking(&ours)?;
+        let mut fds: Vec<RawFd> = vec![theirs.as_raw_fd()];
+        fds.extend(stdio.iter().map(AsRawFd::as_raw_fd));
+        ipc::send(&self.requests, request, &fds)?;
+        drop(theirs);
+        let answers = AnswerSocket(sys::on_runtime(ours, Interest::READABLE)?);
+        // Covers the fork of this helper as well, the previous one may have
+        // ended only now.
+        timeout(OPERATION_DEADLINE, answers.result())
+            .await
+            .unwrap_or(Err(ZygoteError::Deadline(OPERATION_DEADLINE)))
+            .map(|(pid, terminal)| Created {
+                pid,
+                terminal,
+                hold: answers,
+            })
+    }
+}
+
+impl AnswerSocket {
+    async fn result(&self) -> Result<(i32, Option<OwnedFd>), ZygoteError> {
+        let helper = match self.next().await? {
+            Some((Answer::Started, fds)) => KillOnDrop::new(fds.into_iter().next())?,
+            _ => return Err(ZygoteError::HelperDied),
+        };
+        let answer = tokio::select! {
+            biased;
+            answer = self.next() => answer?,
+            // The container's process has a copy of the helper's end of the
+            // socket, so the end of the helper is no end of file here.
+            () = helper.ended() => self.try_next()?,
+        };
+        match answer {
+            Some((Answer::Created { pid }, fds)) => {
+                helper.release();
+                Ok((pid, fds.into_iter().next()))
+            }
+            Some((Answer::Failed { kind, message }, _)) => {
+                helper.release();
+                Err(ZygoteError::Failed { kind, message })
+            }
+            Some((Answer::Started, _)) | None => Err(ZygoteError::HelperDied),
+        }
+    }
+
+    async fn next(&self) -> io::Result<Option<(Answer, Vec<OwnedFd>)>> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            match ipc::receive(self.0.get_ref()) {
+                Err(e) if sys::would_block(&e) => ready.clear_ready(),
+                result => return result,
+            }
+        }
+    }
+
+    fn try_next(&self) -> io::Result<Option<(Answer, Vec<OwnedFd>)>> {
+        match ipc::receive(self.0.get_ref()) {
+            Err(e) if sys::would_block(&e) => Ok(None),
+            result => result,
+        }
+    }
+}
+
+/// A working helper; killed when its operation is given up.
+struct KillOnDrop(Option<AsyncFd<OwnedFd>>);
+
+impl KillOnDrop {
+    fn new(pidfd: Option<OwnedFd>) -> Result<KillOnDrop, ZygoteError> {
+        let pidfd = pidfd.ok_or(ZygoteError::HelperDied)?;
+        Ok(KillOnDrop(Some(sys::on_runtime(
+            pidfd,
+            Interest::READABLE,
+        )?)))
+    }
+
+    async fn ended(&self) {
+        match &self.0 {
+            // An error of the poll is as much a reason to stop waiting.
+            Some(pidfd) => drop(pidfd.readable().await),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn release(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(pidfd) = &self.0 {
+            // It may have ended by itself.
+            drop(sys::pidfd_send_signal(pidfd.get_ref(), libc::SIGKILL));
+        }
+    }
+}
+
+/// The zygote's life: one helper after the other until the agent is gone.
+fn run(requests: &OwnedFd) -> io::Result<()> {
+    helper::prepare_zygote()?;
+    loop {
+        // SAFETY: the zygote never makes a thread.
+        match unsafe { sys::clone_sibling() }? {
+            sys::Cloned::Child => {
+                let status = i32::from(helper::run(requests).is_err());
+                // SAFETY: as in `spawn`.
+                unsafe { libc::_exit(status) }
+            }
+            sys::Cloned::Parent(helper) => {
+                // The helper's deadline is the agent's business, which kills it.
+                wait_for(&helper, PollFlags::POLLIN, PollTimeout::NONE)?;
+            }
+        }
+        if wait_for(requests, PollFlags::empty(), PollTimeout::ZERO)? {
+            // Hung up: the agent is gone, and with it the machine.
+            return Ok(());
+        }
+    }
+}
+
+/// Whether one of `events`, or a hang-up, came in time.
+fn wait_for(fd: &OwnedFd, events: PollFlags, timeout: PollTimeout) -> io::Result<bool> {
+    let mut fds = [PollFd::new(fd.as_fd(), events)];
+    loop {
+        match poll(&mut fds, timeout) {
+            Err(nix::Error::EINTR) => {}
+            Err(e) => return Err(e.into()),
+            Ok(n) => return Ok(n > 0),
+        }
+    }
+}
