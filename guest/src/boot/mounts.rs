@@ -42,12 +42,13 @@ const FILESYSTEMS: &[Filesystem] = &[
 ];
 
 /// Directories of the new root that are nobody's mount point. The root is a
-/// tmpfs already, so /run and /tmp need none of their own.
+/// tmpfs already, so /run and /tmp need none of their own. The root user of a
+/// user namespace has to get through those above a container's files.
 const DIRECTORIES: &[(&str, u32)] = &[
     ("/run", 0o755),
-    ("/run/kuasar", 0o700),
+    ("/run/kuasar", 0o711),
     (GUEST_SHARE_DIR, 0o755),
-    (crate::containers::STATE_DIR, 0o700),
+    (crate::containers::STATE_DIR, 0o711),
     ("/tmp", 0o1777),
 ];
 

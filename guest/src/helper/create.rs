@@ -123,10 +123,18 @@ fn build(
 /// sets the limits: it has no device rules without a BPF library.
 fn prepare_cgroup(cgroup: &Cgroup, spec: &Spec) -> Result<(), Failure> {
     cgroup.create().map_err(Failure::io("making the cgroup"))?;
-    let rules = spec
-        .linux()
-        .as_ref()
-        .and_then(|l| l.resources().as_ref())
+    let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+    if let Some(memory) = resources.and_then(|r| r.memory().as_ref()) {
+        // The sum of memory and swap in the spec, swap alone in cgroup v2.
+        // libcgroups takes the difference for "not set" when it is zero.
+        let no_swap = memory.limit().is_some_and(|l| l > 0) && memory.limit() == memory.swap();
+        if no_swap {
+            cgroup
+                .forbid_swap()
+                .map_err(Failure::io("forbidding swap"))?;
+        }
+    }
+    let rules = resources
         .and_then(|r| r.devices().as_deref())
         .unwrap_or_default();
     let rules = devices::rules(rules).map_err(|e| Failure::invalid(e.to_string()))?;

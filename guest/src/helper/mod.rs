@@ -100,9 +100,9 @@ pub fn run(requests: &OwnedFd) -> io::Result<()> {
 /// What a container must not inherit from the agent: the signals Rust's runtime
 /// ignores, the agent's OOM protection and its file limit.
 fn reset_inherited_state() {
-    for number in [Signal::SIGPIPE, Signal::SIGCHLD] {
+    for number in Signal::iterator() {
         // SAFETY: restores the default action; no handler runs in this process.
-        // Cannot fail for a valid signal.
+        // Fails for SIGKILL and SIGSTOP, which have no other.
         let _ = unsafe { signal(number, SigHandler::SigDfl) };
     }
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);

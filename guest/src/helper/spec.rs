@@ -12,6 +12,7 @@
 //! | mount without `source` | error | the type |
 //! | mount options it does not know, of a bind mount | ignored | refused |
 //! | propagation of a mount | ignored | private and slave are what it is anyway, shared is refused |
+//! | `pids.limit: 0` | one process | no limit |
 //! | `rdma`, `network`, `swappiness`, `disableOOMKiller` | ignored | refused |
 //! | SELinux labels | ignored | refused |
 
@@ -191,8 +192,12 @@ fn normalise_linux(linux: &mut Linux) -> Result<()> {
     };
     linux.set_rootfs_propagation(propagation.map(str::to_owned));
     normalise_seccomp(linux)?;
-    if let Some(resources) = linux.resources() {
+    if let Some(resources) = linux.resources_mut() {
         check_resources(resources)?;
+        // runc leaves the number of processes alone at 0, libcgroups makes it 1.
+        if let Some(pids) = resources.pids_mut().as_mut().filter(|p| p.limit() == 0) {
+            pids.set_limit(-1);
+        }
     }
     Ok(())
 }
