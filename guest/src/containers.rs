@@ -15,7 +15,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kuasar_runv_protocol::stream::Kind;
-use serde::Deserialize;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::Cgroup;
@@ -201,18 +200,6 @@ pub struct Containers {
     events: Events,
 }
 
-/// The one field of a spec that decides what stdio is.
-#[derive(Deserialize)]
-struct SpecTerminal {
-    process: Option<ProcessTerminal>,
-}
-
-#[derive(Deserialize)]
-struct ProcessTerminal {
-    #[serde(default)]
-    terminal: bool,
-}
-
 /// The agent's ends of a container's stdio pipes.
 #[derive(Default)]
 struct Pipes {
@@ -359,14 +346,7 @@ impl Containers {
         fs::create_dir_all(dir).map_err(ContainerError::io("making the container's directory"))?;
         fs::write(dir.join(SPEC_FILE), &new.spec)
             .map_err(ContainerError::io("writing the spec"))?;
-        let terminal = serde_json::from_slice::<SpecTerminal>(&new.spec)
-            .map_err(|e| ContainerError::Invalid(format!("invalid config.json: {e}")))?
-            .process
-            .is_some_and(|p| p.terminal);
-        let announced = match terminal {
-            true => [false; 3],
-            false => [new.stdin, new.stdout, new.stderr],
-        };
+        let announced = [new.stdin, new.stdout, new.stderr];
         let (pipes, theirs) = make_pipes(announced).map_err(ContainerError::io("making pipes"))?;
         let request = CreateRequest {
             container_id: new.id.clone(),
@@ -394,6 +374,11 @@ impl Containers {
             counts_as: AtomicU32::new(0),
             terminal,
         });
+        // Whether there is a terminal is in the spec, which the helper reads.
+        let pipes = match process.terminal {
+            Some(_) => Pipes::default(),
+            None => pipes,
+        };
         self.attach_streams(&new.id, &process, pipes);
         Ok(Arc::new(Container {
             dir: dir.to_owned(),
@@ -418,7 +403,7 @@ impl Containers {
         let exit = || process.exit.clone();
         if let Some(pipe) = pipes.stdin {
             let (connection, exit) = (stream(Kind::Stdin), exit());
-            tokio::spawn(async move {
+            sys::spawn(async move {
                 if let Some(connection) = connection.await {
                     relay_input(connection, pipe, exit).await;
                 }
@@ -427,7 +412,7 @@ impl Containers {
         for (pipe, kind) in [(pipes.stdout, Kind::Stdout), (pipes.stderr, Kind::Stderr)] {
             let Some(pipe) = pipe else { continue };
             let (connection, exit) = (stream(kind), exit());
-            tokio::spawn(async move {
+            sys::spawn(async move {
                 if let Some(connection) = connection.await {
                     relay_output(pipe, connection, exit).await;
                 }
@@ -435,26 +420,26 @@ impl Containers {
         }
         if let Some(terminal) = &process.terminal {
             let (input, exit_in, to) = (stream(Kind::Stdin), exit(), terminal.clone());
-            tokio::spawn(async move {
+            sys::spawn(async move {
                 if let Some(connection) = input.await {
                     relay_terminal_input(connection, to, exit_in).await;
                 }
             });
             let (output, exit_out, from) = (stream(Kind::Stdout), exit(), terminal.clone());
-            tokio::spawn(async move {
+            sys::spawn(async move {
                 if let Some(connection) = output.await {
                     relay_terminal_output(from, connection, exit_out).await;
                 }
             });
         }
         let (control, of) = (stream(Kind::Control), Arc::clone(process));
-        tokio::spawn(async move {
+        sys::spawn(async move {
             if let Some(connection) = control.await {
                 serve_control(connection, of).await;
             }
         });
         let (events, of, id) = (self.events.clone(), Arc::clone(process), id.to_owned());
-        tokio::spawn(async move {
+        sys::spawn(async move {
             let status = of.ended().await;
             log::debug!("{id}: {status:?}");
             events.exited(&id, status);

@@ -32,7 +32,7 @@ pub fn serve(transport: &Transport) -> io::Result<()> {
         .find(|shell| shell.exists())
         .ok_or(io::ErrorKind::NotFound)?;
     let listener = transport.listen(DEBUG_CONSOLE_PORT)?;
-    tokio::spawn(async move {
+    sys::spawn(async move {
         loop {
             let served = match listener.accept().await.and_then(Connection::new) {
                 Ok(connection) => attach_shell(&shell, connection),
@@ -52,7 +52,7 @@ fn attach_shell(shell: &Path, connection: Connection) -> io::Result<()> {
     spawn_shell(shell, &pty.slave)?;
     drop(pty.slave);
     let terminal = Connection::new(pty.master)?;
-    tokio::spawn(async move {
+    sys::spawn(async move {
         // The shell's end shows as the end of the terminal; nothing else ends
         // these relays. The sender lives as long as they do.
         let (_keep, exit) = watch::channel(None);

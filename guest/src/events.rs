@@ -45,7 +45,7 @@ impl Events {
         });
         connection.write_all(&event::encode(&ready)?).await?;
         let (sender, mut receiver) = mpsc::channel(QUEUE);
-        tokio::spawn(async move {
+        sys::spawn(async move {
             while let Some(event) = receiver.recv().await {
                 let sent = match event::encode(&event) {
                     Ok(bytes) => connection.write_all(&bytes).await,

@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::sys;
+
 /// How a process ended, as in wait(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExitStatus {
@@ -36,7 +38,7 @@ impl Reaper {
         let reaper = Arc::new(Reaper::default());
         let mut children = signal(SignalKind::child())?;
         let this = Arc::clone(&reaper);
-        tokio::spawn(async move {
+        sys::spawn(async move {
             loop {
                 this.reap_all();
                 if children.recv().await.is_none() {

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::pin::Pin;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -160,6 +161,15 @@ pub fn bytes_available(fd: &impl AsFd) -> io::Result<usize> {
     // SAFETY: FIONREAD stores an int.
     check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut bytes) }.into())?;
     Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// Runs a task in the background.
+///
+/// Boxed: tokio's task machinery is then compiled, and under emulation
+/// translated, once instead of once per task type.
+pub fn spawn(task: impl Future<Output = ()> + Send + 'static) {
+    let task: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(task);
+    tokio::spawn(task);
 }
 
 /// `EAGAIN` and its like: try again when the descriptor is ready.

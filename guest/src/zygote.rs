@@ -15,14 +15,15 @@
 //! Until then it, and not the agent, is the parent of the container's first
 //! process, so that the process cannot be reaped before the agent knows it.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::ForkResult;
-use serde::{Deserialize, Serialize};
 use std::os::fd::AsFd;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -37,7 +38,7 @@ const OPERATION_DEADLINE: Duration = Duration::from_secs(60);
 const QUEUE_DEADLINE: Duration = Duration::from_secs(120);
 
 /// What a helper is asked to do: create one container.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateRequest {
     pub container_id: String,
     /// Private directory of the container, with [`helper::SPEC_FILE`] in it.
@@ -49,7 +50,7 @@ pub struct CreateRequest {
 }
 
 /// What a helper answers.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Eq)]
 pub enum Answer {
     /// The request was taken; a pidfd of the helper comes along.
     Started,
@@ -60,12 +61,94 @@ pub enum Answer {
     Failed { kind: FailureKind, message: String },
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailureKind {
     /// The spec asks for something that cannot be done.
     InvalidSpec,
     /// Everything else.
     Internal,
+}
+
+const STARTED: u8 = 0;
+const CREATED: u8 = 1;
+const INVALID_SPEC: u8 = 2;
+const FAILED: u8 = 3;
+
+const NO_PIVOT: u8 = 1 << 3;
+const NO_NEW_KEYRING: u8 = 1 << 4;
+
+// Both ends are the same executable, so the encoding only has to be small: the
+// first request of a machine pays for translating every line of it.
+
+impl CreateRequest {
+    /// A byte of flags, then the strings, separated by a NUL that neither can
+    /// have.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut flags = 0;
+        for (bit, announced) in self.stdio.into_iter().enumerate() {
+            flags |= u8::from(announced) << bit;
+        }
+        if self.no_pivot {
+            flags |= NO_PIVOT;
+        }
+        if self.no_new_keyring {
+            flags |= NO_NEW_KEYRING;
+        }
+        let mut bytes = vec![flags];
+        bytes.extend_from_slice(self.container_id.as_bytes());
+        bytes.push(0);
+        bytes.extend_from_slice(self.dir.as_os_str().as_bytes());
+        bytes
+    }
+
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<CreateRequest> {
+        let (&flags, strings) = bytes.split_first()?;
+        let end = strings.iter().position(|&b| b == 0)?;
+        Some(CreateRequest {
+            container_id: String::from_utf8(strings[..end].to_vec()).ok()?,
+            dir: PathBuf::from(OsStr::from_bytes(&strings[end + 1..])),
+            stdio: [flags & 1 != 0, flags & 2 != 0, flags & 4 != 0],
+            no_pivot: flags & NO_PIVOT != 0,
+            no_new_keyring: flags & NO_NEW_KEYRING != 0,
+        })
+    }
+}
+
+impl Answer {
+    /// A byte for the variant, then its content.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        match self {
+            Answer::Started => vec![STARTED],
+            Answer::Created { pid } => [&[CREATED][..], &pid.to_le_bytes()].concat(),
+            Answer::Failed { kind, message } => {
+                let kind = match kind {
+                    FailureKind::InvalidSpec => INVALID_SPEC,
+                    FailureKind::Internal => FAILED,
+                };
+                [&[kind][..], message.as_bytes()].concat()
+            }
+        }
+    }
+
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Answer> {
+        let (variant, content) = bytes.split_first()?;
+        let kind = match *variant {
+            STARTED => return Some(Answer::Started),
+            CREATED => {
+                let pid = i32::from_le_bytes(content.try_into().ok()?);
+                return Some(Answer::Created { pid });
+            }
+            INVALID_SPEC => FailureKind::InvalidSpec,
+            FAILED => FailureKind::Internal,
+            _ => return None,
+        };
+        let message = String::from_utf8_lossy(content).into_owned();
+        Some(Answer::Failed { kind, message })
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -142,7 +225,7 @@ impl Zygote {
         sys::set_nonblocking(&ours)?;
         let mut fds: Vec<RawFd> = vec![theirs.as_raw_fd()];
         fds.extend(stdio.iter().map(AsRawFd::as_raw_fd));
-        ipc::send(&self.requests, request, &fds)?;
+        ipc::send(&self.requests, &request.encode(), &fds)?;
         drop(theirs);
         let answers = AnswerSocket(sys::on_runtime(ours, Interest::READABLE)?);
         // Covers the fork of this helper as well, the previous one may have
@@ -187,7 +270,7 @@ impl AnswerSocket {
     async fn next(&self) -> io::Result<Option<(Answer, Vec<OwnedFd>)>> {
         loop {
             let mut ready = self.0.readable().await?;
-            match ipc::receive(self.0.get_ref()) {
+            match receive_answer(self.0.get_ref()) {
                 Err(e) if sys::would_block(&e) => ready.clear_ready(),
                 result => return result,
             }
@@ -195,10 +278,20 @@ impl AnswerSocket {
     }
 
     fn try_next(&self) -> io::Result<Option<(Answer, Vec<OwnedFd>)>> {
-        match ipc::receive(self.0.get_ref()) {
+        match receive_answer(self.0.get_ref()) {
             Err(e) if sys::would_block(&e) => Ok(None),
             result => result,
         }
+    }
+}
+
+fn receive_answer(socket: &OwnedFd) -> io::Result<Option<(Answer, Vec<OwnedFd>)>> {
+    let Some((bytes, fds)) = ipc::receive(socket)? else {
+        return Ok(None);
+    };
+    match Answer::decode(&bytes) {
+        Some(answer) => Ok(Some((answer, fds))),
+        None => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 
@@ -268,5 +361,44 @@ fn wait_for(fd: &OwnedFd, events: PollFlags, timeout: PollTimeout) -> io::Result
             Err(e) => return Err(e.into()),
             Ok(n) => return Ok(n > 0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_survive_the_round_trip() {
+        for bits in 0..32 {
+            let request = CreateRequest {
+                container_id: "c-1".into(),
+                dir: "/run/x/1".into(),
+                stdio: [bits & 1 != 0, bits & 2 != 0, bits & 4 != 0],
+                no_pivot: bits & 8 != 0,
+                no_new_keyring: bits & 16 != 0,
+            };
+            assert_eq!(CreateRequest::decode(&request.encode()), Some(request));
+        }
+        assert_eq!(CreateRequest::decode(b""), None);
+        assert_eq!(CreateRequest::decode(b"\0no end"), None);
+    }
+
+    #[test]
+    fn answers_survive_the_round_trip() {
+        let failed = |kind| Answer::Failed {
+            kind,
+            message: "exec: \"x\"".into(),
+        };
+        for answer in [
+            Answer::Started,
+            Answer::Created { pid: 4711 },
+            failed(FailureKind::InvalidSpec),
+            failed(FailureKind::Internal),
+        ] {
+            assert_eq!(Answer::decode(&answer.encode()), Some(answer));
+        }
+        assert_eq!(Answer::decode(&[CREATED, 1]), None);
+        assert_eq!(Answer::decode(&[9]), None);
     }
 }

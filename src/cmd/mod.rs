@@ -176,7 +176,7 @@ pub fn run() -> u8 {
 
 /// What `--version` prints; docker reads the first two lines.
 fn version_text() -> &'static str {
-    concat!(env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0")
+    concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0")
 }
 
 /// Prints to standard output; a reader that went away is no error of ours.

@@ -57,7 +57,8 @@ pub enum Error {
     Sandbox(#[from] crate::sandbox::Error),
     #[error(transparent)]
     StandIn(#[from] crate::standin::spawn::Error),
-    #[error("unable to start container process: {0}")]
+    /// The agent's words.
+    #[error("{0}")]
     Process(String),
     #[error(transparent)]
     Agent(crate::agent_client::Error),

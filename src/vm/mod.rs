@@ -64,8 +64,8 @@ pub trait Vm {
     /// What has happened, without waiting. `None`: nothing more for now.
     ///
     /// # Errors
-    /// The hypervisor said something that cannot be understood. It may be called
-    /// again.
+    /// The hypervisor said something that cannot be understood. Events may still
+    /// follow: it is called again until it answers `None`.
     fn next_event(&mut self) -> Result<Option<VmEvent>, Error>;
 
     /// Stops the virtual CPUs. Idempotent.

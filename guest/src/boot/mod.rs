@@ -8,7 +8,6 @@
 mod cmdline;
 mod modules;
 mod mounts;
-pub mod network;
 
 use std::io;
 
@@ -56,18 +55,8 @@ pub fn prepare() -> Result<Config, BootError> {
     let config = mounts::move_to_own_root()?;
     mounts::mount_share()?;
     cgroup::enable_controllers().map_err(BootError::io("enabling cgroup controllers"))?;
-    network::bring_up_loopback().map_err(BootError::io("bringing up the loopback interface"))?;
-    tune_kernel();
     raise_limits().map_err(BootError::io("raising limits"))?;
     Ok(config)
-}
-
-/// Settings that only cost time or a feature when the kernel lacks them.
-fn tune_kernel() {
-    // Making and ending namespaces, cgroups and mounts waits for RCU. The
-    // ordinary grace periods save power on machines with many processors; this
-    // one has few and containers wait for them.
-    drop(std::fs::write("/sys/kernel/rcu_expedited", "1"));
 }
 
 /// Limits of this process, from which containers' are derived.

@@ -50,6 +50,17 @@ impl Cgroup {
         fs::create_dir(&self.path)
     }
 
+    /// Lets it use no swap.
+    ///
+    /// # Errors
+    /// Of writing the limit; none when the kernel has no swap.
+    pub fn forbid_swap(&self) -> io::Result<()> {
+        match fs::write(self.path.join("memory.swap.max"), "0") {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        }
+    }
+
     /// Kills every process in it.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Creating a container, from the request to the waiting process.
 
-use std::fs;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 
 use libcontainer::container::builder::ContainerBuilder;
@@ -10,6 +10,7 @@ use oci_spec::runtime::Spec;
 
 use super::executor::Program;
 use super::failure::{self, Failure};
+use super::namespaces::Network;
 use super::terminal::{self, ConsoleSocket};
 use super::{INNER_ID, SPEC_FILE, namespaces, rootfs, spec};
 use crate::cgroup::{Cgroup, devices};
@@ -28,8 +29,9 @@ pub struct CreatedContainer {
 /// left to the agent.
 pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedContainer, Failure> {
     failure::start_collecting().map_err(Failure::io("memfd"))?;
-    let json = fs::read(request.dir.join(SPEC_FILE)).map_err(Failure::io("reading the spec"))?;
-    let mut spec = spec::parse(&json)?;
+    // This process ends by itself; taking the spec apart first would be work for
+    // nothing.
+    let mut spec = ManuallyDrop::new(spec::load(&request.dir.join(SPEC_FILE))?);
     let cgroup = Cgroup::of(&request.container_id);
     spec::normalise(&mut spec, &cgroup.path_in_hierarchy())?;
     let (env, terminal) = match spec.process() {
@@ -49,8 +51,7 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
         join_new_keyring(&request.container_id)?;
     }
     let uid = owner_of_stdio(&spec);
-    // As it is before its namespaces get paths.
-    let given_linux = spec.linux().clone();
+    let network = Network::of(spec.linux().as_ref());
     let _user_namespace = match spec.linux_mut() {
         Some(linux) => namespaces::make_user_namespace(linux)?,
         None => None,
@@ -64,14 +65,14 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
         false => None,
     };
     let program = Program::new(env, late_cwd);
+    // With a terminal, the streams are its.
+    let stdio = if terminal { Vec::new() } else { stdio };
     let pid = build(request, program, console.as_ref(), stdio, uid)?;
     let master = console.map(ConsoleSocket::receive).transpose()?;
     if let (Some(master), Some(process)) = (&master, spec.process()) {
         terminal::finish(master, process, uid)?;
     }
-    if let Some(linux) = &given_linux {
-        namespaces::bring_up_loopback(linux, pid)?;
-    }
+    network.bring_up_loopback(pid)?;
     Ok(CreatedContainer {
         pid,
         terminal: master,
@@ -103,13 +104,15 @@ fn build(
             _ => builder.with_stderr(stream),
         };
     }
-    let container = builder
-        .as_init(&request.dir)
-        .with_systemd(false)
-        .with_detach(true)
-        .with_no_pivot(request.no_pivot)
-        .build()
-        .map_err(invalid)?;
+    let container = ManuallyDrop::new(
+        builder
+            .as_init(&request.dir)
+            .with_systemd(false)
+            .with_detach(true)
+            .with_no_pivot(request.no_pivot)
+            .build()
+            .map_err(invalid)?,
+    );
     container
         .pid()
         .map(nix::unistd::Pid::as_raw)
@@ -120,10 +123,18 @@ fn build(
 /// sets the limits: it has no device rules without a BPF library.
 fn prepare_cgroup(cgroup: &Cgroup, spec: &Spec) -> Result<(), Failure> {
     cgroup.create().map_err(Failure::io("making the cgroup"))?;
-    let rules = spec
-        .linux()
-        .as_ref()
-        .and_then(|l| l.resources().as_ref())
+    let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+    if let Some(memory) = resources.and_then(|r| r.memory().as_ref()) {
+        // The sum of memory and swap in the spec, swap alone in cgroup v2.
+        // libcgroups takes the difference for "not set" when it is zero.
+        let no_swap = memory.limit().is_some_and(|l| l > 0) && memory.limit() == memory.swap();
+        if no_swap {
+            cgroup
+                .forbid_swap()
+                .map_err(Failure::io("forbidding swap"))?;
+        }
+    }
+    let rules = resources
         .and_then(|r| r.devices().as_deref())
         .unwrap_or_default();
     let rules = devices::rules(rules).map_err(|e| Failure::invalid(e.to_string()))?;

@@ -29,6 +29,12 @@ const FINAL: char = '!';
 
 static COLLECTOR: OnceLock<File> = OnceLock::new();
 
+/// What libcontainer puts in front of an error on its way from the process that
+/// met it. Left out for the reader; nothing depends on it.
+const WRAPPER: &str = "failed to create container: ";
+const INIT_WRAPPER: &str = "exec process failed with error error in executing process : ";
+const INTERMEDIATE_WRAPPER: &str = "intermediate process error ";
+
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// The spec cannot be honoured.
@@ -61,22 +67,16 @@ impl Failure {
             return Failure::InvalidSpec(message.to_owned());
         }
         let mut message = String::from("unable to start container process: ");
-        let mut cause: Option<&dyn std::error::Error> = Some(error);
-        let mut last = String::new();
-        while let Some(e) = cause {
-            let text = e.to_string();
-            // Transparent wrappers repeat the text of what they wrap.
-            if text != last {
-                let colon = if last.is_empty() { "" } else { ": " };
-                // Writing to a string cannot fail.
-                let _ = write!(message, "{colon}{text}");
-                last = text;
+        let text = chain(error);
+        let text = text.strip_prefix(WRAPPER).unwrap_or(&text);
+        match text.strip_prefix(INIT_WRAPPER) {
+            // What the intermediate process or the helper met is in the text.
+            None => message.push_str(text.strip_prefix(INTERMEDIATE_WRAPPER).unwrap_or(text)),
+            Some(text) => {
+                message.push_str("error during container init: ");
+                message.push_str(text);
+                message.push_str(&innermost(&logged));
             }
-            cause = e.source();
-        }
-        if let Some(first) = logged.first() {
-            // As above.
-            let _ = write!(message, ": {}", spell_out_errnos(first));
         }
         match error {
             LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_) => {
@@ -95,6 +95,24 @@ impl Failure {
         truncate(&mut message, MAX_MESSAGE);
         (kind, message)
     }
+}
+
+/// An error and its causes, outermost first.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut last = error.to_string();
+    let mut message = last.clone();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        let text = e.to_string();
+        // Transparent wrappers repeat the text of what they wrap.
+        if text != last {
+            message.push_str(": ");
+            message.push_str(&text);
+            last = text;
+        }
+        cause = e.source();
+    }
+    message
 }
 
 /// Starts collecting what libcontainer logs in this process and those it clones.
@@ -145,6 +163,61 @@ fn logged() -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
+/// The first error that was logged, with the reason if only later ones have it.
+fn innermost(logged: &[String]) -> String {
+    let Some(first) = logged.first() else {
+        return String::new();
+    };
+    let mut text = format!(": {}", tidy(&spell_out_errnos(first)));
+    let reason = logged.iter().find_map(|line| first_errno(line));
+    if let Some(reason) = reason.map(words) {
+        if !text.contains(&reason) {
+            text.push_str(": ");
+            text.push_str(&reason);
+        }
+    }
+    text
+}
+
+fn first_errno(line: &str) -> Option<Errno> {
+    line.split(|c: char| !c.is_ascii_alphanumeric())
+        .find_map(errno_by_name)
+}
+
+fn words(errno: Errno) -> String {
+    errno.desc().to_lowercase()
+}
+
+/// Takes `Some(...)` and absent fields out of a `Debug` text.
+fn tidy(text: &str) -> String {
+    let mut parts: Vec<&str> = text.split(", ").collect();
+    let last = parts.pop().unwrap_or_default();
+    parts.retain(|part| !part.ends_with(": None"));
+    let last_is_absent = last.contains(": None }");
+    let mut out = parts.join(", ");
+    if last_is_absent {
+        out.push_str(last.split_once(": None").map_or("", |(_, rest)| rest));
+    } else {
+        if !out.is_empty() {
+            out.push_str(", ");
+        }
+        out.push_str(last);
+    }
+    while let Some(start) = out.find("Some(") {
+        let inner = start + "Some(".len();
+        let mut depth = 1;
+        let end = out[inner..].find(|c| {
+            depth += i32::from(c == '(') - i32::from(c == ')');
+            depth == 0
+        });
+        if let Some(end) = end {
+            out.remove(inner + end);
+        }
+        out.replace_range(start..inner, "");
+    }
+    out
+}
+
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -168,7 +241,7 @@ fn spell_out_errnos(text: &str) -> String {
             continue;
         }
         match errno_by_name(&word) {
-            Some(errno) => out.push_str(&errno.desc().to_lowercase()),
+            Some(errno) => out.push_str(&words(errno)),
             None => out.push_str(&word),
         }
         word.clear();
@@ -253,6 +326,26 @@ mod tests {
             "failed to chdir: Nix(no such file or directory)"
         );
         assert_eq!(spell_out_errnos("EXIT Early E"), "EXIT Early E");
+    }
+
+    #[test]
+    fn debug_texts_lose_what_is_absent() {
+        assert_eq!(
+            tidy(r#"failed Mount { to: "/x", typ: Some("t(1)"), opt: None, gid: None }: syscall"#),
+            r#"failed Mount { to: "/x", typ: "t(1)" }: syscall"#
+        );
+        assert_eq!(tidy("plain, text"), "plain, text");
+    }
+
+    #[test]
+    fn the_reason_is_taken_from_where_it_is() {
+        let logged = ["cannot mount: syscall", "no rootfs: Mount(Nix(ENODEV))"];
+        let logged: Vec<_> = logged.map(str::to_owned).to_vec();
+        assert_eq!(
+            innermost(&logged),
+            ": cannot mount: syscall: no such device"
+        );
+        assert_eq!(innermost(&[]), "");
     }
 
     #[test]

@@ -68,25 +68,29 @@ pub fn prepare_zygote() -> io::Result<()> {
 /// # Errors
 /// Of the sockets; failures of the operation are answered.
 pub fn run(requests: &OwnedFd) -> io::Result<()> {
-    let Some((request, fds)) = ipc::receive::<CreateRequest>(requests)? else {
+    let Some((request, fds)) = ipc::receive(requests)? else {
         return Ok(());
     };
+    let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+    let request = CreateRequest::decode(&request).ok_or_else(|| invalid("not a request"))?;
     let mut fds = fds.into_iter();
-    let answers = fds
-        .next()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no answer socket"))?;
+    let answers = fds.next().ok_or_else(|| invalid("no answer socket"))?;
     let me = sys::pidfd_open(nix::unistd::getpid().as_raw())?;
-    ipc::send(&answers, &Answer::Started, &[me.as_raw_fd()])?;
+    ipc::send(&answers, &Answer::Started.encode(), &[me.as_raw_fd()])?;
     drop(me);
     reset_inherited_state();
     match create::create(&request, fds.collect()) {
         Ok(created) => {
             let master: Vec<_> = created.terminal.iter().map(AsRawFd::as_raw_fd).collect();
-            ipc::send(&answers, &Answer::Created { pid: created.pid }, &master)?;
+            ipc::send(
+                &answers,
+                &Answer::Created { pid: created.pid }.encode(),
+                &master,
+            )?;
         }
         Err(failure) => {
             let (kind, message) = failure.into_parts();
-            ipc::send(&answers, &Answer::Failed { kind, message }, &[])?;
+            ipc::send(&answers, &Answer::Failed { kind, message }.encode(), &[])?;
         }
     }
     // The agent closes its end when it knows the process; see zygote.rs.
@@ -96,9 +100,9 @@ pub fn run(requests: &OwnedFd) -> io::Result<()> {
 /// What a container must not inherit from the agent: the signals Rust's runtime
 /// ignores, the agent's OOM protection and its file limit.
 fn reset_inherited_state() {
-    for number in [Signal::SIGPIPE, Signal::SIGCHLD] {
+    for number in Signal::iterator() {
         // SAFETY: restores the default action; no handler runs in this process.
-        // Cannot fail for a valid signal.
+        // Fails for SIGKILL and SIGSTOP, which have no other.
         let _ = unsafe { signal(number, SigHandler::SigDfl) };
     }
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);

@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -16,7 +16,6 @@ use nix::unistd::{ForkResult, Pid, fork};
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
 
 use super::Failure;
-use crate::boot::network;
 use crate::sys;
 
 /// Makes the user namespace that `linux` asks for and has libcontainer join it.
@@ -114,21 +113,67 @@ fn open_mapped_namespace(
     Ok(File::open(format!("/proc/{child}/ns/user"))?.into())
 }
 
-/// Brings up the loopback interface of a process's network namespace, when it is
-/// one made for the container. This process stays in that namespace.
-pub fn bring_up_loopback(linux: &Linux, pid: i32) -> Result<(), Failure> {
-    let new = linux
-        .namespaces()
-        .iter()
-        .flatten()
-        .any(|ns| ns.typ() == LinuxNamespaceType::Network && ns.path().is_none());
-    if !new {
-        return Ok(());
+/// Where a container's network is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// In a namespace of its own.
+    New,
+    /// In the namespace of the machine.
+    Machine,
+    /// In a namespace that exists, and is complete.
+    Joined,
+}
+
+impl Network {
+    pub fn of(linux: Option<&Linux>) -> Network {
+        let namespace = linux
+            .and_then(|l| l.namespaces().as_deref())
+            .unwrap_or_default()
+            .iter()
+            .find(|ns| ns.typ() == LinuxNamespaceType::Network);
+        match namespace {
+            None => Network::Machine,
+            Some(ns) if ns.path().is_none() => Network::New,
+            Some(_) => Network::Joined,
+        }
     }
-    File::open(format!("/proc/{pid}/ns/net"))
-        .and_then(|ns| Ok(setns(&ns, CloneFlags::CLONE_NEWNET)?))
-        .and_then(|()| network::bring_up_loopback())
-        .map_err(Failure::io("bringing up the loopback interface"))
+
+    /// Brings up the loopback interface that the container's process `pid` will
+    /// use. This process stays in the process's namespace.
+    pub fn bring_up_loopback(self, pid: i32) -> Result<(), Failure> {
+        let entered = match self {
+            Network::Joined => return Ok(()),
+            Network::Machine => Ok(()),
+            Network::New => File::open(format!("/proc/{pid}/ns/net"))
+                .and_then(|ns| Ok(setns(&ns, CloneFlags::CLONE_NEWNET)?)),
+        };
+        entered
+            .and_then(|()| loopback_up())
+            .map_err(Failure::io("bringing up the loopback interface"))
+    }
+}
+
+/// Brings `lo` up; the kernel gives it its addresses.
+fn loopback_up() -> io::Result<()> {
+    // SAFETY: plain integers.
+    let socket = sys::check(
+        unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) }.into(),
+    )?;
+    // SAFETY: just made for us; descriptors fit an int.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket as i32) };
+    // SAFETY: ifreq is plain data, for which zero is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as libc::c_char;
+    }
+    let fd = socket.as_raw_fd();
+    // SAFETY: the request names an interface and has room for its flags.
+    sys::check(unsafe { libc::ioctl(fd, libc::SIOCGIFFLAGS, &raw mut request) }.into())?;
+    // SAFETY: the call above stored the flags, which is the active union field.
+    unsafe { request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short };
+    // SAFETY: as above.
+    sys::check(unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS, &raw const request) }.into())?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use std::fs::{self, Permissions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
@@ -60,7 +61,10 @@ pub fn make_cwd(spec: &mut Spec) -> Result<Option<PathBuf>, Failure> {
 fn make_dirs(base: &Path, path: &Path) -> io::Result<()> {
     let root = Root::open(base).map_err(io_error)?;
     match root.resolve(path) {
-        Ok(_) => Ok(()),
+        Ok(found) => match fs::File::from(OwnedFd::from(found)).metadata()?.is_dir() {
+            true => Ok(()),
+            false => Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
+        },
         Err(_) => root
             .mkdir_all(path, &Permissions::from_mode(NEW_DIR_MODE))
             .map(drop)

@@ -12,6 +12,7 @@
 //! | mount without `source` | error | the type |
 //! | mount options it does not know, of a bind mount | ignored | refused |
 //! | propagation of a mount | ignored | private and slave are what it is anyway, shared is refused |
+//! | `pids.limit: 0` | one process | no limit |
 //! | `rdma`, `network`, `swappiness`, `disableOOMKiller` | ignored | refused |
 //! | SELinux labels | ignored | refused |
 
@@ -25,6 +26,7 @@ use oci_spec::runtime::{
 };
 
 use super::Failure;
+use super::failure::chain;
 use super::passwd::DEFAULT_HOME;
 
 /// Option of a tmpfs: start with a copy of what it covers.
@@ -32,12 +34,13 @@ pub const TMPCOPYUP: &str = "tmpcopyup";
 
 type Result<T> = std::result::Result<T, Failure>;
 
-/// Reads a spec as the host sent it.
+/// Reads a spec as the host sent it. In the way libcontainer will: under
+/// emulation the second reader of another kind would cost more than reading.
 ///
 /// # Errors
 /// `InvalidSpec` when it is not one.
-pub fn parse(json: &[u8]) -> Result<Spec> {
-    serde_json::from_slice(json).map_err(|e| Failure::invalid(format!("invalid config.json: {e}")))
+pub fn load(path: &Path) -> Result<Spec> {
+    Spec::load(path).map_err(|e| Failure::invalid(format!("invalid config.json: {}", chain(&e))))
 }
 
 /// Refuses what cannot be honoured and fills in defaults, see the module's
@@ -189,8 +192,12 @@ fn normalise_linux(linux: &mut Linux) -> Result<()> {
     };
     linux.set_rootfs_propagation(propagation.map(str::to_owned));
     normalise_seccomp(linux)?;
-    if let Some(resources) = linux.resources() {
+    if let Some(resources) = linux.resources_mut() {
         check_resources(resources)?;
+        // runc leaves the number of processes alone at 0, libcgroups makes it 1.
+        if let Some(pids) = resources.pids_mut().as_mut().filter(|p| p.limit() == 0) {
+            pids.set_limit(-1);
+        }
     }
     Ok(())
 }

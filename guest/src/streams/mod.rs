@@ -22,6 +22,7 @@ pub use connection::Connection;
 pub use control::serve as serve_control;
 pub use relay::{relay_input, relay_output, relay_terminal_input, relay_terminal_output};
 
+use crate::sys;
 use crate::transport::Listener;
 
 /// How long a connection may take to say what it is.
@@ -68,7 +69,7 @@ impl Streams {
     pub fn serve(listener: Listener) -> Arc<Streams> {
         let streams = Arc::new(Streams::default());
         let this = Arc::clone(&streams);
-        tokio::spawn(async move {
+        sys::spawn(async move {
             loop {
                 match listener.accept().await.and_then(Connection::new) {
                     Ok(connection) => this.admit(connection),
@@ -129,7 +130,7 @@ impl Streams {
             inner.waiting += 1;
         }
         let this = Arc::clone(self);
-        tokio::spawn(async move {
+        sys::spawn(async move {
             let header = timeout(HEADER_DEADLINE, read_header(&connection)).await;
             match header {
                 Ok(Ok(header)) => this.arrive(header, connection).await,

@@ -1,23 +1,22 @@
-//! The remembered answer: `kvm.json` in a private directory under /run.
+//! The remembered answer about KVM: `kvm.json`.
 //!
 //! It is valid for one boot of one kernel with one /dev/kvm node (reloading the
 //! module makes a new one) and one user. A record of anything else is ignored
 //! and replaced.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::KvmStatus;
+use super::{KvmStatus, record};
 
 /// Bumped when the record or the probe changes.
 const VERSION: u32 = 1;
-const MAX_RECORD: u64 = 4096;
 /// Longest wait for another process's probe, a few times what it takes.
 const LOCK_DEADLINE: Duration = Duration::from_secs(3);
 const LOCK_RETRY: Duration = Duration::from_millis(5);
@@ -45,15 +44,12 @@ struct Record {
 
 impl Machine {
     pub(super) fn current(kvm_device: &Path) -> io::Result<Machine> {
-        let kernel = |name: &str| -> io::Result<String> {
-            let text = std::fs::read_to_string(Path::new("/proc/sys/kernel").join(name))?;
-            Ok(text.trim().to_owned())
-        };
         let node = std::fs::metadata(kvm_device)?;
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
         Ok(Machine {
             version: VERSION,
-            boot_id: kernel("random/boot_id")?,
-            kernel: kernel("osrelease")?,
+            boot_id: record::boot_id()?,
+            kernel: kernel.trim().to_owned(),
             device: (node.rdev(), node.ino(), node.ctime(), node.ctime_nsec()),
             uid: rustix::process::geteuid().as_raw(),
         })
@@ -84,14 +80,7 @@ impl Cache {
     }
 
     pub(super) fn get(&self, machine: &Machine) -> Option<KvmStatus> {
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(self.record_path())
-            .ok()?;
-        let mut text = String::new();
-        file.take(MAX_RECORD).read_to_string(&mut text).ok()?;
-        let record: Record = serde_json::from_str(&text).ok()?;
+        let record: Record = record::read(&self.record_path()).ok()?;
         if record.machine != *machine {
             return None;
         }
@@ -104,7 +93,7 @@ impl Cache {
         })
     }
 
-    /// Stores an answer in place of the previous one, whole or not at all.
+    /// Stores an answer in place of the previous one.
     pub(super) fn put(&self, machine: &Machine, status: &KvmStatus) -> io::Result<()> {
         let (usable, reason) = match status {
             KvmStatus::Usable => (true, String::new()),
@@ -116,26 +105,13 @@ impl Cache {
             usable,
             reason,
         };
-        let temporary = self.dir.join(format!("kvm.json.{}", std::process::id()));
-        let write = || {
-            let mut file = private_file(&temporary, true)?;
-            serde_json::to_writer(&file, &record)?;
-            file.write_all(b"\n")?;
-            std::fs::rename(&temporary, self.record_path())
-        };
-        write().inspect_err(|_| {
-            // The error that matters is the first one.
-            let _ = std::fs::remove_file(&temporary);
-        })
+        record::write(&self.record_path(), &record)
     }
 
     /// Keeps other processes from probing until the file is dropped.
     pub(super) fn lock(&self) -> io::Result<File> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.dir)?;
-        let file = private_file(&self.dir.join("kvm.lock"), false)?;
+        record::make_dir(&self.dir)?;
+        let file = record::private_file(&self.dir.join("kvm.lock"), false)?;
         let start = Instant::now();
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -148,14 +124,4 @@ impl Cache {
             }
         }
     }
-}
-
-fn private_file(path: &Path, truncate: bool) -> io::Result<File> {
-    OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(truncate)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
 }

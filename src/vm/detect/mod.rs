@@ -9,6 +9,8 @@
 mod cache;
 mod guest;
 mod probe;
+mod record;
+mod tsc;
 
 use std::fmt;
 use std::io;
@@ -16,6 +18,8 @@ use std::path::Path;
 
 use cache::{Cache, Machine};
 use probe::Outcome;
+
+pub use tsc::frequency_khz as tsc_frequency_khz;
 
 /// Whether KVM is there and works.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +42,7 @@ impl fmt::Display for KvmStatus {
 const KVM_DEVICE: &str = "/dev/kvm";
 
 /// Asks the cache below `cache_dir`, or else the machine. A probe takes some
-/// milliseconds where KVM works and about half a second where it does not.
+/// milliseconds where KVM works and up to two seconds where it does not.
 ///
 /// Never fails: what cannot be found out is `Unusable` with the reason, and a
 /// cache that cannot be used only costs the time of another probe.

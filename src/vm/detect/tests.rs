@@ -118,7 +118,7 @@ fn the_machine_answers_within_the_deadline() {
     let start = Instant::now();
     let first = kvm(dir.path());
     assert!(
-        start.elapsed() < Duration::from_secs(2),
+        start.elapsed() < Duration::from_secs(4),
         "{:?}",
         start.elapsed()
     );

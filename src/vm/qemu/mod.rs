@@ -299,7 +299,23 @@ impl QemuVm {
         let running = self.running.as_mut();
         let qmp = running.and_then(|running| running.qmp.as_mut());
         let qmp = qmp.ok_or(Error::NotRunning { operation })?;
-        qmp.execute(command, None, self.command_deadline)?;
+        let result = qmp.execute(command, None, self.command_deadline);
+        // What came before the answer is off the socket, which stays silent.
+        self.read_qmp()?;
+        if !self.events.is_empty() {
+            self.wake().map_err(|source| Error::Io {
+                context: "cannot announce an event of QEMU",
+                source,
+            })?;
+        }
+        result?;
+        Ok(())
+    }
+
+    /// Makes the event descriptor readable.
+    fn wake(&self) -> io::Result<()> {
+        let at_once = Expiration::OneShot(Duration::from_nanos(1).into());
+        self.timer.set(at_once, TimerSetTimeFlags::empty())?;
         Ok(())
     }
 
@@ -323,7 +339,7 @@ impl Vm for QemuVm {
             resize_memory: false,
             attach_block: false,
             attach_net: false,
-            emulated: self.accel == Accel::Tcg,
+            emulated: matches!(self.accel, Accel::Tcg { .. }),
         }
     }
 
@@ -447,19 +463,23 @@ fn check_program(path: &Path) -> Result<(), Error> {
 
 fn choose_accel(wanted: config::Accel, cache_dir: &Path) -> Result<Accel, Error> {
     use detect::KvmStatus;
-    if wanted == config::Accel::Tcg {
-        return Ok(Accel::Tcg);
-    }
-    match (detect::kvm(cache_dir), wanted) {
-        (KvmStatus::Usable, _) => Ok(Accel::Kvm),
-        (status, config::Accel::Kvm) => Err(Error::KvmUnusable {
-            reason: status.to_string(),
-        }),
-        (status, _) => {
-            log::debug!("emulating, because KVM is not used: {status}");
-            Ok(Accel::Tcg)
+    let status = match wanted {
+        config::Accel::Tcg => None,
+        config::Accel::Kvm | config::Accel::Auto => Some(detect::kvm(cache_dir)),
+    };
+    match (status, wanted) {
+        (Some(KvmStatus::Usable), _) => return Ok(Accel::Kvm),
+        (Some(status), config::Accel::Kvm) => {
+            return Err(Error::KvmUnusable {
+                reason: status.to_string(),
+            });
         }
+        (Some(status), _) => log::debug!("emulating, because KVM is not used: {status}"),
+        (None, _) => {}
     }
+    Ok(Accel::Tcg {
+        tsc_khz: detect::tsc_frequency_khz(cache_dir),
+    })
 }
 
 /// Draws the consequences of what QEMU says.

@@ -148,11 +148,6 @@ impl Qmp {
         }
     }
 
-    /// Whether [`Qmp::next`] has something although the socket may be silent.
-    pub(super) fn has_queued(&self) -> bool {
-        !self.queued.is_empty()
-    }
-
     fn receive(&mut self) -> Result<Option<Message>, QmpError> {
         loop {
             if let Some(end) = self.partial.iter().position(|&byte| byte == b'\n') {
@@ -254,7 +249,6 @@ mod tests {
         .unwrap();
         let answer = qmp.execute("query-status", None, DEADLINE).unwrap();
         assert_eq!(answer["status"], "paused");
-        assert!(qmp.has_queued());
         assert_eq!(qmp.next().unwrap(), Some(Message::Greeting));
         assert!(matches!(
             qmp.next().unwrap(),

@@ -15,7 +15,7 @@ fn normalised(change: impl FnOnce(&mut Value)) -> Result<Spec> {
         "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}]},
     });
     change(&mut config);
-    let mut spec = parse(config.to_string().as_bytes())?;
+    let mut spec: Spec = serde_json::from_value(config).unwrap();
     normalise(&mut spec, Path::new("/kuasar-x"))?;
     Ok(spec)
 }

@@ -13,14 +13,13 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::passthrough::PassthroughFs;
-use virtiofsd::server::Server;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
+use super::FileServer;
 use crate::vm::devices::throttle::Throttle;
 use crate::vm::devices::vhost_user::{Ring, is_running, panic_text};
 
@@ -34,13 +33,13 @@ const QUEUE_SIZE: usize = 1024;
 
 /// The file server and what the worker needs to run it.
 pub struct Backend {
-    server: Server<PassthroughFs>,
+    server: FileServer,
     memory: Mutex<Option<Memory>>,
     noise: Mutex<Throttle>,
 }
 
 impl Backend {
-    pub fn new(server: Server<PassthroughFs>) -> Arc<Self> {
+    pub fn new(server: FileServer) -> Arc<Self> {
         Arc::new(Self {
             server,
             memory: Mutex::new(None),
