@@ -11,7 +11,8 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::OnceLock;
 
-use libcontainer::error::LibcontainerError;
+use libcontainer::process::channel::ChannelError;
+use libcontainer::process::container_main_process::ProcessError;
 use nix::errno::Errno;
 use tracing_core::field::{Field, Visit};
 use tracing_core::span::{Attributes, Id, Record};
@@ -29,11 +30,9 @@ const FINAL: char = '!';
 
 static COLLECTOR: OnceLock<File> = OnceLock::new();
 
-/// What libcontainer puts in front of an error on its way from the process that
-/// met it. Left out for the reader; nothing depends on it.
-const WRAPPER: &str = "failed to create container: ";
-const INIT_WRAPPER: &str = "exec process failed with error error in executing process : ";
-const INTERMEDIATE_WRAPPER: &str = "intermediate process error ";
+/// What libcontainer puts in front of an error of the container's process. Left
+/// out for the reader; nothing depends on it.
+const INIT_WRAPPER: &str = "error in executing process : ";
 
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -61,29 +60,28 @@ impl Failure {
     }
 
     /// The failure libcontainer met, from its error and from what it logged.
-    pub fn from_libcontainer(error: &LibcontainerError) -> Failure {
+    pub fn from_libcontainer(error: &ProcessError) -> Failure {
         let logged = logged();
         if let Some(message) = logged.iter().find_map(|l| l.strip_prefix(FINAL)) {
             return Failure::InvalidSpec(message.to_owned());
         }
         let mut message = String::from("unable to start container process: ");
-        let text = chain(error);
-        let text = text.strip_prefix(WRAPPER).unwrap_or(&text);
-        match text.strip_prefix(INIT_WRAPPER) {
-            // What the intermediate process or the helper met is in the text.
-            None => message.push_str(text.strip_prefix(INTERMEDIATE_WRAPPER).unwrap_or(text)),
-            Some(text) => {
+        match error {
+            // Of the container's process: only the outermost text came through.
+            ProcessError::Channel(ChannelError::ExecError(text)) => {
                 message.push_str("error during container init: ");
-                message.push_str(text);
+                message.push_str(text.strip_prefix(INIT_WRAPPER).unwrap_or(text));
+                message.push_str(&innermost(&logged));
+            }
+            // Of the process between: its texts are complete.
+            ProcessError::Channel(ChannelError::OtherError(text)) => message.push_str(text),
+            // Of this process, or of one that ended without a word.
+            other => {
+                message.push_str(&chain(other));
                 message.push_str(&innermost(&logged));
             }
         }
-        match error {
-            LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_) => {
-                Failure::InvalidSpec(message)
-            }
-            _ => Failure::Other(message),
-        }
+        Failure::Other(message)
     }
 
     pub fn into_parts(self) -> (FailureKind, String) {
