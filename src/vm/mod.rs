@@ -31,9 +31,11 @@ use std::time::Duration;
 
 use crate::config::{Config, Hypervisor};
 
-pub use log_pump::LOG_LIMIT;
-
 /// One virtual machine.
+#[allow(
+    dead_code,
+    reason = "the verbs on running machines wait for the commands that need them"
+)]
 pub trait Vm {
     /// Name for messages and state files, as in the configuration.
     fn hypervisor(&self) -> &'static str;
@@ -137,8 +139,8 @@ pub struct VmConfig {
     pub vsock_socket: String,
     /// The pod's shared directory.
     pub fs: FsDevice,
-    /// File that takes the guest's console; it is followed by `<name>.1` when it
-    /// reaches [`LOG_LIMIT`]. `None` drops the output.
+    /// File that takes the guest's console; a file that reached
+    /// `log_pump::LOG_LIMIT` becomes `<name>.1`. `None` drops the output.
     pub console_log: Option<String>,
     /// Lets the kernel print its messages, not only errors.
     pub verbose_console: bool,
@@ -159,6 +161,7 @@ pub struct FsDevice {
 }
 
 /// A device that can be attached to a running machine.
+#[allow(dead_code, reason = "see `Vm`")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Device {
     /// A host block device or image file, raw.
