@@ -204,7 +204,7 @@ pub enum Error {
     },
     /// A file of the installation is missing or cannot be used. `hint` says what
     /// to do about it.
-    #[error("cannot use the {what} {}: {source} ({hint})", path.display())]
+    #[error("cannot use the {what} {}: {} ({hint})", path.display(), reason(source))]
     File {
         what: &'static str,
         path: PathBuf,
@@ -213,7 +213,7 @@ pub enum Error {
     },
     #[error("qemu.accel is \"kvm\", but KVM does not work on this machine: {reason}")]
     KvmUnusable { reason: String },
-    #[error("cannot start {}: {step}: {source}", path.display())]
+    #[error("cannot start {}: {step}: {}", path.display(), reason(source))]
     Spawn {
         path: PathBuf,
         step: &'static str,
@@ -233,6 +233,17 @@ pub enum Error {
         context: &'static str,
         source: io::Error,
     },
+}
+
+/// An error in other words than the C library's where engines match on those:
+/// they take "no such file or directory" and "permission denied" for the
+/// container's command.
+fn reason(e: &io::Error) -> String {
+    match e.kind() {
+        io::ErrorKind::NotFound => "it does not exist".into(),
+        io::ErrorKind::PermissionDenied => "it may not be used".into(),
+        _ => e.to_string(),
+    }
 }
 
 /// A machine that has not been booted yet, with the hypervisor the configuration
