@@ -154,7 +154,10 @@ mod tests {
         let mode = fs::metadata(path.join("vsock.sock")).unwrap().permissions();
         assert_eq!(mode.mode() & 0o777, 0o600);
 
-        for connect in [connect::<&File>, connect_nonblocking::<&File>] {
+        for connect in [
+            |dir: &File, name: &str| connect(dir, name),
+            |dir: &File, name: &str| connect_nonblocking(dir, name),
+        ] {
             let mut client = connect(&dir, "vsock.sock").unwrap();
             let (mut server, _) = listener.accept().unwrap();
             client.write_all(b"hello").unwrap();
