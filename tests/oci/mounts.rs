@@ -163,7 +163,11 @@ fn the_cgroup_file_system_shows_the_container() {
     let world = World::new();
     let script = "cat /sys/fs/cgroup/cgroup.procs /sys/fs/cgroup/pids/cgroup.procs 2>/dev/null | sort -n | head -1
         mkdir /sys/fs/cgroup/x /sys/fs/cgroup/pids/x 2>/dev/null; echo mkdir=$?";
-    let out = world.run_script(script).ok();
+    let bundle = world.bundle().sh(script).with(|c| {
+        let namespaces = c["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.push(json!({ "type": "cgroup" }));
+    });
+    let out = world.run(&bundle, "c").ok();
     assert_eq!(out.stdout().lines().next(), Some("1"));
     assert_ne!(out.fact("mkdir"), "0", "the mount is read-only");
 }

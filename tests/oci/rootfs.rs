@@ -137,12 +137,17 @@ fn programs_can_map_execute_lock_and_connect_files() {
         ("fallocate", "1048576"),
         ("append", "one two three"),
         ("open and unlinked", "still here"),
-        ("unnamed", "4"),
         ("sparse", "true"),
         ("rename exchange", "ba"),
     ] {
         assert_eq!(out.fact(key), value, "{key}");
     }
+    // FUSE has O_TMPFILE since Linux 6.2; programs do without it.
+    let unnamed = out.fact("unnamed");
+    assert!(
+        unnamed == "4" || unnamed.contains("not supported"),
+        "{unnamed}"
+    );
     assert!(fs::read(work.join("mapped")).unwrap() == data::bytes(7, 256 * 1024));
     assert!(
         work.join("socket")
@@ -207,7 +212,12 @@ fn a_symlink_out_of_the_rootfs_is_not_followed_on_the_host() {
 
     let out = world.run(&bundle, "c");
     assert!(!out.stdout().contains("secret\n"), "{}", out.stdout());
-    assert!(out.stdout().contains("of-volume"), "{}", out.stdout());
+    assert!(
+        out.stdout().contains("of-volume"),
+        "{} {}",
+        out.stdout(),
+        out.stderr()
+    );
     assert!(volume.join("from-guest").exists());
     let names: Vec<_> = fs::read_dir(&secret)
         .unwrap()

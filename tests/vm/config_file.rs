@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use kuasar_runv_test_harness::world::guest_section;
+use kuasar_runv_test_harness::world::configuration;
 use kuasar_runv_test_harness::{Flavour, World};
 
 #[test]
@@ -57,7 +57,7 @@ fn a_missing_kernel_image_or_hypervisor_is_named() {
     ] {
         let mut text = format!("[guest]\nkernel = {kernel:?}\nimage = {image:?}\n");
         if let Some(qemu) = qemu {
-            text += &format!("[qemu]\npath = {qemu:?}\n");
+            text += &format!("[qemu]\naccel = \"tcg\"\npath = {qemu:?}\n");
         }
         world.configure(&text);
         let out = world.try_create(&bundle, "c");
@@ -73,7 +73,7 @@ fn a_kernel_that_is_none_fails_within_its_time() {
     fs::write(&kernel, "this is no kernel").unwrap();
     let image = Flavour::Source.artefact("initramfs.img");
     world.configure(&format!(
-        "[guest]\nkernel = {kernel:?}\nimage = {image:?}\n[timeouts]\nboot_s = 10\n"
+        "[guest]\nkernel = {kernel:?}\nimage = {image:?}\n[qemu]\naccel = \"tcg\"\n[timeouts]\nboot_s = 10\n"
     ));
     let bundle = world.bundle().sh("exit 0");
     let out = world.try_create(&bundle, "c").exits_with(1);
@@ -100,7 +100,7 @@ fn a_guest_without_an_agent_fails_within_its_time() {
     );
     fs::write(&image, trailer).unwrap();
     world.configure(&format!(
-        "[guest]\nkernel = {kernel:?}\nimage = {image:?}\n[timeouts]\nboot_s = 15\n"
+        "[guest]\nkernel = {kernel:?}\nimage = {image:?}\n[qemu]\naccel = \"tcg\"\n[timeouts]\nboot_s = 15\n"
     ));
     let bundle = world.bundle().sh("exit 0");
     let out = world.try_create(&bundle, "c").exits_with(1);
@@ -111,7 +111,7 @@ fn a_guest_without_an_agent_fails_within_its_time() {
 #[test]
 fn size_and_kernel_parameters_reach_the_vm() {
     let mut world = World::new();
-    let guest = guest_section(Flavour::Source);
+    let guest = configuration(Flavour::Source);
     world.configure(&format!(
         "{guest}kernel_params = \"krt.marker=1\"\n[vm]\nvcpus = 2\nmemory_mib = 300\n"
     ));

@@ -58,7 +58,7 @@ impl World {
             dir,
         };
         if world.runtime.is_ours {
-            world.configure(&guest_section(flavour));
+            world.configure(&configuration(flavour));
         }
         world
     }
@@ -268,11 +268,14 @@ impl Drop for World {
     }
 }
 
-/// The `[guest]` table of a configuration for this flavour.
+/// A configuration for this flavour: the guest, and how its instructions are
+/// executed. Emulation unless `KUASAR_RUNV_TEST_ACCEL` says otherwise, so that no
+/// test depends on what the runtime finds out about the machine.
 #[must_use]
-pub fn guest_section(flavour: Flavour) -> String {
+pub fn configuration(flavour: Flavour) -> String {
+    let accel = std::env::var("KUASAR_RUNV_TEST_ACCEL").unwrap_or_else(|_| "tcg".into());
     format!(
-        "[guest]\nkernel = {:?}\nimage = {:?}\n",
+        "[qemu]\naccel = {accel:?}\n[guest]\nkernel = {:?}\nimage = {:?}\n",
         flavour.artefact("vmlinux"),
         flavour.artefact("initramfs.img"),
     )
