@@ -36,7 +36,7 @@ pub struct CreatedContainer {
 /// and a state file and read both again: nobody here needs them, and under
 /// emulation that was a third of the time of a create.
 pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedContainer, Failure> {
-    failure::start_collecting().map_err(Failure::io("memfd"))?;
+    failure::start_collecting().map_err(Failure::io("making a pipe"))?;
     let mut spec = spec::load(&request.dir.join(SPEC_FILE))?;
     let cgroup = Cgroup::of(&request.container_id);
     spec::normalise(&mut spec, &cgroup.path_in_hierarchy())?;
@@ -104,7 +104,7 @@ fn build(
         console_socket: console.map(ConsoleSocket::container_end),
         notify_listener,
         preserve_fds: 0,
-        container: Some(container(request)?),
+        container: container(request, spec)?,
         // A new user namespace is joined like one that exists.
         user_ns_config: None,
         cgroup_config: libcgroups::common::CgroupConfig {
@@ -127,8 +127,13 @@ fn build(
     Ok(pid.as_raw())
 }
 
-/// What libcontainer tells hooks and seccomp listeners about the container.
-fn container(request: &CreateRequest) -> Result<Container, Failure> {
+/// What libcontainer tells hooks and seccomp listeners about the container, and
+/// asks for when there is either.
+fn container(request: &CreateRequest, spec: &Spec) -> Result<Option<Container>, Failure> {
+    let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
+    if seccomp.is_none() && spec.hooks().is_none() {
+        return Ok(None);
+    }
     Container::new(
         &request.container_id,
         ContainerStatus::Creating,
@@ -136,6 +141,7 @@ fn container(request: &CreateRequest) -> Result<Container, Failure> {
         &request.dir,
         &request.dir,
     )
+    .map(Some)
     .map_err(|e| Failure::Other(failure::chain(&e)))
 }
 
