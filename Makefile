@@ -80,9 +80,9 @@ test: ## set everything up and run all tests
 	@scripts/test
 
 .PHONY: bench
-bench: image floor ## measure against the floor, runc and crun
+bench: image floor ## measure what a boot costs
 	@scripts/setup-packages run test
-	@scripts/bench
+	@scripts/bench-floor source
 
 .PHONY: lint
 lint: ## formatting, clippy and, when installed, shellcheck

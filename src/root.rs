@@ -31,6 +31,17 @@ impl Root {
         Root(given.unwrap_or_else(default_path))
     }
 
+    /// Makes and names the directory for what is known of this machine, whatever
+    /// `--root` is.
+    ///
+    /// # Errors
+    /// As mkdir(2).
+    pub fn of_machine() -> io::Result<PathBuf> {
+        let path = default_path();
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path)?;
+        Ok(path)
+    }
+
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0

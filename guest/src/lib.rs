@@ -5,7 +5,7 @@
 //! | process | made by | does |
 //! |---|---|---|
 //! | agent | the kernel | mounts, reaps, serves ttrpc and the streams; async, one thread; never runs container code |
-//! | zygote | `fork` before the runtime exists | stays pristine and single-threaded, forks one helper ahead of need |
+//! | zygote | `fork` before the runtime exists | stays pristine and single-threaded, forks the helpers |
 //! | helper | `clone` by the zygote, one per container operation | runs libcontainer, answers, exits |
 //!
 //! Helpers are forked and not executed: loading and relocating the image again

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::pin::Pin;
 
+use nix::sys::signal::{SigSet, Signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -132,6 +133,21 @@ pub fn set_nonblocking(fd: &impl AsFd) -> io::Result<()> {
     // SAFETY: plain integers.
     check(unsafe { libc::fcntl(fd, libc::F_SETFL, flags as i32 | libc::O_NONBLOCK) }.into())?;
     Ok(())
+}
+
+/// Blocks SIGCHLD in this thread and has it read from a descriptor instead.
+///
+/// # Errors
+/// Of signalfd(2).
+pub fn child_signals() -> io::Result<OwnedFd> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGCHLD);
+    mask.thread_block()?;
+    let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
+    // SAFETY: the mask is a valid signal set.
+    let fd = check(unsafe { libc::signalfd(-1, mask.as_ref(), flags) }.into())?;
+    // SAFETY: just made for us; descriptors fit RawFd.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
 /// A blocking pipe, close-on-exec: the end to read from and the one to write to.

@@ -1,15 +1,15 @@
 //! The process that forks helpers, and the agent's end of it.
 //!
 //! ```text
-//!  agent ──request+fds──▶ requests socket ◀── helper waiting (one, forked ahead)
-//!    ▲                                          │ Started + pidfd
-//!    └───────────── answer socket ◀─────────────┤ Created | Failed
-//!                   closed by the agent ───────▶│ exits; the zygote forks the next
+//!  agent ──request+fds──▶ requests socket ◀── helper, forked by the zygote when
+//!    ▲                                          │ the socket becomes readable
+//!    └───────────── answer socket ◀─────────────┤ Started + pidfd, Created | Failed
+//!                   closed by the agent ───────▶│ exits; the zygote goes on
 //! ```
 //!
-//! The request is taken by a helper that already exists, so a container does
-//! not wait for a fork. One helper works at a time: that bounds the memory, and
-//! creating containers is bound by the processor anyway.
+//! One helper works at a time: that bounds the memory, and creating containers
+//! is bound by the processor anyway. None is forked ahead of need: it would be
+//! one more than a pod of one container uses.
 //!
 //! The helper stays until the agent has closed its end of the answer socket.
 //! Until then it, and not the agent, is the parent of the container's first
@@ -333,6 +333,7 @@ impl Drop for KillOnDrop {
 fn run(requests: &OwnedFd) -> io::Result<()> {
     helper::prepare_zygote()?;
     loop {
+        wait_for(requests, PollFlags::POLLIN, PollTimeout::NONE)?;
         // SAFETY: the zygote never makes a thread.
         match unsafe { sys::clone_sibling() }? {
             sys::Cloned::Child => {

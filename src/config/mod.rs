@@ -38,7 +38,7 @@ pub struct Config {
     /// the sandbox directory gets that shell.
     pub debug_console: bool,
     /// Keeps what the guest prints on its console in `console.log` of the
-    /// sandbox directory (bounded, see [`crate::vm`]).
+    /// sandbox directory (bounded to 512 KiB).
     pub console_log: bool,
     pub qemu: Qemu,
     pub guest: Guest,

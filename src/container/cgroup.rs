@@ -1,8 +1,7 @@
 //! The container's cgroup on the host, where engines look for its processes.
 //!
-//! cgroup v1: a directory in every controller's hierarchy. v2: one directory.
-//! On a hybrid host the v2 hierarchy has no controllers and is left alone, as
-//! runc does. The stand-in lives there, and the VM of a container that stands
+//! A directory in every hierarchy of the host: those of v1, and the one of v2,
+//! which on a hybrid host has no controllers. The stand-in lives there, and the VM of a container that stands
 //! alone, so that what engines read there is what the container uses.
 
 use std::fs;
@@ -142,7 +141,8 @@ fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
         new
     });
     v2.truncate(1);
-    if v1.is_empty() { v2 } else { v1 }
+    v1.append(&mut v2);
+    v1
 }
 
 /// This process's cgroup in a hierarchy, from `/proc/self/cgroup`.
@@ -253,19 +253,21 @@ mod tests {
 ";
 
     #[test]
-    fn a_hybrid_host_uses_its_v1_hierarchies_once() {
+    fn a_hybrid_host_has_each_hierarchy_once() {
         let found = hierarchies(HYBRID);
         let points: Vec<_> = found.iter().map(|h| h.mount_point.as_path()).collect();
         assert_eq!(
             points,
             [
                 Path::new("/sys/fs/cgroup/systemd"),
-                Path::new("/sys/fs/cgroup/cpu,cpuacct")
+                Path::new("/sys/fs/cgroup/cpu,cpuacct"),
+                Path::new("/sys/fs/cgroup/unified")
             ]
         );
         let own = "4:cpu,cpuacct:/user/a\n1:name=systemd:/init\n0::/v2\n";
         assert_eq!(own_cgroup(own, &found[0]), "/init");
         assert_eq!(own_cgroup(own, &found[1]), "/user/a");
+        assert_eq!(own_cgroup(own, &found[2]), "/v2");
     }
 
     #[test]

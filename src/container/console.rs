@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use nix::pty::openpty;
+use nix::pty::{Winsize, openpty};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 /// A new pty.
@@ -15,12 +15,12 @@ pub struct Console {
 }
 
 impl Console {
-    /// The console and the slave side.
+    /// The console and the slave side, of the given size (`process.consoleSize`).
     ///
     /// # Errors
     /// As openpty(3).
-    pub fn open() -> io::Result<(Console, OwnedFd)> {
-        let pty = openpty(None, None)?;
+    pub fn open(size: Option<Winsize>) -> io::Result<(Console, OwnedFd)> {
+        let pty = openpty(size.as_ref(), None)?;
         for fd in [&pty.master, &pty.slave] {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)?;
         }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use kuasar_runv_protocol::AGENT_PORT;
 use kuasar_runv_protocol::agent::CreateContainerRequest;
+use nix::pty::Winsize;
 
 use super::bundle::Bundle;
 use super::console::Console;
@@ -278,8 +279,19 @@ fn open_console(
     if !has_terminal(bundle) || options.foreground {
         return Ok((None, None));
     }
-    let (console, slave) = Console::open().map_err(context("making a terminal"))?;
+    let (console, slave) =
+        Console::open(console_size(bundle)).map_err(context("making a terminal"))?;
     Ok((Some(console), Some(slave)))
+}
+
+fn console_size(bundle: &Bundle) -> Option<Winsize> {
+    let size = bundle.spec.process().as_ref()?.console_size()?;
+    Some(Winsize {
+        ws_row: u16::try_from(size.height()).ok()?,
+        ws_col: u16::try_from(size.width()).ok()?,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    })
 }
 
 fn spawn_standin(

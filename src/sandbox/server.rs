@@ -180,7 +180,8 @@ impl Sandboxer {
         let vsock_vhost = bind(VSOCK_VHOST_SOCKET)?;
         let fs_vhost = bind(FS_VHOST_SOCKET)?;
         let event_listener = bind(&format!("{VSOCK_SOCKET}_{EVENT_PORT}"))?;
-        let mut machine = vm::create(&config.config, vm_config(config, &dir), root.path())?;
+        let known = Root::of_machine().map_err(context("the directory for what is detected"))?;
+        let mut machine = vm::create(&config.config, vm_config(config, &dir), &known)?;
         let share = Share::create(dir.join("share")).map_err(context("the shared directory"))?;
 
         let vmm_start_us = monotonic_us();

@@ -386,7 +386,10 @@ impl Relay {
     }
 
     fn send_window_size(&self) {
-        if let Ok(size) = rustix::termios::tcgetwinsize(rustix::stdio::stdin()) {
+        // A terminal that nobody has given a size yet says nothing about it.
+        if let Ok(size) = rustix::termios::tcgetwinsize(rustix::stdio::stdin())
+            && (size.ws_row, size.ws_col) != (0, 0)
+        {
             self.send_frame(Frame::WindowSize {
                 rows: size.ws_row,
                 cols: size.ws_col,

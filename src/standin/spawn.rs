@@ -6,14 +6,18 @@
 //! capability, and executes this binary anew for a small address space. It
 //! resolves every path of the container inside the container's root.
 
-use std::ffi::CStr;
+use std::collections::VecDeque;
+use std::ffi::{CStr, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{Mode, OFlags, mkdirat, openat, readlinkat};
+use rustix::io::Errno;
 use nix::unistd::{ForkResult, chdir, dup2, fchdir, fork, pivot_root, setsid};
 
 use super::{CHANNEL_FD, COMMAND};
@@ -200,13 +204,8 @@ fn enter_rootfs(plan: &Plan<'_>) -> Result<(), Error> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
         .map_err(nix_step("separating mounts"))?;
-    let place = rustix::fs::openat(
-        rustix::fs::CWD,
-        plan.mount_point,
-        rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
-        rustix::fs::Mode::empty(),
-    )
-    .map_err(|e| step("opening the mount point")(e.into()))?;
+    let place = crate::sys::unix_socket::open_dir(plan.mount_point)
+        .map_err(step("opening the mount point"))?;
     mounts::attach(plan.rootfs.as_fd(), place.as_fd(), Path::new(""))
         .map_err(step("mounting the rootfs"))?;
     fchdir(plan.rootfs.as_raw_fd()).map_err(nix_step("entering the rootfs"))?;
@@ -231,44 +230,65 @@ fn attach_volume(root: BorrowedFd<'_>, volume: &Volume) -> io::Result<()> {
     mounts::attach(volume.tree.as_fd(), target.as_fd(), Path::new(""))
 }
 
-/// Opens `path` in the root, making what is missing of it, as runc does.
+/// Most symbolic links on the way to a mount point, as in path_resolution(7).
+const MAX_LINKS: usize = 40;
+
+/// Opens `path` in the root, making what is missing of it, as runc does. Links
+/// are followed inside the root, also to what does not exist yet.
 fn ensure_mount_point(root: BorrowedFd<'_>, path: &Path, is_dir: bool) -> io::Result<OwnedFd> {
-    use rustix::fs::{Mode, OFlags, mkdirat, openat};
-    match mounts::open_in_root(root, path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        other => return other,
-    }
-    let relative = path.strip_prefix("/").unwrap_or(path);
-    let mut done = PathBuf::new();
-    let mut components = relative.components().peekable();
-    while let Some(component) = components.next() {
-        let parent = mounts::open_in_root(root, &Path::new("/").join(&done))?;
-        done.push(component);
-        match mounts::open_in_root(root, &Path::new("/").join(&done)) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(e),
-            Ok(_) => continue,
+    let mut ahead: VecDeque<OsString> = components(path);
+    let mut resolved = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(name) = ahead.pop_front() {
+        if name == ".." {
+            resolved.pop();
+            continue;
         }
-        let name = component.as_os_str();
-        let made = if is_dir || components.peek().is_some() {
-            mkdirat(&parent, name, Mode::from_raw_mode(0o755))
-        } else {
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            openat(
-                &parent,
-                name,
-                flags | OFlags::WRONLY,
-                Mode::from_raw_mode(0o644),
-            )
-            .map(drop)
-        };
-        match made {
-            // The guest may be making the same mount point.
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+        let parent = mounts::open_in_root(root, &resolved)?;
+        match readlinkat(&parent, &name, Vec::new()) {
+            Ok(target) => {
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(io::Error::from_raw_os_error(libc::ELOOP));
+                }
+                let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
+                if target.is_absolute() {
+                    resolved = PathBuf::from("/");
+                }
+                let mut queue = components(&target);
+                queue.append(&mut ahead);
+                ahead = queue;
+                continue;
+            }
+            // Exists and is no link.
+            Err(Errno::INVAL) => {}
+            Err(Errno::NOENT) => make(&parent, &name, is_dir || !ahead.is_empty())?,
             Err(e) => return Err(e.into()),
         }
+        resolved.push(&name);
     }
-    mounts::open_in_root(root, path)
+    mounts::open_in_root(root, &resolved)
+}
+
+fn components(path: &Path) -> VecDeque<OsString> {
+    path.components()
+        .filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir))
+        .map(|c| c.as_os_str().to_owned())
+        .collect()
+}
+
+fn make(parent: &OwnedFd, name: &OsStr, is_dir: bool) -> io::Result<()> {
+    let made = if is_dir {
+        mkdirat(parent, name, Mode::from_raw_mode(0o755))
+    } else {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat(parent, name, flags | OFlags::WRONLY, Mode::from_raw_mode(0o644)).map(drop)
+    };
+    match made {
+        // The guest may be making the same mount point.
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
 }
 
 fn drop_capabilities() -> io::Result<()> {
@@ -325,10 +345,16 @@ mod tests {
         std::fs::create_dir(&outside).unwrap();
         symlink(&outside, root.join("absolute")).unwrap();
         symlink("../../../../../../..", root.join("up")).unwrap();
+        symlink("/not/there/yet", root.join("dangling")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
         std::fs::create_dir_all(root.join(outside.strip_prefix("/").unwrap())).unwrap();
         let fd = open_root(&root);
         ensure_mount_point(fd.as_fd(), Path::new("/absolute/data/file"), false).unwrap();
         ensure_mount_point(fd.as_fd(), Path::new("/up/made"), true).unwrap();
+        ensure_mount_point(fd.as_fd(), Path::new("/dangling/data"), true).unwrap();
+        assert!(root.join("not/there/yet/data").is_dir());
+        let looped = ensure_mount_point(fd.as_fd(), Path::new("/loop/x"), true).unwrap_err();
+        assert_eq!(looped.raw_os_error(), Some(libc::ELOOP));
         assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
         assert!(root.join("made").is_dir());
         let inside = root.join(outside.strip_prefix("/").unwrap());

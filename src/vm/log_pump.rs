@@ -18,7 +18,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 /// A log file that reached this size, in bytes, replaces `<name>.1` and starts
 /// anew.
-pub const LOG_LIMIT: u64 = 256 * 1024;
+const LOG_LIMIT: u64 = 256 * 1024;
 
 /// Shortest time between two readings of a pipe.
 pub(super) const PERIOD: Duration = Duration::from_millis(100);

@@ -31,9 +31,11 @@ use std::time::Duration;
 
 use crate::config::{Config, Hypervisor};
 
-pub use log_pump::LOG_LIMIT;
-
 /// One virtual machine.
+#[allow(
+    dead_code,
+    reason = "the verbs on running machines wait for the commands that need them"
+)]
 pub trait Vm {
     /// Name for messages and state files, as in the configuration.
     fn hypervisor(&self) -> &'static str;
@@ -137,8 +139,8 @@ pub struct VmConfig {
     pub vsock_socket: String,
     /// The pod's shared directory.
     pub fs: FsDevice,
-    /// File that takes the guest's console; it is followed by `<name>.1` when it
-    /// reaches [`LOG_LIMIT`]. `None` drops the output.
+    /// File that takes the guest's console; a file that reached
+    /// `log_pump::LOG_LIMIT` becomes `<name>.1`. `None` drops the output.
     pub console_log: Option<String>,
     /// Lets the kernel print its messages, not only errors.
     pub verbose_console: bool,
@@ -159,6 +161,7 @@ pub struct FsDevice {
 }
 
 /// A device that can be attached to a running machine.
+#[allow(dead_code, reason = "see `Vm`")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Device {
     /// A host block device or image file, raw.
@@ -201,7 +204,7 @@ pub enum Error {
     },
     /// A file of the installation is missing or cannot be used. `hint` says what
     /// to do about it.
-    #[error("cannot use the {what} {}: {source} ({hint})", path.display())]
+    #[error("cannot use the {what} {}: {} ({hint})", path.display(), reason(source))]
     File {
         what: &'static str,
         path: PathBuf,
@@ -210,7 +213,7 @@ pub enum Error {
     },
     #[error("qemu.accel is \"kvm\", but KVM does not work on this machine: {reason}")]
     KvmUnusable { reason: String },
-    #[error("cannot start {}: {step}: {source}", path.display())]
+    #[error("cannot start {}: {step}: {}", path.display(), reason(source))]
     Spawn {
         path: PathBuf,
         step: &'static str,
@@ -230,6 +233,17 @@ pub enum Error {
         context: &'static str,
         source: io::Error,
     },
+}
+
+/// An error in other words than the C library's where engines match on those:
+/// they take "no such file or directory" and "permission denied" for the
+/// container's command.
+fn reason(e: &io::Error) -> String {
+    match e.kind() {
+        io::ErrorKind::NotFound => "it does not exist".into(),
+        io::ErrorKind::PermissionDenied => "it may not be used".into(),
+        _ => e.to_string(),
+    }
 }
 
 /// A machine that has not been booted yet, with the hypervisor the configuration

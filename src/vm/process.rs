@@ -9,7 +9,7 @@
 //! The caller may have threads, so between fork and exec only async-signal-safe
 //! calls are made (signal-safety(7)): everything they need is built before.
 
-use std::ffi::{CStr, CString, OsString, c_char, c_int};
+use std::ffi::{CString, OsString, c_char, c_int};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

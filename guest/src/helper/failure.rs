@@ -7,11 +7,11 @@
 
 use std::fmt::{Debug, Write as _};
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::{self, Read, Write};
 use std::sync::OnceLock;
 
-use libcontainer::error::LibcontainerError;
+use libcontainer::process::channel::ChannelError;
+use libcontainer::process::container_main_process::ProcessError;
 use nix::errno::Errno;
 use tracing_core::field::{Field, Visit};
 use tracing_core::span::{Attributes, Id, Record};
@@ -24,16 +24,17 @@ use crate::zygote::FailureKind;
 const MAX_LINE: usize = 2048;
 /// Longest message that is answered, in bytes.
 const MAX_MESSAGE: usize = 4096;
+/// Most that is read of the log, in bytes: what a pipe holds.
+const MAX_LOG: u64 = 64 * 1024;
 /// Marks the line of a failure that already says everything.
 const FINAL: char = '!';
 
-static COLLECTOR: OnceLock<File> = OnceLock::new();
+/// A pipe that the helper and its clones write lines into.
+static COLLECTOR: OnceLock<(File, File)> = OnceLock::new();
 
-/// What libcontainer puts in front of an error on its way from the process that
-/// met it. Left out for the reader; nothing depends on it.
-const WRAPPER: &str = "failed to create container: ";
-const INIT_WRAPPER: &str = "exec process failed with error error in executing process : ";
-const INTERMEDIATE_WRAPPER: &str = "intermediate process error ";
+/// What libcontainer puts in front of an error of the container's process. Left
+/// out for the reader; nothing depends on it.
+const INIT_WRAPPER: &str = "error in executing process : ";
 
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -61,29 +62,28 @@ impl Failure {
     }
 
     /// The failure libcontainer met, from its error and from what it logged.
-    pub fn from_libcontainer(error: &LibcontainerError) -> Failure {
+    pub fn from_libcontainer(error: &ProcessError) -> Failure {
         let logged = logged();
         if let Some(message) = logged.iter().find_map(|l| l.strip_prefix(FINAL)) {
             return Failure::InvalidSpec(message.to_owned());
         }
         let mut message = String::from("unable to start container process: ");
-        let text = chain(error);
-        let text = text.strip_prefix(WRAPPER).unwrap_or(&text);
-        match text.strip_prefix(INIT_WRAPPER) {
-            // What the intermediate process or the helper met is in the text.
-            None => message.push_str(text.strip_prefix(INTERMEDIATE_WRAPPER).unwrap_or(text)),
-            Some(text) => {
+        match error {
+            // Of the container's process: only the outermost text came through.
+            ProcessError::Channel(ChannelError::ExecError(text)) => {
                 message.push_str("error during container init: ");
-                message.push_str(text);
+                message.push_str(text.strip_prefix(INIT_WRAPPER).unwrap_or(text));
+                message.push_str(&innermost(&logged));
+            }
+            // Of the process between: its texts are complete.
+            ProcessError::Channel(ChannelError::OtherError(text)) => message.push_str(text),
+            // Of this process, or of one that ended without a word.
+            other => {
+                message.push_str(&chain(other));
                 message.push_str(&innermost(&logged));
             }
         }
-        match error {
-            LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_) => {
-                Failure::InvalidSpec(message)
-            }
-            _ => Failure::Other(message),
-        }
+        Failure::Other(message)
     }
 
     pub fn into_parts(self) -> (FailureKind, String) {
@@ -118,17 +118,14 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 /// Starts collecting what libcontainer logs in this process and those it clones.
 ///
 /// # Errors
-/// Of `memfd_create`.
+/// Of making a pipe.
 pub fn start_collecting() -> io::Result<()> {
-    // SAFETY: the name is a C string.
-    let fd =
-        sys::check(unsafe { libc::memfd_create(c"errors".as_ptr(), libc::MFD_CLOEXEC) }.into())?;
-    // SAFETY: just made for us; descriptors fit an int.
-    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd as i32) });
-    // SAFETY: plain integers. Processes share the offset, and append on top.
-    sys::check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, libc::O_APPEND) }.into())?;
+    let (read, write) = sys::pipe()?;
+    // What does not fit is lost, but nobody waits for a reader.
+    sys::set_nonblocking(&read)?;
+    sys::set_nonblocking(&write)?;
     // A helper calls this once; a second collector would change nothing.
-    drop(COLLECTOR.set(file));
+    drop(COLLECTOR.set((read.into(), write.into())));
     drop(tracing_core::dispatcher::set_global_default(Dispatch::new(
         ErrorCollector,
     )));
@@ -144,22 +141,20 @@ fn record(line: &str) {
     let mut line = one_line(line);
     truncate(&mut line, MAX_LINE);
     line.push('\n');
-    if let Some(mut file) = COLLECTOR.get() {
+    if let Some((_, file)) = COLLECTOR.get() {
         // Without it the outermost error is still reported.
-        drop(file.write_all(line.as_bytes()));
+        drop((&*file).write_all(line.as_bytes()));
     }
 }
 
 fn logged() -> Vec<String> {
-    let mut text = String::new();
-    if let Some(mut file) = COLLECTOR.get() {
-        let read = file
-            .seek(SeekFrom::Start(0))
-            .and_then(|_| file.take(64 * 1024).read_to_string(&mut text));
-        if read.is_err() {
-            text.clear();
-        }
+    let mut bytes = Vec::new();
+    if let Some((file, _)) = COLLECTOR.get() {
+        // Ends with the error of an empty pipe: other processes have the other
+        // end as well.
+        drop(file.take(MAX_LOG).read_to_end(&mut bytes));
     }
+    let text = String::from_utf8_lossy(&bytes);
     text.lines().map(str::to_owned).collect()
 }
 

@@ -39,11 +39,8 @@ pub use terminal::set_size as set_terminal_size;
 
 /// Name of the spec in a container's private directory, as the host sent it.
 pub const SPEC_FILE: &str = "spec.json";
-/// libcontainer's id of every container: its directories are private already,
-/// and the path of its notify socket has to fit `sockaddr_un`.
-pub const INNER_ID: &str = "c";
 /// Where libcontainer waits for the start, relative to the private directory.
-pub const NOTIFY_SOCKET: &str = "c/notify.sock";
+pub const NOTIFY_SOCKET: &str = "notify.sock";
 
 /// Never chosen by the kernel's OOM killer.
 const OOM_NEVER: &str = "-1000";
@@ -98,7 +95,7 @@ pub fn run(requests: &OwnedFd) -> io::Result<()> {
 }
 
 /// What a container must not inherit from the agent: the signals Rust's runtime
-/// ignores, the agent's OOM protection and its file limit.
+/// ignores and the agent's file limit.
 fn reset_inherited_state() {
     for number in Signal::iterator() {
         // SAFETY: restores the default action; no handler runs in this process.
@@ -106,7 +103,6 @@ fn reset_inherited_state() {
         let _ = unsafe { signal(number, SigHandler::SigDfl) };
     }
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
-    drop(std::fs::write("/proc/self/oom_score_adj", "0"));
     let nofile = libc::rlimit {
         rlim_cur: crate::boot::CONTAINER_NOFILE,
         rlim_max: crate::boot::MAX_NOFILE,

@@ -144,8 +144,8 @@ impl Network {
         let entered = match self {
             Network::Joined => return Ok(()),
             Network::Machine => Ok(()),
-            Network::New => File::open(format!("/proc/{pid}/ns/net"))
-                .and_then(|ns| Ok(setns(&ns, CloneFlags::CLONE_NEWNET)?)),
+            Network::New => sys::pidfd_open(pid)
+                .and_then(|process| Ok(setns(&process, CloneFlags::CLONE_NEWNET)?)),
         };
         entered
             .and_then(|()| loopback_up())

@@ -16,7 +16,6 @@
 //! | `rdma`, `network`, `swappiness`, `disableOOMKiller` | ignored | refused |
 //! | SELinux labels | ignored | refused |
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use libcontainer::syscall::linux::{MountOption, MountRecursive};
@@ -203,14 +202,15 @@ fn normalise_linux(linux: &mut Linux) -> Result<()> {
 }
 
 fn normalise_namespaces(linux: &mut Linux) -> Result<()> {
-    let mut seen = HashSet::new();
+    let mut seen = Vec::new();
     for ns in linux.namespaces_mut().iter_mut().flatten() {
         let typ = ns.typ();
-        if !seen.insert(typ as u32) {
+        if seen.contains(&typ) {
             return Err(Failure::invalid(format!(
                 "malformed spec file: duplicated ns {typ:?}"
             )));
         }
+        seen.push(typ);
         if ns.path().as_ref().is_some_and(|p| p.as_os_str().is_empty()) {
             ns.set_path(None);
         }
@@ -218,7 +218,7 @@ fn normalise_namespaces(linux: &mut Linux) -> Result<()> {
             return unsupported("joining a mount namespace", "a container has its own");
         }
     }
-    if !seen.contains(&(LinuxNamespaceType::Mount as u32)) {
+    if !seen.contains(&LinuxNamespaceType::Mount) {
         return unsupported(
             "a container without a mount namespace",
             "the host's is not in the virtual machine",

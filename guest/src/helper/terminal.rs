@@ -1,59 +1,43 @@
 //! The container's terminal: libcontainer makes it inside the container and
-//! sends its master over a unix socket.
+//! sends its master over a socket.
 
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use oci_spec::runtime::Process;
 
 use super::Failure;
-use crate::sys;
+use crate::{ipc, sys};
 
-/// Where the master arrives.
+/// Where the master arrives: a connected pair of sockets.
 pub struct ConsoleSocket {
-    listener: UnixListener,
-    pub path: PathBuf,
+    ours: OwnedFd,
+    /// Kept open by this process until the end; the container's closes it.
+    theirs: OwnedFd,
 }
 
 impl ConsoleSocket {
-    pub fn new(dir: &Path) -> Result<ConsoleSocket, Failure> {
-        let path = dir.join("console.sock");
-        let listener =
-            UnixListener::bind(&path).map_err(Failure::io("making the console socket"))?;
-        Ok(ConsoleSocket { listener, path })
+    pub fn new() -> Result<ConsoleSocket, Failure> {
+        let (ours, theirs) = ipc::pair().map_err(Failure::io("making the console socket"))?;
+        Ok(ConsoleSocket { ours, theirs })
+    }
+
+    /// The end that libcontainer sends the master into.
+    pub fn container_end(&self) -> RawFd {
+        self.theirs.as_raw_fd()
     }
 
     /// The master, which was sent before libcontainer returned.
     pub fn receive(self) -> Result<OwnedFd, Failure> {
-        self.receive_master()
+        sys::set_nonblocking(&self.ours)
+            .and_then(|()| ipc::receive(&self.ours))
+            .and_then(|message| {
+                let fds = message.map(|(_, fds)| fds).unwrap_or_default();
+                fds.into_iter()
+                    .next()
+                    .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+            })
             .map_err(Failure::io("receiving the terminal"))
-    }
-
-    fn receive_master(self) -> io::Result<OwnedFd> {
-        // Nothing to wait for: the connection was made before the container.
-        self.listener.set_nonblocking(true)?;
-        let (stream, _) = self.listener.accept()?;
-        let mut name = [0; 4096];
-        let mut space = nix::cmsg_space!([RawFd; 1]);
-        let mut iov = [IoSliceMut::new(&mut name)];
-        let message = recvmsg::<()>(
-            stream.as_raw_fd(),
-            &mut iov,
-            Some(&mut space),
-            MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
-        )?;
-        for control in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = control {
-                if let Some(&fd) = fds.first() {
-                    // SAFETY: the kernel installed this descriptor for us.
-                    return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
-                }
-            }
-        }
-        Err(io::Error::from(io::ErrorKind::UnexpectedEof))
     }
 }
 

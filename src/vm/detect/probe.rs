@@ -6,7 +6,7 @@
 //! host so busy that it does not even get that, the answer is `Unknown` and not
 //! remembered.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 

@@ -126,7 +126,7 @@ fn a_program_that_cannot_be_executed_is_an_error_of_spawn() {
     let error = ran.result.unwrap_err().to_string();
     assert_eq!(
         error,
-        "cannot start /nonexistent/program: execute: No such file or directory (os error 2)"
+        "cannot start /nonexistent/program: execute: it does not exist"
     );
     assert!(run("/etc/passwd", &[], &[]).result.is_err());
 }

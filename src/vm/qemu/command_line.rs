@@ -114,7 +114,7 @@ impl CommandLine<'_> {
             // The check of the timer interrupt fails when the host is busy.
             params.push_str(" no_timer_check");
             // With one CPU the kernel takes the lock prefix out of 8,000
-            // instructions, which emulation does anyway: 0.14 s of a boot.
+            // instructions, a tenth of the boot; emulation ignores it anyway.
             params.push_str(" noreplace-smp");
             if let Some(khz) = tsc_khz {
                 // So does the guest's measurement, and then the kernel's watchdog

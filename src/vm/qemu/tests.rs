@@ -183,6 +183,31 @@ fn a_pause_is_not_taken_for_a_failure() {
     assert!(matches!(vm.pause(), Err(Error::NotRunning { .. })));
 }
 
+/// The protocol as QEMU itself speaks it, with a machine that has no parts.
+#[test]
+fn the_real_qemu_pauses_and_resumes() {
+    let fixture = Fixture::new(
+        "exec /usr/bin/qemu-system-x86_64 -nodefaults -machine none -display none \
+         -chardev socket,id=qmp,fd=3 -mon chardev=qmp,mode=control \
+         -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    );
+    let mut vm = fixture.boot();
+    for _ in 0..2 {
+        vm.pause().unwrap();
+        vm.pause().unwrap();
+        vm.resume().unwrap();
+        vm.resume().unwrap();
+    }
+    assert_eq!(vm.next_event().unwrap(), None);
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(vm.pid().unwrap()).unwrap(),
+        rustix::process::Signal::TERM,
+    )
+    .unwrap();
+    let exit = exited(next_event(&mut vm).unwrap());
+    assert!(exit.status.success(), "{exit:?} {}", fixture.log(QEMU_LOG));
+}
+
 #[test]
 fn a_broken_control_connection_is_reported_once_and_the_vm_can_be_stopped() {
     let fixture = Fixture::new("echo nonsense >&3; read -r a <&3; read -r b <&3; read -r c <&3");
@@ -223,15 +248,14 @@ fn a_missing_part_is_named_with_what_to_do() {
     let cases: [(Break, &str); 5] = [
         (
             |f| f.config.qemu.path = "/nonexistent/qemu".into(),
-            "cannot use the QEMU binary /nonexistent/qemu: No such file or directory (os error 2) \
-             (install the package qemu-system-x86, or set qemu.path in config.toml)",
+            "cannot use the QEMU binary /nonexistent/qemu: it does not exist (install the package qemu-system-x86, or set qemu.path in config.toml)",
         ),
         (
             |f| {
                 let readable = PermissionsExt::from_mode(0o600);
                 std::fs::set_permissions(&f.config.qemu.path, readable).unwrap();
             },
-            "Permission denied (os error 13) (install the package qemu-system-x86",
+            "it may not be used (install the package qemu-system-x86",
         ),
         (
             |f| f.config.qemu.firmware = "/".into(),

@@ -13,7 +13,7 @@
 //! and the guest's shutdown flags become shutdown(2), after the backlog.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
@@ -28,6 +28,9 @@ use super::packet::{HEADER_LEN, HOST_CID, Header, Slices, TYPE_STREAM, shutdown}
 /// adapts in between, because preparing many buffers for a short message costs
 /// latency.
 const BURST: Range<u32> = 4096..131_072;
+
+/// Most bytes read from a client only to be dropped; more than a socket holds.
+const MAX_UNWANTED: usize = 1024 * 1024;
 
 /// Both ends of a connection as the guest names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -261,6 +264,24 @@ impl Connection {
         if socket.write_all(line.as_bytes()).is_err() {
             self.lose_host_reader();
         }
+    }
+
+    /// Tells a client why it is not connected, and closes its socket.
+    ///
+    /// What the client has sent is read first: bytes that are unread when a socket
+    /// closes make the client see a reset behind the line instead of the end of the
+    /// stream (unix(7)).
+    pub fn dismiss(&mut self, line: &str) {
+        let mut unwanted = [0; 4096];
+        if let Some(mut socket) = self.socket.as_ref() {
+            for _ in 0..MAX_UNWANTED / unwanted.len() {
+                if !matches!(socket.read(&mut unwanted), Ok(1..)) {
+                    break;
+                }
+            }
+        }
+        self.say(line);
+        self.close_socket();
     }
 
     /// Writes as much of the backlog as the socket takes.

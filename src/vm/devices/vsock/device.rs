@@ -204,7 +204,7 @@ impl Device {
         connection.update_credit(header);
         let phase = connection.phase;
         match (phase, header.op) {
-            (_, op::RST) => self.guest_reset(token),
+            (_, op::RST) => self.guest_left(token),
             (Phase::Requested { sent: true }, op::RESPONSE) => {
                 connection.phase = Phase::Established;
                 connection.deadline = None;
@@ -274,22 +274,15 @@ impl Device {
         }
     }
 
-    /// The guest has reset the connection, or refused it.
-    fn guest_reset(&mut self, token: Token) {
-        if let Some(connection) = self.table.get_mut(token) {
-            if matches!(connection.phase, Phase::Requested { .. }) {
-                connection.say("ERR connection refused\n");
-            }
-        }
-        self.guest_left(token);
-    }
-
     /// The guest's end is gone. The host still gets the bytes it is owed.
     fn guest_left(&mut self, token: Token) {
         self.table.unpublish(token);
         let Some(connection) = self.table.get_mut(token) else {
             return;
         };
+        if matches!(connection.phase, Phase::Requested { .. }) {
+            connection.dismiss("ERR connection refused\n");
+        }
         if !connection.has_backlog() {
             return self.remove(token);
         }
@@ -551,7 +544,7 @@ impl Device {
         let ports = Ports { guest: 0, host: 0 };
         let mut connection = Connection::new(socket, ports, Phase::Greeting, self.window());
         if self.table.len() >= MAX_CONNECTIONS {
-            connection.say("ERR too many connections\n");
+            connection.dismiss("ERR too many connections\n");
             return;
         }
         connection.deadline = Some(Instant::now() + GREETING_TIMEOUT);
@@ -617,7 +610,7 @@ impl Device {
             Greeting::Partial => {}
             Greeting::Gone => self.remove(token),
             Greeting::Malformed => {
-                connection.say("ERR malformed request\n");
+                connection.dismiss("ERR malformed request\n");
                 self.remove(token);
             }
             Greeting::Connect(guest) => {
@@ -664,12 +657,12 @@ impl Device {
         };
         let known_to_guest = match connection.phase {
             Phase::Requested { sent } => {
-                connection.say("ERR connection timed out\n");
+                connection.dismiss("ERR connection timed out\n");
                 sent
             }
             Phase::Closing => true,
             _ => {
-                connection.say("ERR no request\n");
+                connection.dismiss("ERR no request\n");
                 false
             }
         };
@@ -678,6 +671,24 @@ impl Device {
             self.replies.push_back(reset);
         }
         self.remove(token);
+    }
+
+    #[cfg(test)]
+    pub fn connections(&self) -> usize {
+        self.table.len()
+    }
+
+    #[cfg(test)]
+    pub fn replies(&self) -> usize {
+        self.replies.len()
+    }
+
+    /// Lets every deadline pass.
+    #[cfg(test)]
+    pub fn expire_all(&mut self) {
+        for token in self.table.select(|c| c.deadline.is_some()) {
+            self.expire(token);
+        }
     }
 
     // ---- transitions --------------------------------------------------------

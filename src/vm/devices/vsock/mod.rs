@@ -32,6 +32,8 @@ pub mod device;
 pub mod host;
 pub mod packet;
 pub mod table;
+#[cfg(test)]
+mod tests;
 mod vhost_user;
 
 use std::io;
