@@ -157,6 +157,7 @@ struct Sandboxer {
     vmm_start_us: u64,
     clients: Vec<Client>,
     dir: PathBuf,
+    stop_deadline: Duration,
     _devices: [devices::vhost_user::Handle; 2],
 }
 
@@ -215,6 +216,7 @@ impl Sandboxer {
             vmm_start_us,
             clients: Vec::new(),
             dir,
+            stop_deadline: config.config.timeouts.stop(),
             _devices: [vsock, fs],
         })
     }
@@ -239,7 +241,7 @@ impl Sandboxer {
                 }
             }
         };
-        if let Err(e) = self.vm.stop(Duration::from_secs(10)) {
+        if let Err(e) = self.vm.stop(self.stop_deadline) {
             log::error!("stopping the virtual machine: {e}");
         }
         code
