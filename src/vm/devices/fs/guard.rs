@@ -258,10 +258,10 @@ where
         let (handle, mut options) = self.inner.open(ctx, inode, kill_priv, flags)?;
         self.handles.fetch_add(1, Ordering::Relaxed);
         // Without attributes the pages are dropped, which is always right.
-        if let Ok((attr, _)) = self.inner.getattr(ctx, inode, handle) {
-            if self.note_open(inode, Changed::of(&attr), SystemTime::now()) {
-                options |= OpenOptions::KEEP_CACHE;
-            }
+        if let Ok((attr, _)) = self.inner.getattr(ctx, inode, handle)
+            && self.note_open(inode, Changed::of(&attr), SystemTime::now())
+        {
+            options |= OpenOptions::KEEP_CACHE;
         }
         Ok((handle, options))
     }

@@ -1,37 +1,41 @@
 //! virtio-fs: one directory of the host as a file system of the guest.
 //!
 //! The file server itself is the `virtiofsd` crate used as a library; this
-//! module owns everything around it: the set-up that its main program would do for a
-//! process of its own, the virtqueues, what the guest may cache, and what happens
-//! when a request cannot be understood.
+//! module owns everything around it: the set-up that its main program would do
+//! for a process of its own, the virtqueues, what the guest may cache, and what
+//! happens when a request cannot be understood.
+//!
+//! The directory is live in both directions: the guest asks the host about names
+//! and attributes whenever it uses them (see [`guard`]), and mounts that appear
+//! below the directory while the VM runs are announced as mounts of their own, so
+//! that inode numbers stay unique.
 //!
 //! Three things keep a hostile guest inside the directory. It has no way to name a
 //! file but by the number of one it has been given and a name in it, and names with
-//! `/` or `..` are refused ([`guard`]); symbolic links are handed to the guest as
+//! `/` or `..` are refused ([`guard`]). Symbolic links are handed to the guest as
 //! text and never followed on the host (`O_NOFOLLOW`, and openat2(2) with
-//! `RESOLVE_IN_ROOT` where the server opens by name); and the serving threads have
+//! `RESOLVE_IN_ROOT` where the server opens by name). And the serving threads have
 //! the directory as their root, so that even a path that slipped through would end
 //! there. These threads keep root, working directory and umask to themselves
-//! (`CLONE_FS`): nothing changes for the rest of the process, and they take on the
-//! user and groups of the guest's process per thread and per request.
+//! (`CLONE_FS`), and take on the user and groups of the guest's process per thread
+//! and per request: nothing changes for the rest of the process.
 //!
-//! The threads share the mount namespace with the process. A mount inside the
-//! directory is held by the files in it that the guest knows, so it goes away with
-//! `MNT_DETACH` and is really gone when the guest has looked at the mount point
-//! again, which makes its driver drop the whole mount.
+//! The threads see the mount namespace of the thread that called [`spawn`]. A mount
+//! in the directory is kept busy by the files in it that the guest knows, so it is
+//! taken away with `MNT_DETACH`; it is really gone when the guest has looked at the
+//! mount point again, which makes its driver drop the whole mount.
 //!
-//! Not passed on: file locks (they hold within the guest), `O_TMPFILE`, inotify of
-//! changes by the host.
+//! Not passed on to the host: file locks (they hold within the guest) and
+//! `O_TMPFILE`. Changes by the host raise no inotify events in the guest.
 //!
 //! - [`guard`]: checks requests and decides what the guest may trust
 //! - [`config`]: the server's own options
-//! - [`vhost_user`]: the glue towards an external VMM//!
-//! The directory is live in both directions: the guest asks the host about names
-//! and attributes whenever it uses them (see [`guard`]), and mounts that appear below the directory while the VM runs are announced as
-//! mounts of their own, so that inode numbers stay unique.
+//! - [`vhost_user`]: the glue towards an external VMM
 
 mod config;
 mod guard;
+#[cfg(test)]
+mod tests;
 mod vhost_user;
 
 use std::io;
@@ -60,7 +64,7 @@ pub fn spawn(listener: UnixListener, shared: OwnedFd) -> io::Result<Handle> {
     Handle::spawn("fs", move |control| {
         let server = confine(&shared).map_err(Error::Start)?;
         drop(shared);
-        let backend = Backend::new(server);
+        let backend = Backend::new(server, control.failed()).map_err(Error::Start)?;
         serve("fs-control", listener, backend, &[], control)
     })
 }
