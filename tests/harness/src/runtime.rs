@@ -37,7 +37,9 @@ impl Flavour {
     }
 }
 
-fn guest_dir() -> PathBuf {
+/// Where `make image` and `make floor` put what the guest is made of.
+#[must_use]
+pub fn guest_dir() -> PathBuf {
     env::var_os("KUASAR_RUNV_GUEST_DIR")
         .map_or_else(|| repository().join("target/guest"), PathBuf::from)
 }
