@@ -192,12 +192,7 @@ impl Sandboxer {
             record.write(&root).map_err(io::Error::other)
         })?;
         let shared = unix_socket::open_dir(share.dir()).map_err(context("the shared directory"))?;
-        let trust = if machine.capabilities().emulated {
-            fs::TRUST_EMULATED
-        } else {
-            fs::TRUST
-        };
-        let fs = fs::spawn(fs_vhost, shared, trust).map_err(context("the virtio-fs device"))?;
+        let fs = fs::spawn(fs_vhost, shared).map_err(context("the virtio-fs device"))?;
         let listener =
             Listener::bind(dir_fd.as_fd(), CONTROL_SOCKET).map_err(context("making a socket"))?;
         let vsock = vsock::spawn(vsock_vhost, dir_fd, u64::from(GUEST_CID))
