@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kuasar_runv_protocol::stream::Kind;
+use kuasar_runv_protocol::stream::{Kind, MAX_ID_LEN};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::Cgroup;
@@ -31,8 +31,6 @@ use crate::zygote::{CreateRequest, FailureKind, Zygote, ZygoteError};
 /// Where the containers' private directories are; on the agent's tmpfs.
 pub const STATE_DIR: &str = "/run/kuasar/containers";
 
-/// Longest id: it is a file name.
-const MAX_ID_LEN: usize = 200;
 /// How long processes may take to be gone after SIGKILL.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 const KILL_POLL: Duration = Duration::from_millis(2);

@@ -157,6 +157,7 @@ struct Sandboxer {
     vmm_start_us: u64,
     clients: Vec<Client>,
     dir: PathBuf,
+    stop_deadline: Duration,
     _devices: [devices::vhost_user::Handle; 2],
 }
 
@@ -191,12 +192,7 @@ impl Sandboxer {
             record.write(&root).map_err(io::Error::other)
         })?;
         let shared = unix_socket::open_dir(share.dir()).map_err(context("the shared directory"))?;
-        let trust = if machine.capabilities().emulated {
-            fs::TRUST_EMULATED
-        } else {
-            fs::TRUST
-        };
-        let fs = fs::spawn(fs_vhost, shared, trust).map_err(context("the virtio-fs device"))?;
+        let fs = fs::spawn(fs_vhost, shared).map_err(context("the virtio-fs device"))?;
         let listener =
             Listener::bind(dir_fd.as_fd(), CONTROL_SOCKET).map_err(context("making a socket"))?;
         let vsock = vsock::spawn(vsock_vhost, dir_fd, u64::from(GUEST_CID))
@@ -215,6 +211,7 @@ impl Sandboxer {
             vmm_start_us,
             clients: Vec::new(),
             dir,
+            stop_deadline: config.config.timeouts.stop(),
             _devices: [vsock, fs],
         })
     }
@@ -239,7 +236,7 @@ impl Sandboxer {
                 }
             }
         };
-        if let Err(e) = self.vm.stop(Duration::from_secs(10)) {
+        if let Err(e) = self.vm.stop(self.stop_deadline) {
             log::error!("stopping the virtual machine: {e}");
         }
         code

@@ -5,23 +5,27 @@
 //! write. The end of the stream travels in both directions.
 //!
 //! Output is spliced from the pipe to the socket without passing through this
-//! process. When the process ends, what it had written by then is still sent;
+//! process, where the kernel does that well. When the process ends, what it had written by then is still sent;
 //! what others, who inherited the pipe, write later is not waited for.
 
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
 use tokio::io::Interest;
+use tokio::io::unix::AsyncFdReadyGuard;
 
 use super::Connection;
+use crate::events::kernel_release;
 use crate::reaper::ExitReceiver;
 use crate::sys;
 
-/// Bytes moved by one call, and size of the buffers where there is one.
+/// Bytes moved by one call, and sizes of the buffers where there is one.
 const CHUNK: usize = 256 * 1024;
+const COPY_BUFFER: usize = 128 * 1024;
 const INPUT_BUFFER: usize = 64 * 1024;
 /// A terminal hands out at most a page at a time.
 const TERMINAL_BUFFER: usize = 4096;
@@ -37,7 +41,8 @@ async fn ended(exit: &mut ExitReceiver) {
 /// From the pipe of stdout or stderr to its connection.
 pub async fn relay_output(pipe: OwnedFd, connection: Connection, exit: ExitReceiver) {
     let result = match Connection::with_interest(pipe, Interest::READABLE) {
-        Ok(pipe) => splice_all(&pipe, &connection, exit).await,
+        Ok(pipe) if splice_pays() => splice_all(&pipe, &connection, Output::new(exit)).await,
+        Ok(pipe) => copy_all(&pipe, &connection, Output::new(exit)).await,
         Err(e) => Err(e),
     };
     if let Err(e) = result {
@@ -48,30 +53,82 @@ pub async fn relay_output(pipe: OwnedFd, connection: Connection, exit: ExitRecei
     connection.shutdown(Shutdown::Write);
 }
 
+/// Whether `splice` into a socket sends more than a page at a time. Until Linux
+/// 6.5 it did not, and each page was a packet of its own: half the speed of
+/// copying.
+fn splice_pays() -> bool {
+    static PAYS: OnceLock<bool> = OnceLock::new();
+    *PAYS.get_or_init(|| kernel_release().is_ok_and(|release| is_since_6_5(&release)))
+}
+
+fn is_since_6_5(release: &str) -> bool {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map_while(|n| n.parse::<u32>().ok());
+    let version = (numbers.next(), numbers.next());
+    version >= (Some(6), Some(5))
+}
+
+/// How much of a process's output is still to be moved.
+struct Output {
+    exit: ExitReceiver,
+    /// Bytes, once the process has ended.
+    remaining: Option<usize>,
+    moves: u32,
+}
+
+impl Output {
+    fn new(exit: ExitReceiver) -> Output {
+        Output {
+            exit,
+            remaining: None,
+            moves: 0,
+        }
+    }
+
+    /// Waits until there is something to read; none at the end of the output.
+    /// The number is the most that may be moved.
+    async fn ready<'a>(
+        &mut self,
+        pipe: &'a Connection,
+    ) -> io::Result<Option<(AsyncFdReadyGuard<'a, OwnedFd>, usize)>> {
+        loop {
+            if self.remaining.is_none() && self.exit.borrow_and_update().is_some() {
+                self.remaining = Some(sys::bytes_available(pipe.fd())?);
+            }
+            if self.remaining == Some(0) {
+                return Ok(None);
+            }
+            tokio::select! {
+                biased;
+                ready = pipe.readable() => {
+                    let most = self.remaining.unwrap_or(CHUNK).min(CHUNK);
+                    return Ok(Some((ready?, most)));
+                }
+                () = ended(&mut self.exit), if self.remaining.is_none() => {}
+            }
+        }
+    }
+
+    async fn moved(&mut self, bytes: usize) {
+        self.remaining = self.remaining.map(|r| r.saturating_sub(bytes));
+        self.moves += 1;
+        if self.moves % TURN == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
 async fn splice_all(
     pipe: &Connection,
     connection: &Connection,
-    mut exit: ExitReceiver,
+    mut output: Output,
 ) -> io::Result<()> {
-    // Bytes still to be sent, once the process has ended.
-    let mut remaining: Option<usize> = None;
-    let mut turn = 0;
-    loop {
-        if remaining.is_none() && exit.borrow_and_update().is_some() {
-            remaining = Some(sys::bytes_available(pipe.fd())?);
-        }
-        if remaining == Some(0) {
-            return Ok(());
-        }
-        let mut readable = tokio::select! {
-            biased;
-            ready = pipe.readable() => ready?,
-            () = ended(&mut exit), if remaining.is_none() => continue,
-        };
+    while let Some((mut readable, most)) = output.ready(pipe).await? {
         let mut writable = connection.writable().await?;
-        match splice(pipe, connection, remaining.unwrap_or(CHUNK).min(CHUNK)) {
+        match splice(pipe, connection, most) {
             Ok(0) => return Ok(()),
-            Ok(n) => remaining = remaining.map(|r| r.saturating_sub(n)),
+            Ok(n) => output.moved(n).await,
             Err(e) if sys::would_block(&e) => {
                 // Either end may be meant.
                 let (pipe_ready, connection_ready) = readiness(pipe, connection)?;
@@ -81,14 +138,36 @@ async fn splice_all(
                 if !connection_ready {
                     writable.clear_ready();
                 }
+                output.moved(0).await;
             }
             Err(e) => return Err(e),
         }
-        turn += 1;
-        if turn % TURN == 0 {
-            tokio::task::yield_now().await;
+    }
+    Ok(())
+}
+
+async fn copy_all(
+    pipe: &Connection,
+    connection: &Connection,
+    mut output: Output,
+) -> io::Result<()> {
+    let mut buffer = Vec::new();
+    while let Some((mut readable, most)) = output.ready(pipe).await? {
+        // Many streams never carry anything.
+        buffer.resize(COPY_BUFFER, 0);
+        let most = most.min(buffer.len());
+        match nix::unistd::read(pipe.fd().as_raw_fd(), &mut buffer[..most]) {
+            Ok(0) => return Ok(()),
+            Ok(n) => {
+                connection.write_all(&buffer[..n]).await?;
+                output.moved(n).await;
+            }
+            Err(nix::Error::EAGAIN) => readable.clear_ready(),
+            Err(nix::Error::EINTR) => {}
+            Err(e) => return Err(e.into()),
         }
     }
+    Ok(())
 }
 
 fn splice(pipe: &Connection, connection: &Connection, len: usize) -> io::Result<usize> {
@@ -203,6 +282,21 @@ async fn copy(from: &Connection, to: &Connection, buffer: usize) -> io::Result<(
         turn += 1;
         if turn % TURN == 0 {
             tokio::task::yield_now().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_since_6_5;
+
+    #[test]
+    fn releases_are_compared_by_number() {
+        for old in ["5.15.0", "6.1.0-56-cloud-amd64", "6.4.16", "", "six"] {
+            assert!(!is_since_6_5(old), "{old}");
+        }
+        for new in ["6.5.0", "6.12.117-kuasar", "7.0"] {
+            assert!(is_since_6_5(new), "{new}");
         }
     }
 }

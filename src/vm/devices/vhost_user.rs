@@ -10,8 +10,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -25,6 +26,9 @@ use virtio_queue::Error as QueueError;
 use vm_memory::mmap::NewBitmap;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Why a device stopped, or could not be served.
@@ -124,10 +128,25 @@ impl Drop for Handle {
 /// A device's view of its [`Handle`].
 pub(super) struct Control {
     cancel: Arc<EventFd>,
-    pub failed: Arc<AtomicBool>,
+    failed: Arc<AtomicBool>,
+}
+
+/// Runs a step of a worker. A panic must not end the worker behind everyone's
+/// back: it is logged, and the device reported as failed.
+pub(super) fn guarded(failed: &AtomicBool, step: impl FnOnce()) {
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(step))
+        && !failed.swap(true, Ordering::AcqRel)
+    {
+        log::error!("device failed: {}", panic_text(&*panic));
+    }
 }
 
 impl Control {
+    /// To be set when the device no longer works.
+    pub fn failed(&self) -> Arc<AtomicBool> {
+        self.failed.clone()
+    }
+
     /// Waits for the VMM to connect.
     fn wait_for_vmm(&self, listener: &UnixListener) -> Result<(), Error> {
         use std::os::fd::{AsFd, BorrowedFd};
@@ -195,6 +214,33 @@ where
         Err(e) => Err(protocol(e)),
     }
     // The worker is stopped and joined when the daemon is dropped.
+}
+
+/// Stops a device's worker.
+///
+/// The library asks for it when it can no longer be told that there is none, and
+/// a worker without one is never joined; so it is made beforehand.
+#[derive(Debug)]
+pub(super) struct ExitEvent(Mutex<Option<(EventConsumer, EventNotifier)>>);
+
+impl ExitEvent {
+    /// # Errors
+    /// No descriptor is to be had.
+    pub fn new() -> io::Result<Self> {
+        let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
+        new_event_consumer_and_notifier(flags).map(|event| Self(Mutex::new(Some(event))))
+    }
+
+    /// For the one worker there is.
+    pub fn take(&self) -> Option<(EventConsumer, EventNotifier)> {
+        lock(&self.0).take()
+    }
+}
+
+/// Locks a mutex whose data is consistent between any two calls of its users, so
+/// that a panic in one of them does not matter.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Text of a panic.

@@ -2,7 +2,8 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
@@ -11,17 +12,16 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Error as QueueError, QueueOwnedT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::fuse::{InHeader, Opcode, OutHeader};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{
-    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
-};
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use super::FileServer;
 use crate::vm::devices::throttle::Throttle;
-use crate::vm::devices::vhost_user::{Ring, is_running, panic_text};
+use crate::vm::devices::vhost_user::{ExitEvent, Ring, guarded, is_running, lock, panic_text};
 
 /// The bitmap is the file server's choice; nothing is ever logged in it.
 type GuestMemory = GuestMemoryMmap<BitmapMmapRegion>;
@@ -31,50 +31,66 @@ type Memory = GuestMemoryAtomic<GuestMemory>;
 const QUEUES: usize = 2;
 const QUEUE_SIZE: usize = 1024;
 
+/// Requests answered before the ring is let go for a moment.
+const BATCH: usize = 64;
+
 /// The file server and what the worker needs to run it.
 pub struct Backend {
     server: FileServer,
+    exit: ExitEvent,
+    failed: Arc<AtomicBool>,
     memory: Mutex<Option<Memory>>,
     noise: Mutex<Throttle>,
 }
 
 impl Backend {
-    pub fn new(server: FileServer) -> Arc<Self> {
-        Arc::new(Self {
+    /// # Errors
+    /// No descriptor is to be had.
+    pub fn new(server: FileServer, failed: Arc<AtomicBool>) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
             server,
+            exit: ExitEvent::new()?,
+            failed,
             memory: Mutex::new(None),
             noise: Mutex::new(Throttle::default()),
-        })
+        }))
     }
 
-    /// Answers all requests of a ring.
-    fn pump(&self, ring: &Ring<Memory>, memory: &GuestMemory) -> Result<(), virtio_queue::Error> {
+    /// Answers all requests of a ring. In between, the VMM gets its turn to stop it.
+    fn pump(&self, ring: &Ring<Memory>, memory: &GuestMemory) -> Result<(), QueueError> {
+        while self.pump_some(ring, memory)? {}
+        Ok(())
+    }
+
+    /// Answers some requests; `true` if there are more.
+    fn pump_some(&self, ring: &Ring<Memory>, memory: &GuestMemory) -> Result<bool, QueueError> {
         let mut state = ring.get_mut();
         if !is_running(&state) {
-            return Ok(());
+            return Ok(false);
         }
-        loop {
+        for _ in 0..BATCH {
             let Some(chain) = state.get_queue_mut().iter(memory)?.next() else {
-                if state.enable_notification()? {
-                    // The guest added something before it was told to kick.
-                    continue;
-                }
-                return Ok(());
+                // `true` if the guest added something before it was told to kick.
+                return state.enable_notification();
             };
             let head = chain.head_index();
             let len = self.answer(memory, chain);
             state.add_used(head, len)?;
             self.signal(&mut state);
         }
+        Ok(true)
     }
 
     /// Answers a request and returns how many bytes of its buffers were written.
-    fn answer(&self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> u32 {
+    pub(super) fn answer(&self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> u32 {
         // A request the server cannot understand is returned unanswered, which
         // the guest's driver takes as an I/O error.
         let answer = || -> Result<usize, Box<dyn std::error::Error>> {
             let reader = Reader::new(memory, chain.clone())?;
             let writer = Writer::new(memory, chain)?;
+            if writer.available_bytes() < size_of::<OutHeader>() && expects_answer(&reader)? {
+                return Err("no room for the answer".into());
+            }
             Ok(self
                 .server
                 .handle_message(reader, writer, None::<&mut ()>)?)
@@ -97,19 +113,28 @@ impl Backend {
     /// Interrupts the guest, if it wants to hear about the used buffers.
     fn signal(&self, state: &mut VringState<Memory>) {
         // When in doubt, interrupt: at worst it is one too many.
-        if state.needs_notification().unwrap_or(true) {
-            if let Err(e) = state.signal_used_queue() {
-                self.complain(&e);
-            }
+        if state.needs_notification().unwrap_or(true)
+            && let Err(e) = state.signal_used_queue()
+        {
+            self.complain(&e);
         }
     }
 
     fn complain(&self, what: &dyn std::fmt::Display) {
-        let mut noise = self.noise.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut noise = lock(&self.noise);
         if let Some(suppressed) = noise.admit() {
             log::warn!("fs: request: {what} ({suppressed} similar lines suppressed)");
         }
     }
+}
+
+/// Whether a request is of a kind that is answered.
+fn expects_answer(request: &Reader<'_>) -> io::Result<bool> {
+    let header: InHeader = request.clone().read_obj()?;
+    Ok(!matches!(
+        Opcode::try_from(header.opcode),
+        Ok(Opcode::Forget | Opcode::BatchForget | Opcode::Interrupt | Opcode::Destroy)
+    ))
 }
 
 impl VhostUserBackend for Backend {
@@ -143,12 +168,12 @@ impl VhostUserBackend for Backend {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
-        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
+        *lock(&self.memory) = Some(memory);
         Ok(())
     }
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()
+        self.exit.take()
     }
 
     fn handle_event(
@@ -158,15 +183,15 @@ impl VhostUserBackend for Backend {
         rings: &[Ring<Memory>],
         _thread: usize,
     ) -> io::Result<()> {
-        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(memory) = memory.as_ref().map(GuestAddressSpace::memory) else {
-            return Ok(());
-        };
-        if let Some(ring) = rings.get(usize::from(event)) {
+        guarded(&self.failed, || {
+            let memory = lock(&self.memory).as_ref().map(GuestAddressSpace::memory);
+            let (Some(memory), Some(ring)) = (memory, rings.get(usize::from(event))) else {
+                return;
+            };
             if let Err(e) = self.pump(ring, &memory) {
                 self.complain(&e);
             }
-        }
+        });
         Ok(())
     }
 }

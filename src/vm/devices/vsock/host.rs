@@ -7,12 +7,15 @@
 //! backlog.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::unistd::{UnlinkatFlags, unlinkat};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::table::Token;
@@ -62,7 +65,7 @@ pub enum Greeting {
 #[derive(Debug)]
 pub struct Host {
     dir: OwnedFd,
-    listener: UnixListener,
+    listener: Option<UnixListener>,
     epoll: Epoll,
     timer: TimerFd,
     ticking: bool,
@@ -74,24 +77,23 @@ impl Host {
     /// # Errors
     /// The socket exists already, or the process has too many descriptors.
     pub fn new(dir: OwnedFd) -> io::Result<Self> {
-        let listener = unix_socket::bind(&dir, SOCKET_NAME)?;
-        listener.set_nonblocking(true)?;
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
+        let epoll = Epoll::new()?;
+        let listener = unix_socket::bind(&dir, SOCKET_NAME)?;
         let host = Self {
-            timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?,
-            epoll: Epoll::new()?,
             dir,
-            listener,
+            listener: Some(listener),
+            epoll,
+            timer,
             ticking: false,
         };
-        let timer = nix_raw_fd(&host.timer);
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        host.control(
-            ControlOperation::Add,
-            host.listener.as_raw_fd(),
-            edge,
-            LISTENER,
-        )?;
+        if let Some(listener) = &host.listener {
+            listener.set_nonblocking(true)?;
+            host.control(ControlOperation::Add, listener.as_raw_fd(), edge, LISTENER)?;
+        }
+        let timer = host.timer.as_fd().as_raw_fd();
         host.control(ControlOperation::Add, timer, edge, TIMER)?;
         Ok(host)
     }
@@ -104,6 +106,27 @@ impl Host {
     #[must_use]
     pub fn poll_fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
+    }
+
+    /// Waits until something has happened; `false` if nothing has.
+    #[must_use]
+    pub fn wait(&self, patience: Duration) -> bool {
+        let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        // SAFETY: the epoll descriptor is open as long as `self` lives.
+        let epoll = unsafe { BorrowedFd::borrow_raw(self.epoll.as_raw_fd()) };
+        let mut fds = [PollFd::new(epoll, PollFlags::POLLIN)];
+        // A signal is not worth another look at the clock.
+        matches!(poll(&mut fds, timeout), Ok(1) | Err(Errno::EINTR))
+    }
+
+    /// Refuses clients from now on.
+    pub fn stop_listening(&mut self) {
+        if self.listener.take().is_some() {
+            // The name is of no use without the listener. Best effort: the whole
+            // directory goes when the sandbox does.
+            let dir = Some(self.dir.as_raw_fd());
+            let _ = unlinkat(dir, SOCKET_NAME, UnlinkatFlags::NoRemoveDir);
+        }
     }
 
     /// Takes what has happened, without waiting.
@@ -137,8 +160,11 @@ impl Host {
     /// # Errors
     /// Those of accept(2), such as too many open files.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        let Some(listener) = &self.listener else {
+            return Ok(None);
+        };
         loop {
-            match self.listener.accept() {
+            match listener.accept() {
                 Ok((stream, _)) => {
                     stream.set_nonblocking(true)?;
                     return Ok(Some(stream));
@@ -199,19 +225,8 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // The name is of no use without the listener. Best effort: the whole
-        // directory goes when the sandbox does.
-        let _ = nix::unistd::unlinkat(
-            Some(self.dir.as_raw_fd()),
-            SOCKET_NAME,
-            nix::unistd::UnlinkatFlags::NoRemoveDir,
-        );
+        self.stop_listening();
     }
-}
-
-fn nix_raw_fd(timer: &TimerFd) -> RawFd {
-    use std::os::fd::AsFd;
-    timer.as_fd().as_raw_fd()
 }
 
 /// Reads a client's first line, and not a byte behind it.

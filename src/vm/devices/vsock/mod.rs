@@ -14,7 +14,7 @@
 //! Both directions of a stream end on their own, as shutdown(2) does, and
 //! nothing that was sent before an end is lost, also when the other direction
 //! has ended or the sender has closed its socket. When the VM ends, so do all
-//! streams.
+//! streams, after what the guest had sent.
 //!
 //! The guest is hostile: all memory it can make the device use is bounded (see
 //! the constants in [`device`]), all work it can cause is done in bounded turns,
@@ -42,7 +42,7 @@ use std::os::unix::net::UnixListener;
 
 use self::device::Device;
 use self::vhost_user::{Backend, CONTINUE_EVENT, HOST_EVENT};
-use super::vhost_user::{Handle, serve};
+use super::vhost_user::{Error, Handle, serve};
 
 /// Serves the socket device of a VM to the VMM that connects to `listener`.
 ///
@@ -55,12 +55,14 @@ use super::vhost_user::{Handle, serve};
 pub fn spawn(listener: UnixListener, dir: OwnedFd, guest_cid: u64) -> io::Result<Handle> {
     let device = Device::new(guest_cid, dir)?;
     let host = device.poll_fd();
-    let backend = Backend::new(device)?;
     Handle::spawn("vsock", move |control| {
+        let backend = Backend::new(device, control.failed()).map_err(Error::Start)?;
         let extra = [
             (host, HOST_EVENT),
             (backend.unfinished.as_raw_fd(), CONTINUE_EVENT),
         ];
-        serve("vsock-control", listener, backend, &extra, control)
+        let served = serve("vsock-control", listener, backend.clone(), &extra, control);
+        backend.finish();
+        served
     })
 }

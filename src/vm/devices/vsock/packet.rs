@@ -65,7 +65,7 @@ pub struct Header {
 
 impl Header {
     #[must_use]
-    pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
+    pub fn to_bytes(self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         let mut at = 0;
         let mut put = |field: &[u8]| {
@@ -192,7 +192,11 @@ impl<'a, M: GuestMemory> Slices<'a, M> {
     ) -> Result<usize, Malformed> {
         let limit = self.list.len() + MAX_SLICES;
         let mut total = 0;
-        for descriptor in chain {
+        for (count, descriptor) in chain.enumerate() {
+            // Empty descriptors make no slices, but they take time.
+            if count == MAX_SLICES {
+                return Err(Malformed::TooManyDescriptors);
+            }
             if descriptor.is_write_only() != writable {
                 return Err(Malformed::Direction);
             }

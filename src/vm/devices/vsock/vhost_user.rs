@@ -1,8 +1,8 @@
 //! The socket device as a vhost-user back end.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringState, VringT};
@@ -13,19 +13,15 @@ use virtio_bindings::bindings::virtio_ring::{
 use virtio_queue::{Error as QueueError, Queue, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{
-    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
-};
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, Progress};
 use crate::vm::devices::throttle::Throttle;
-use crate::vm::devices::vhost_user::{Memory, Ring, is_running};
+use crate::vm::devices::vhost_user::{ExitEvent, Memory, Ring, guarded, is_running, lock};
 
 /// Receive and transmit; the VMM keeps the event queue to itself.
 const QUEUES: usize = 2;
-const RECEIVE: usize = 0;
-const TRANSMIT: usize = 1;
 const QUEUE_SIZE: usize = 1024;
 
 /// Events besides the rings'; the library reserves the first numbers for these.
@@ -39,6 +35,8 @@ const STEPS: usize = 32;
 /// The device and what the worker needs to run it.
 pub struct Backend {
     inner: Mutex<Inner>,
+    exit: ExitEvent,
+    failed: Arc<AtomicBool>,
     /// Set when work is left that no event will announce.
     pub unfinished: EventFd,
 }
@@ -54,8 +52,10 @@ struct Inner {
 impl Backend {
     /// # Errors
     /// No descriptor is to be had.
-    pub fn new(device: Device) -> io::Result<Arc<Self>> {
+    pub fn new(device: Device, failed: Arc<AtomicBool>) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
+            exit: ExitEvent::new()?,
+            failed,
             inner: Mutex::new(Inner {
                 device,
                 memory: None,
@@ -65,9 +65,9 @@ impl Backend {
         }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        // The device's state is consistent between any two calls.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The VMM has gone: delivers to the host what it is still owed.
+    pub fn finish(&self) {
+        lock(&self.inner).device.finish();
     }
 }
 
@@ -125,10 +125,10 @@ impl Inner {
     /// Interrupts the guest, if it wants to hear about the used buffers.
     fn signal(&mut self, state: &mut VringState<Memory>) {
         // When in doubt, interrupt: at worst it is one too many.
-        if state.needs_notification().unwrap_or(true) {
-            if let Err(e) = state.signal_used_queue() {
-                self.complain(&e);
-            }
+        if state.needs_notification().unwrap_or(true)
+            && let Err(e) = state.signal_used_queue()
+        {
+            self.complain(&e);
         }
     }
 
@@ -171,19 +171,19 @@ impl VhostUserBackend for Backend {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let config = self.lock().device.config();
+        let config = lock(&self.inner).device.config();
         let end = offset.checked_add(size).map(|end| end as usize);
         end.and_then(|end| config.get(offset as usize..end))
             .map_or_else(Vec::new, <[u8]>::to_vec)
     }
 
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
-        self.lock().memory = Some(memory);
+        lock(&self.inner).memory = Some(memory);
         Ok(())
     }
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()
+        self.exit.take()
     }
 
     fn handle_event(
@@ -193,20 +193,22 @@ impl VhostUserBackend for Backend {
         rings: &[Ring],
         _thread: usize,
     ) -> io::Result<()> {
-        let mut inner = self.lock();
-        match u64::from(event) {
-            HOST_EVENT => inner.device.host_events(),
-            CONTINUE_EVENT => {
-                // Fails only when it was not set.
-                let _ = self.unfinished.read();
+        guarded(&self.failed, || {
+            let mut inner = lock(&self.inner);
+            match u64::from(event) {
+                HOST_EVENT => inner.device.host_events(),
+                CONTINUE_EVENT => {
+                    // Fails only when it was not set.
+                    let _ = self.unfinished.read();
+                }
+                // A ring: they are all looked at anyway.
+                _ => {}
             }
-            // A ring: they are all looked at anyway.
-            _ => {}
-        }
-        if inner.run(rings) {
-            // Fails only when the counter is full, that is, when it is set already.
-            let _ = self.unfinished.write(1);
-        }
+            if inner.run(rings) {
+                // Fails only when the counter is full, that is, when it is set already.
+                let _ = self.unfinished.write(1);
+            }
+        });
         Ok(())
     }
 }

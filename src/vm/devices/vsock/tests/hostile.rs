@@ -151,6 +151,7 @@ fn chains_that_are_no_packets_are_ignored() {
     vm.send_raw(&bytes, &[(54, WRITE)]);
     vm.send_raw(&bytes, &[(44, 0), (10, WRITE)]);
     vm.send_raw(&[0; 200], &[(1, 0); 100]);
+    vm.send_raw(&bytes, &[[(0, 0); 100].as_slice(), &[(54, 0)]].concat());
     // Outside of memory, and wrapping around it.
     vm.send_chain(&[(1 << 40, 54, 0)]);
     vm.send_chain(&[(u64::MAX - 10, 54, 0)]);
@@ -236,11 +237,24 @@ fn a_guest_that_takes_no_answers_is_not_listened_to() {
         }
     }
     assert!(ignored);
-    assert!(vm.device.replies() <= 256);
+    assert!(vm.device.waiting().0 <= 256);
     // It goes on when the guest does.
     vm.post_buffers(64);
     while vm.packet().is_some() {}
-    assert_eq!(vm.device.replies(), 0);
+    assert_eq!(vm.device.waiting(), (0, 0));
+}
+
+#[test]
+fn connections_that_come_and_go_leave_nothing_behind() {
+    let mut vm = Vm::without_buffers();
+    let listener = vm.listen(2);
+    for _ in 0..100 {
+        vm.send(STRANGER.header(op::REQUEST), b"");
+        vm.send(STRANGER.header(op::RST), b"");
+        drop(listener.accept().unwrap());
+    }
+    assert_eq!(vm.device.waiting(), (0, 0));
+    assert_eq!(vm.device.connections(), 0);
 }
 
 #[test]
@@ -294,7 +308,7 @@ fn random_packets_do_no_harm() {
             clients[slot] = vm.fresh_connection();
         }
     }
-    assert!(vm.device.replies() <= 256);
+    assert!(vm.device.waiting().0 <= 256);
     drop(clients);
     vm.device.reset();
     vm.run();

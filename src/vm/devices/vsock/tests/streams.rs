@@ -259,3 +259,29 @@ fn a_stalled_connection_wakes_nobody() {
     // SAFETY: one valid pollfd.
     assert_eq!(unsafe { libc::poll(&mut fd, 1, 50) }, 0);
 }
+
+#[test]
+fn what_the_guest_sent_outlives_the_vm() {
+    let mut vm = Vm::new();
+    let (mut client, peer) = vm.connected();
+    let (mut idle, _) = vm.connected();
+    let bytes = pattern(LARGE_WINDOW as usize);
+    send_all(&mut vm, peer, &bytes);
+    let mut pending = vm.client(b"CONNECT 1\n");
+    let reader = std::thread::spawn(move || rest(&mut client));
+    vm.device.finish();
+    assert!(reader.join().unwrap() == bytes);
+    assert_eq!(rest(&mut idle), b"");
+    assert_eq!(rest(&mut pending), b"ERR connection refused\n");
+    assert!(!vm.root.path().join("vsock.sock").exists());
+}
+
+#[test]
+fn a_client_that_takes_nothing_does_not_hold_up_the_end() {
+    let mut vm = Vm::new();
+    let (_client, peer) = vm.connected();
+    send_all(&mut vm, peer, &pattern(LARGE_WINDOW as usize));
+    let start = std::time::Instant::now();
+    vm.device.finish();
+    assert!(start.elapsed() < std::time::Duration::from_secs(5));
+}
