@@ -141,3 +141,23 @@ fn looking_and_deleting_need_no_configuration() {
     let _ = world.call(["list"]).output().ok();
     world.assert_clean();
 }
+
+/// Asking /dev/kvm may take seconds; the answer holds until the next boot.
+#[test]
+fn the_accelerator_is_detected_once_and_remembered() {
+    let mut world = World::new();
+    world.configure(&configuration(Flavour::Source).replace("\"tcg\"", "\"auto\""));
+    let answer = world.root.join("kvm.json");
+    let read = || {
+        let changed = fs::metadata(&answer).unwrap().modified().unwrap();
+        (changed, fs::read_to_string(&answer).unwrap())
+    };
+    assert_eq!(world.run_script("echo first").ok().stdout(), "first\n");
+    let first = read();
+    assert_eq!(world.run_script("echo second").ok().stdout(), "second\n");
+    assert_eq!(read(), first);
+    // What is known about the machine stays when its containers go.
+    for name in ["kvm.json", "kvm.lock"] {
+        fs::remove_file(world.root.join(name)).unwrap();
+    }
+}
