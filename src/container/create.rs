@@ -10,7 +10,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kuasar_runv_protocol::AGENT_PORT;
 use kuasar_runv_protocol::agent::CreateContainerRequest;
 use nix::pty::Winsize;
 
@@ -172,7 +171,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         ready.guest_agent_start_us,
         ready.guest_agent_ready_us
     );
-    let agent = create_in_guest(&sandbox, &standin, options, &bundle, &guest, &config)?;
+    let agent = create_in_guest(&sandbox, &standin, options, &bundle, &guest)?;
     trace("guest-created");
 
     if let (Some(console), Some(socket)) = (console, &options.console_socket) {
@@ -357,15 +356,13 @@ fn create_in_guest(
     options: &Options,
     bundle: &Bundle,
     guest: &GuestSpec,
-    config: &Config,
 ) -> Result<Agent, Error> {
     let terminal = has_terminal(bundle);
     let wanted = wanted_streams(terminal);
-    let deadline = config.timeouts.agent();
-    let streams = sandbox.open_streams(&options.id, "", wanted, deadline)?;
+    let streams = sandbox.open_streams(&options.id, "", wanted)?;
     standin.attach(stream_flags(wanted, terminal), &streams)?;
     drop(streams);
-    let agent = Agent::new(sandbox.dial(AGENT_PORT, deadline)?, deadline).map_err(Error::Agent)?;
+    let agent = sandbox.agent()?;
     let request = CreateContainerRequest {
         container_id: options.id.clone(),
         spec_json: guest.json.to_string().into_bytes(),
