@@ -35,8 +35,7 @@ setup: ## install every distribution package the project needs (as root)
 .PHONY: build
 build: ## compile the host binary and the guest agent
 	@scripts/setup-packages build
-	@cargo build --release --bin kuasar-runv
-	@cargo build --release -p kuasar-runv-agent
+	@cargo build --release --workspace --bins
 
 .PHONY: protocol
 protocol: ## regenerate the code of the protocol from its .proto file

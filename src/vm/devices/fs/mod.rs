@@ -1,0 +1,83 @@
+//! virtio-fs: one directory of the host as a file system of the guest.
+//!
+//! The file server itself is the `virtiofsd` crate used as a library; this
+//! module owns everything around it: the set-up that its main program would do
+//! for a process of its own, the virtqueues, what the guest may cache, and what
+//! happens when a request cannot be understood.
+//!
+//! The directory is live in both directions: the guest asks the host about names
+//! and attributes whenever it uses them (see [`guard`]), and mounts that appear
+//! below the directory while the VM runs are announced as mounts of their own, so
+//! that inode numbers stay unique.
+//!
+//! Three things keep a hostile guest inside the directory. It has no way to name a
+//! file but by the number of one it has been given and a name in it, and names with
+//! `/` or `..` are refused ([`guard`]). Symbolic links are handed to the guest as
+//! text and never followed on the host (`O_NOFOLLOW`, and openat2(2) with
+//! `RESOLVE_IN_ROOT` where the server opens by name). And the serving threads have
+//! the directory as their root, so that even a path that slipped through would end
+//! there. These threads keep root, working directory and umask to themselves
+//! (`CLONE_FS`), and take on the user and groups of the guest's process per thread
+//! and per request: nothing changes for the rest of the process.
+//!
+//! The threads see the mount namespace of the thread that called [`spawn`]. A mount
+//! in the directory is kept busy by the files in it that the guest knows, so it is
+//! taken away with `MNT_DETACH`; it is really gone when the guest has looked at the
+//! mount point again, which makes its driver drop the whole mount.
+//!
+//! Not passed on to the host: file locks (they hold within the guest) and
+//! `O_TMPFILE`. Changes by the host raise no inotify events in the guest.
+//!
+//! - [`guard`]: checks requests and decides what the guest may trust
+//! - [`config`]: the server's own options
+//! - [`vhost_user`]: the glue towards an external VMM
+
+mod config;
+mod guard;
+#[cfg(test)]
+mod tests;
+mod vhost_user;
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+
+use virtiofsd::passthrough::PassthroughFs;
+use virtiofsd::server::Server;
+
+use self::guard::Guard;
+use self::vhost_user::Backend;
+use super::vhost_user::{Error, Handle, serve};
+
+/// Answers FUSE requests.
+type FileServer = Server<Guard<PassthroughFs>>;
+
+/// Serves `shared` to the VMM that connects to `listener`.
+///
+/// The tag under which the guest finds the file system is an argument of the
+/// VMM's device.
+///
+/// # Errors
+/// No thread or descriptor is to be had. What goes wrong later ends the device,
+/// see [`Handle`].
+pub fn spawn(listener: UnixListener, shared: OwnedFd) -> io::Result<Handle> {
+    Handle::spawn("fs", move |control| {
+        let server = confine(&shared).map_err(Error::Start)?;
+        drop(shared);
+        let backend = Backend::new(server, control.failed()).map_err(Error::Start)?;
+        serve("fs-control", listener, backend, &[], control)
+    })
+}
+
+/// Confines the calling thread, and those it will start, to the directory.
+fn confine(shared: &OwnedFd) -> io::Result<FileServer> {
+    // From here on, working directory, root and umask are this thread's own.
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+    let config = config::config()?;
+    let descriptors = config.guest_fd_limit;
+    nix::unistd::fchdir(shared.as_raw_fd())?;
+    nix::unistd::chroot(".")?;
+    nix::unistd::chdir("/")?;
+    let files = PassthroughFs::new(config)?;
+    Ok(Server::new(Guard::new(files, descriptors)))
+}

@@ -1,0 +1,248 @@
+//! Requests as a hostile guest may send them, answered by the real server.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::confine;
+use super::vhost_user::Backend;
+
+const REQUEST: u64 = 0x1_0000;
+const REPLY: u64 = 0x20_0000;
+const REPLY_LEN: u32 = 0x1_0000;
+const READABLE: u16 = 0;
+const WRITABLE: u16 = 2;
+
+const LOOKUP: u32 = 1;
+const GETATTR: u32 = 3;
+const SYMLINK: u32 = 6;
+const MKDIR: u32 = 9;
+const UNLINK: u32 = 10;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const INIT: u32 = 26;
+const READDIRPLUS: u32 = 44;
+
+const ROOT: u64 = 1;
+/// Flag of INIT.
+const SUBMOUNTS: u32 = 1 << 27;
+
+/// A guest that talks FUSE to the server of a directory.
+struct Guest {
+    memory: GuestMemoryMmap<BitmapMmapRegion>,
+    backend: Arc<Backend>,
+}
+
+/// Runs `test` on a thread of its own, because the server takes over a thread's
+/// root and umask; nothing but the shared directory exists there. Next to it there
+/// is a file `secret`, which is still the only one afterwards.
+fn with_guest(test: impl FnOnce(&Guest) + Send) {
+    let root = tempfile::tempdir().unwrap();
+    let shared = root.path().join("shared");
+    fs::create_dir(&shared).unwrap();
+    fs::write(root.path().join("secret"), "secret").unwrap();
+    fs::write(shared.join("file"), "content").unwrap();
+    let dir = File::open(&shared).unwrap().into();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let server = confine(&dir).unwrap();
+            let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap();
+            let guest = Guest {
+                memory,
+                backend: Backend::new(server, Arc::new(AtomicBool::new(false))).unwrap(),
+            };
+            test(&guest);
+        });
+    });
+    assert_eq!(fs::read(root.path().join("secret")).unwrap(), b"secret");
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
+}
+
+impl Guest {
+    /// Lets the server answer one chain; returns the bytes it says it has written.
+    fn chain(&self, parts: &[(u64, u32, u16)]) -> Vec<u8> {
+        let mem = &self.memory;
+        for (index, (address, len, flags)) in parts.iter().enumerate() {
+            let at = GuestAddress(index as u64 * 16);
+            let next = u16::from(index + 1 < parts.len());
+            mem.write_obj(*address, at).unwrap();
+            mem.write_obj(*len, GuestAddress(at.0 + 8)).unwrap();
+            mem.write_obj(flags | next, GuestAddress(at.0 + 12))
+                .unwrap();
+            mem.write_obj(index as u16 + 1, GuestAddress(at.0 + 14))
+                .unwrap();
+        }
+        let avail = 0x4000;
+        mem.write_obj(1u16, GuestAddress(avail + 2)).unwrap();
+        mem.write_obj(0u16, GuestAddress(avail + 4)).unwrap();
+        let mut queue = Queue::new(256).unwrap();
+        queue.set_desc_table_address(Some(0), None);
+        queue.set_avail_ring_address(Some(avail as u32), None);
+        queue.set_used_ring_address(Some(0x8000), None);
+        queue.set_ready(true);
+        let chain = queue.iter(mem).unwrap().next().unwrap();
+        let len = self.backend.answer(mem, chain);
+        let mut reply = vec![0; len.min(REPLY_LEN) as usize];
+        mem.read_slice(&mut reply, GuestAddress(REPLY)).unwrap();
+        reply
+    }
+
+    fn raw(&self, bytes: &[u8], reply: u32) -> Vec<u8> {
+        self.memory
+            .write_slice(bytes, GuestAddress(REQUEST))
+            .unwrap();
+        self.chain(&[
+            (REQUEST, bytes.len() as u32, READABLE),
+            (REPLY, reply, WRITABLE),
+        ])
+    }
+
+    /// The error number and the body of the answer.
+    fn ask(&self, opcode: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
+        let reply = self.raw(&request(opcode, node, body), REPLY_LEN);
+        assert!(reply.len() >= 16, "no answer to {opcode}");
+        let error = i32::from_le_bytes(reply[4..8].try_into().unwrap());
+        (-error, reply[16..].to_vec())
+    }
+
+    fn init(&self) {
+        let mut body = [7u32, 38, 0x2_0000, SUBMOUNTS, 0]
+            .map(u32::to_le_bytes)
+            .concat();
+        body.resize(64, 0);
+        assert_eq!(self.ask(INIT, 0, &body).0, 0);
+    }
+}
+
+/// A FUSE request of process 1, user and group 0.
+fn request(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.extend((40 + body.len() as u32).to_le_bytes());
+    bytes.extend(opcode.to_le_bytes());
+    bytes.extend(77u64.to_le_bytes());
+    bytes.extend(node.to_le_bytes());
+    bytes.extend([0u32, 0, 1, 0].map(u32::to_le_bytes).concat());
+    bytes.extend(body);
+    bytes
+}
+
+#[test]
+fn names_that_leave_the_directory_are_refused() {
+    with_guest(|guest| {
+        guest.init();
+        assert_eq!(guest.ask(LOOKUP, ROOT, b"file\0").0, 0);
+        for name in ["..", "../secret", "/etc/passwd", "x/../../secret"] {
+            let name = format!("{name}\0");
+            let mkdir = [&[0; 8], name.as_bytes()].concat();
+            let symlink = [name.as_bytes(), b"target\0"].concat();
+            assert_eq!(guest.ask(LOOKUP, ROOT, name.as_bytes()).0, libc::EINVAL);
+            assert_eq!(guest.ask(UNLINK, ROOT, name.as_bytes()).0, libc::EINVAL);
+            assert_eq!(guest.ask(MKDIR, ROOT, &mkdir).0, libc::EINVAL);
+            assert_eq!(guest.ask(SYMLINK, ROOT, &symlink).0, libc::EINVAL);
+        }
+    });
+}
+
+#[test]
+fn links_out_of_the_directory_are_not_followed() {
+    with_guest(|guest| {
+        guest.init();
+        std::os::unix::fs::symlink("../secret", "/link").unwrap();
+        let (error, entry) = guest.ask(LOOKUP, ROOT, b"link\0");
+        assert_eq!(error, 0);
+        let node = u64::from_le_bytes(entry[..8].try_into().unwrap());
+        // The guest gets the link itself, and cannot open what it points to.
+        let ino = u64::from_le_bytes(entry[40..48].try_into().unwrap());
+        let link = fs::symlink_metadata("/link").unwrap();
+        assert_eq!(ino, link.ino());
+        assert_ne!(guest.ask(OPEN, node, &[0; 8]).0, 0);
+    });
+}
+
+#[test]
+fn the_serving_thread_cannot_see_anything_else() {
+    with_guest(|_| {
+        let names: Vec<_> = fs::read_dir("/")
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["file"]);
+        assert!(fs::metadata("../../../../secret").is_err());
+    });
+    // The rest of the process can.
+    assert!(Path::new("/proc/self").exists());
+}
+
+#[test]
+fn requests_that_make_no_sense_cost_only_their_answer() {
+    with_guest(|guest| {
+        guest.init();
+        // Nothing, half a header, a header that lies about its length.
+        assert!(guest.raw(&[], REPLY_LEN).is_empty());
+        assert!(guest.raw(&[0; 39], REPLY_LEN).is_empty());
+        for len in [0, 1, 39, 41, 1 << 20, u32::MAX] {
+            let mut bytes = request(LOOKUP, ROOT, b"file\0");
+            bytes[..4].copy_from_slice(&len.to_le_bytes());
+            guest.raw(&bytes, REPLY_LEN);
+        }
+        // No room for the answer.
+        for reply in [0, 1, 15, 16, 17] {
+            guest.raw(&request(LOOKUP, ROOT, b"file\0"), reply);
+            guest.raw(&request(READDIRPLUS, ROOT, &[0; 40]), reply);
+        }
+        // No name, no end of a name, an unknown operation, unknown files.
+        guest.raw(&request(LOOKUP, ROOT, b""), REPLY_LEN);
+        guest.raw(&request(LOOKUP, ROOT, b"file"), REPLY_LEN);
+        assert_eq!(guest.ask(4711, ROOT, &[]).0, libc::ENOSYS);
+        assert_eq!(guest.ask(GETATTR, 4711, &[0; 16]).0, libc::EBADF);
+        assert_ne!(guest.ask(READ, 4711, &[0xff; 40]).0, 0);
+        // Buffers outside of memory, in the wrong order, none at all.
+        guest.chain(&[(1 << 40, 40, READABLE), (REPLY, REPLY_LEN, WRITABLE)]);
+        guest.chain(&[(REQUEST, u32::MAX, READABLE), (REPLY, u32::MAX, WRITABLE)]);
+        guest.chain(&[(REPLY, REPLY_LEN, WRITABLE), (REQUEST, 40, READABLE)]);
+        guest.chain(&[(REQUEST, 0, READABLE)]);
+        // It still works.
+        assert_eq!(guest.ask(LOOKUP, ROOT, b"file\0").0, 0);
+    });
+}
+
+#[test]
+fn random_requests_do_no_harm() {
+    with_guest(|guest| {
+        guest.init();
+        let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = move || {
+            // xorshift64
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed
+        };
+        for _ in 0..20_000 {
+            let len = random() as usize % 80;
+            let body: Vec<u8> = (0..len)
+                .map(|_| match random() % 4 {
+                    0 => b"./\0a"[random() as usize % 4],
+                    1 => 0,
+                    _ => random() as u8,
+                })
+                .collect();
+            // All but DESTROY, after which there are no files.
+            let opcode = [random() as u32 % 38, 39 + random() as u32 % 14][random() as usize % 2];
+            let mut bytes = request(opcode, random() % 6, &body);
+            if random() % 8 == 0 {
+                let at = random() as usize % bytes.len();
+                bytes[at] = random() as u8;
+            }
+            guest.raw(&bytes, (random() % 3000) as u32);
+        }
+        guest.init();
+        guest.ask(LOOKUP, ROOT, b"file\0");
+    });
+}
