@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts of this project; to be sourced by bash.
 #
 # Progress goes to standard error, one line per step with the seconds it took;

@@ -1,8 +1,10 @@
+# shellcheck shell=bash
 # Recipe of the packaged flavour, sourced by build-kernel.
 #
 # The distribution's kernel package is downloaded and unpacked beside the
 # system, never installed: no boot loader hook runs and /boot stays as it is.
 
+: "${here:?is set by build-kernel}"
 module_list=$here/kernel/packaged.modules
 
 # "PACKAGE VERSION" of the kernel that apt would install now.
