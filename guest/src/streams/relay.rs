@@ -113,7 +113,7 @@ impl Output {
     async fn moved(&mut self, bytes: usize) {
         self.remaining = self.remaining.map(|r| r.saturating_sub(bytes));
         self.moves += 1;
-        if self.moves % TURN == 0 {
+        if self.moves.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
     }
@@ -273,14 +273,14 @@ async fn copy(from: &Connection, to: &Connection, buffer: usize) -> io::Result<(
     // Many streams never carry anything.
     drop(from.readable().await?);
     let mut buffer = vec![0; buffer];
-    let mut turn = 0;
+    let mut turn = 0_u32;
     loop {
         match from.read(&mut buffer).await? {
             0 => return Ok(()),
             n => to.write_all(&buffer[..n]).await?,
         }
         turn += 1;
-        if turn % TURN == 0 {
+        if turn.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
     }
