@@ -33,7 +33,8 @@ pub fn config() -> io::Result<Config> {
         inode_file_handles: InodeFileHandlesMode::Never,
         readdirplus: true,
         allow_direct_io: true,
-        killpriv_v2: false,
+        // Offered to the guest; done by the guard.
+        killpriv_v2: true,
         posix_acl: NegotiationMode::Auto,
         security_label: NegotiationMode::Never,
         guest_fd_limit: descriptor_limit(),

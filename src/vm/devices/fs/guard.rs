@@ -44,6 +44,8 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse;
 
+use super::privileges::WithoutFsetid;
+
 /// Coarsest granularity of change times that matters (two seconds on VFAT), and
 /// some more.
 const SETTLED: Duration = Duration::from_secs(3);
@@ -255,7 +257,10 @@ where
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<Opened<F>> {
-        let (handle, mut options) = self.inner.open(ctx, inode, kill_priv, flags)?;
+        let (handle, mut options) = {
+            let _privileges = WithoutFsetid::when(kill_priv)?;
+            self.inner.open(ctx, inode, false, flags)?
+        };
         self.handles.fetch_add(1, Ordering::Relaxed);
         // Without attributes the pages are dropped, which is always right.
         if let Ok((attr, _)) = self.inner.getattr(ctx, inode, handle)
@@ -284,6 +289,38 @@ where
         let (entry, handle, options) = created;
         self.handles.fetch_add(1, Ordering::Relaxed);
         Ok((self.named(parent, entry), handle, options))
+    }
+
+    fn setattr(
+        &self,
+        ctx: Context,
+        inode: Ino<F>,
+        attr: fuse::SetattrIn,
+        handle: Option<Fh<F>>,
+        mut valid: SetattrValid,
+    ) -> io::Result<Stat> {
+        let _privileges = WithoutFsetid::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
+        valid.remove(SetattrValid::KILL_SUIDGID);
+        self.inner.setattr(ctx, inode, attr, handle, valid)
+    }
+
+    fn write<R: ZeroCopyReader>(
+        &self,
+        ctx: Context,
+        inode: Ino<F>,
+        handle: Fh<F>,
+        from: R,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        delayed: bool,
+        kill_priv: bool,
+        flags: u32,
+    ) -> io::Result<usize> {
+        let _privileges = WithoutFsetid::when(kill_priv)?;
+        self.inner.write(
+            ctx, inode, handle, from, size, offset, lock_owner, delayed, false, flags,
+        )
     }
 
     fn release(
@@ -326,8 +363,6 @@ where
 
     pass! {
         [] fn destroy();
-        [] fn setattr(ctx: Context, inode: Ino<F>, attr: fuse::SetattrIn, handle: Option<Fh<F>>,
-            valid: SetattrValid) -> io::Result<Stat>;
         [] fn readlink(ctx: Context, inode: Ino<F>) -> io::Result<Vec<u8>>;
         [name] fn unlink(ctx: Context, parent: Ino<F>, name: &CStr) -> io::Result<()>;
         [name] fn rmdir(ctx: Context, parent: Ino<F>, name: &CStr) -> io::Result<()>;
@@ -335,9 +370,6 @@ where
             flags: u32) -> io::Result<()>;
         [] fn read<W: ZeroCopyWriter>(ctx: Context, inode: Ino<F>, handle: Fh<F>, to: W,
             size: u32, offset: u64, lock_owner: Option<u64>, flags: u32) -> io::Result<usize>;
-        [] fn write<R: ZeroCopyReader>(ctx: Context, inode: Ino<F>, handle: Fh<F>, from: R,
-            size: u32, offset: u64, lock_owner: Option<u64>, delayed: bool, kill_priv: bool,
-            flags: u32) -> io::Result<usize>;
         [] fn flush(ctx: Context, inode: Ino<F>, handle: Fh<F>, lock_owner: u64)
             -> io::Result<()>;
         [] fn fsync(ctx: Context, inode: Ino<F>, data_only: bool, handle: Fh<F>)
