@@ -61,6 +61,7 @@ pub struct Created {
     root: Root,
     sandbox: Sandbox,
     standin: StandIn,
+    standin_ref: ProcessRef,
     undo: Undo,
 }
 
@@ -77,8 +78,8 @@ impl Created {
     }
 
     #[must_use]
-    pub fn standin_pid(&self) -> i32 {
-        self.standin.pid
+    pub fn standin(&self) -> ProcessRef {
+        self.standin_ref
     }
 
     /// Writes how far it got to the record.
@@ -152,7 +153,8 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("sandboxer-spawned");
     let (console, slave) = open_console(options, &bundle)?;
     let standin = spawn_standin(root, options, &bundle, &guest, slave)?;
-    record.standin = Some(ProcessRef::of(standin.pid).map_err(context("the stand-in"))?);
+    let standin_ref = ProcessRef::of(standin.pid).map_err(context("the stand-in"))?;
+    record.standin = Some(standin_ref);
     record.write(root)?;
     cgroup::join(&record.cgroups, standin.pid).map_err(context("the stand-in's cgroup"))?;
     standin.release()?;
@@ -190,6 +192,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         root: root.clone(),
         sandbox,
         standin,
+        standin_ref,
         undo,
     };
     created.record_phase(Phase::Created)?;
