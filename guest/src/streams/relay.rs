@@ -24,7 +24,7 @@ use crate::reaper::ExitReceiver;
 use crate::sys;
 
 /// Bytes moved by one call, and sizes of the buffers where there is one.
-const CHUNK: usize = 256 * 1024;
+const CHUNK: usize = 1024 * 1024;
 const COPY_BUFFER: usize = 128 * 1024;
 const INPUT_BUFFER: usize = 64 * 1024;
 /// A terminal hands out at most a page at a time.
@@ -128,7 +128,13 @@ async fn splice_all(
         let mut writable = connection.writable().await?;
         match splice(pipe, connection, most) {
             Ok(0) => return Ok(()),
-            Ok(n) => output.moved(n).await,
+            Ok(n) => {
+                // Asking is cheaper than finding out by another attempt.
+                if n < most && sys::bytes_available(pipe.fd())? == 0 {
+                    readable.clear_ready();
+                }
+                output.moved(n).await;
+            }
             Err(e) if sys::would_block(&e) => {
                 // Either end may be meant.
                 let (pipe_ready, connection_ready) = readiness(pipe, connection)?;
