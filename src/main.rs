@@ -1,3 +1,26 @@
+//! `kuasar-runv`: an OCI runtime with runc's command line that runs every pod
+//! in its own virtual machine. `docs/architecture.md` explains the parts.
+
+use std::process::ExitCode;
+
+mod agent_client;
+mod cmd;
+mod config;
+mod container;
+mod logging;
+mod root;
+mod sandbox;
+mod standin;
 mod sys;
 mod vm;
-fn main() {}
+
+fn main() -> ExitCode {
+    // The resident processes are this binary too. They come first, so that the
+    // stand-in touches as few of its pages as possible.
+    let code = match std::env::args_os().nth(1) {
+        Some(name) if name == standin::COMMAND => standin::main(),
+        Some(name) if name == sandbox::server::COMMAND => sandbox::server::main(),
+        _ => cmd::run(),
+    };
+    ExitCode::from(code)
+}

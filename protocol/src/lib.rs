@@ -16,7 +16,7 @@
 pub mod event;
 pub mod stream;
 
-#[allow(clippy::all, clippy::pedantic)]
+#[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]
 mod generated {
     pub mod agent;
     pub mod agent_ttrpc;

@@ -21,8 +21,9 @@ use std::fmt;
 
 /// First bytes of every stream connection.
 pub const MAGIC: [u8; 4] = *b"RVS1";
-/// Longest container or exec id, in bytes (runc has no limit; a file name has 255).
-pub const MAX_ID_LEN: usize = 255;
+/// Longest container or exec id, in bytes. runc has no limit of its own; an id is
+/// part of file names, which have 255, on both sides.
+pub const MAX_ID_LEN: usize = 240;
 
 /// What a connection carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -64,7 +65,10 @@ impl Header {
     /// # Errors
     /// An id that is longer than [`MAX_ID_LEN`].
     pub fn encode(&self) -> Result<Vec<u8>, Malformed> {
-        let len = |id: &str| u8::try_from(id.len()).map_err(|_| Malformed("id too long"));
+        let len = |id: &str| match u8::try_from(id.len()) {
+            Ok(len) if id.len() <= MAX_ID_LEN => Ok(len),
+            _ => Err(Malformed("id too long")),
+        };
         let mut wire = MAGIC.to_vec();
         wire.push(self.kind as u8);
         wire.push(len(&self.container_id)?);

@@ -1,2 +1,10 @@
-//! Thin layers over system calls that several modules need.
+//! Thin, safe wrappers of the kernel interfaces the runtime is built on. No
+//! policy here.
+
+pub mod atomic_file;
+pub mod interrupt;
+pub mod lock;
+pub mod mount;
+pub mod process;
+pub mod seqpacket;
 pub mod unix_socket;

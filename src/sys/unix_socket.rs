@@ -11,7 +11,10 @@ use std::io;
 use std::mem::{offset_of, size_of, size_of_val};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use rustix::fs::{CWD, Mode, OFlags, openat};
 
 /// How many connections may wait to be accepted; the kernel lowers it to
 /// `net.core.somaxconn`.
@@ -19,6 +22,21 @@ const BACKLOG: libc::c_int = 4096;
 
 /// How long [`connect`] waits for room in the listener's queue.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Opens a directory for [`bind`] and [`connect`].
+///
+/// # Errors
+/// As open(2).
+pub fn open_dir(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(openat(CWD, path, flags, Mode::empty())?)
+}
+
+/// A path of `name` in `dir` that fits a socket address while `dir` is open.
+#[must_use]
+pub fn short_path(dir: &impl AsFd, name: &str) -> PathBuf {
+    format!("/proc/self/fd/{}/{name}", dir.as_fd().as_raw_fd()).into()
+}
 
 /// Creates the socket `name` in `dir`, mode 0600, and listens on it.
 ///
@@ -107,7 +125,8 @@ impl Address {
         if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
             return Err(invalid("socket name is not a plain file name"));
         }
-        let path = format!("/proc/self/fd/{}/{name}", dir.as_fd().as_raw_fd());
+        let path = short_path(dir, name);
+        let path = path.as_os_str().as_encoded_bytes();
         // SAFETY: all-zero bytes are a valid sockaddr_un.
         let mut raw: libc::sockaddr_un = unsafe { std::mem::zeroed() };
         // One byte stays for the terminating zero.
@@ -115,8 +134,8 @@ impl Address {
             return Err(invalid("socket name is too long"));
         }
         raw.sun_family = libc::AF_UNIX as libc::sa_family_t;
-        for (to, from) in raw.sun_path.iter_mut().zip(path.bytes()) {
-            *to = from as libc::c_char;
+        for (to, from) in raw.sun_path.iter_mut().zip(path) {
+            *to = *from as libc::c_char;
         }
         let len = offset_of!(libc::sockaddr_un, sun_path) + path.len() + 1;
         debug_assert!(len <= size_of::<libc::sockaddr_un>());
@@ -154,10 +173,9 @@ mod tests {
         let mode = fs::metadata(path.join("vsock.sock")).unwrap().permissions();
         assert_eq!(mode.mode() & 0o777, 0o600);
 
-        for connect in [
-            |dir: &File, name: &str| connect(dir, name),
-            |dir: &File, name: &str| connect_nonblocking(dir, name),
-        ] {
+        type Connect = fn(&File, &str) -> io::Result<UnixStream>;
+        let both: [Connect; 2] = [|d, n| connect(d, n), |d, n| connect_nonblocking(d, n)];
+        for connect in both {
             let mut client = connect(&dir, "vsock.sock").unwrap();
             let (mut server, _) = listener.accept().unwrap();
             client.write_all(b"hello").unwrap();

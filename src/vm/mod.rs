@@ -1,2 +1,263 @@
 //! Hypervisors behind one trait, and the devices they share.
+//!
+//! A [`Vm`] is one virtual machine that the sandboxer owns. The model:
+//!
+//! - The sandboxer prepares a private directory with the vhost-user sockets of
+//!   its devices listening, and describes the machine in a [`VmConfig`].
+//!   [`create`] picks the hypervisor and checks what can be checked before
+//!   anything runs.
+//! - [`Vm::boot`] starts the machine and returns as soon as it executes. When the
+//!   guest is ready is the agent's to say.
+//! - What happens to the machine afterwards arrives as [`VmEvent`]s: whenever
+//!   [`Vm::event_fd`] is readable, [`Vm::next_event`] is called until it answers
+//!   `None`. No threads are needed and no call waits longer than its deadline.
+//! - [`VmEvent::Exited`] is the last event. Dropping a `Vm` kills and reaps what
+//!   is left of it.
+//!
+//! What a hypervisor cannot do is [`Error::Unsupported`], and [`Capabilities`]
+//! says so beforehand.
+
+pub mod detect;
 pub mod devices;
+mod log_pump;
+mod process;
+mod qemu;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use crate::config::{Config, Hypervisor};
+
+/// One virtual machine.
+#[allow(
+    dead_code,
+    reason = "the verbs on running machines wait for the commands that need them"
+)]
+pub trait Vm {
+    /// Name for messages and state files, as in the configuration.
+    fn hypervisor(&self) -> &'static str;
+
+    fn capabilities(&self) -> Capabilities;
+
+    /// Starts the machine.
+    ///
+    /// For a hypervisor with a process of its own, `on_spawn` is called with its
+    /// pid while that process still waits to execute the hypervisor, so that the
+    /// pid can be recorded first. When `on_spawn` fails, or the caller dies in
+    /// it, the process ends without having done anything.
+    ///
+    /// To be called on a thread that lives as long as the VM: the hypervisor is
+    /// killed when that thread ends.
+    ///
+    /// # Errors
+    /// The hypervisor could not be executed, or `on_spawn`'s error.
+    fn boot(&mut self, on_spawn: &mut dyn FnMut(i32) -> io::Result<()>) -> Result<(), Error>;
+
+    /// Pid of the hypervisor's process while it has one of its own.
+    fn pid(&self) -> Option<i32>;
+
+    /// Readable when [`Vm::next_event`] has work to do. The same descriptor for
+    /// the whole life of the `Vm`.
+    fn event_fd(&self) -> BorrowedFd<'_>;
+
+    /// What has happened, without waiting. `None`: nothing more for now.
+    ///
+    /// # Errors
+    /// The hypervisor said something that cannot be understood. Events may still
+    /// follow: it is called again until it answers `None`.
+    fn next_event(&mut self) -> Result<Option<VmEvent>, Error>;
+
+    /// Stops the virtual CPUs. Idempotent.
+    ///
+    /// # Errors
+    /// The hypervisor refuses or does not answer in time.
+    fn pause(&mut self) -> Result<(), Error>;
+
+    /// Lets the virtual CPUs run again. Idempotent.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`].
+    fn resume(&mut self) -> Result<(), Error>;
+
+    /// Changes the size of the running machine.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`], and [`Error::Unsupported`].
+    fn resize(&mut self, size: VmSize) -> Result<(), Error>;
+
+    /// Adds a device to the running machine under an id of the caller's.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`], and [`Error::Unsupported`].
+    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error>;
+
+    /// Removes a device that was attached under this id.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`], and [`Error::Unsupported`].
+    fn detach(&mut self, id: &str) -> Result<(), Error>;
+
+    /// Ends the machine at once, whatever it is doing, and returns when nothing
+    /// of it is left. Its files are written by the host's devices, so nothing
+    /// needs to be flushed. Idempotent; `None` for a machine that never ran.
+    ///
+    /// # Errors
+    /// It is still there at the deadline.
+    fn stop(&mut self, deadline: Duration) -> Result<Option<ExitStatus>, Error>;
+}
+
+/// What a hypervisor can do to a running machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    pub pause: bool,
+    pub resize_vcpus: bool,
+    pub resize_memory: bool,
+    pub attach_block: bool,
+    pub attach_net: bool,
+    /// Guest instructions are emulated: everything in the guest takes about ten
+    /// times as long, so do the waits for it.
+    pub emulated: bool,
+}
+
+/// The machine to boot. Names of sockets and logs are file names in
+/// `sandbox_dir`, because a whole path may not fit a socket address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// Private, absolute directory of the sandbox; working directory of a
+    /// hypervisor process.
+    pub sandbox_dir: PathBuf,
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+    /// Kernel parameters of the agent and the user. What the machine itself
+    /// needs is put before them.
+    pub kernel_params: String,
+    pub size: VmSize,
+    /// Listening vhost-user socket of the vsock device.
+    pub vsock_socket: String,
+    /// The pod's shared directory.
+    pub fs: FsDevice,
+    /// File that takes the guest's console; a file that reached
+    /// `log_pump::LOG_LIMIT` becomes `<name>.1`. `None` drops the output.
+    pub console_log: Option<String>,
+    /// Lets the kernel print its messages, not only errors.
+    pub verbose_console: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmSize {
+    pub vcpus: u32,
+    pub memory_mib: u32,
+}
+
+/// A virtio-fs device whose back end listens on a vhost-user socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FsDevice {
+    pub socket: String,
+    /// What the guest mounts, at most 36 bytes.
+    pub tag: String,
+}
+
+/// A device that can be attached to a running machine.
+#[allow(dead_code, reason = "see `Vm`")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// A host block device or image file, raw.
+    Block { path: PathBuf, read_only: bool },
+    /// An existing tap interface.
+    Net { tap: String, mac: [u8; 6] },
+}
+
+/// What happened to a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmEvent {
+    /// The guest powered itself off.
+    GuestShutdown,
+    /// The guest reset itself: a kernel panic, a triple fault or a reboot. The
+    /// console log tells which.
+    GuestReset,
+    /// The guest reported a kernel panic.
+    GuestPanicked,
+    /// The hypervisor has stopped the virtual CPUs and they cannot go on, for
+    /// instance after an internal error of KVM. Only `stop` is left.
+    Stalled { reason: String },
+    /// The machine has ended. The last event.
+    Exited(VmExit),
+}
+
+/// How a hypervisor ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmExit {
+    pub status: ExitStatus,
+    /// The last line the hypervisor printed, when it did not end well.
+    pub message: Option<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the hypervisor {hypervisor} does not support {operation}")]
+    Unsupported {
+        hypervisor: &'static str,
+        operation: &'static str,
+    },
+    /// A file of the installation is missing or cannot be used. `hint` says what
+    /// to do about it.
+    #[error("cannot use the {what} {}: {} ({hint})", path.display(), reason(source))]
+    File {
+        what: &'static str,
+        path: PathBuf,
+        source: io::Error,
+        hint: &'static str,
+    },
+    #[error("qemu.accel is \"kvm\", but KVM does not work on this machine: {reason}")]
+    KvmUnusable { reason: String },
+    #[error("cannot start {}: {step}: {}", path.display(), reason(source))]
+    Spawn {
+        path: PathBuf,
+        step: &'static str,
+        source: io::Error,
+    },
+    /// `on_spawn` of [`Vm::boot`] failed.
+    #[error("cannot record the hypervisor's process: {0}")]
+    Record(#[source] io::Error),
+    #[error("{operation} needs a running virtual machine")]
+    NotRunning { operation: &'static str },
+    #[error("the hypervisor process {pid} is still there {seconds} s after SIGKILL")]
+    Undead { pid: i32, seconds: u64 },
+    #[error("control connection to QEMU: {0}")]
+    Qmp(#[from] qemu::QmpError),
+    #[error("{context}: {source}")]
+    Io {
+        context: &'static str,
+        source: io::Error,
+    },
+}
+
+/// An error in other words than the C library's where engines match on those:
+/// they take "no such file or directory" and "permission denied" for the
+/// container's command.
+fn reason(e: &io::Error) -> String {
+    match e.kind() {
+        io::ErrorKind::NotFound => "it does not exist".into(),
+        io::ErrorKind::PermissionDenied => "it may not be used".into(),
+        _ => e.to_string(),
+    }
+}
+
+/// A machine that has not been booted yet, with the hypervisor the configuration
+/// and this machine allow.
+///
+/// `cache_dir` holds the remembered answer of [`detect::kvm`].
+///
+/// # Errors
+/// A missing or unusable binary, firmware, kernel or image; KVM configured where
+/// it does not work.
+pub fn create(config: &Config, vm: VmConfig, cache_dir: &Path) -> Result<Box<dyn Vm>, Error> {
+    match config.hypervisor {
+        Hypervisor::Auto | Hypervisor::Qemu => {
+            Ok(Box::new(qemu::QemuVm::new(config, vm, cache_dir)?))
+        }
+    }
+}

@@ -1,0 +1,453 @@
+//! The containers of the pod and their processes.
+//!
+//! A container's id is reserved for as long as anything of it is left: from the
+//! start of its creation to the end of its removal. What exists of it is its
+//! process, its private directory below [`STATE_DIR`] and its cgroup; the mounts
+//! go with the last process of its mount namespace.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kuasar_runv_protocol::stream::{Kind, MAX_ID_LEN};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::cgroup::Cgroup;
+use crate::events::Events;
+use crate::helper::{NOTIFY_SOCKET, SPEC_FILE};
+use crate::process::{Process, SignalError};
+use crate::reaper::Reaper;
+use crate::streams::{
+    Connection, StreamId, Streams, relay_input, relay_output, relay_terminal_input,
+    relay_terminal_output, serve_control,
+};
+use crate::sys;
+use crate::zygote::{CreateRequest, FailureKind, Zygote, ZygoteError};
+
+/// Where the containers' private directories are; on the agent's tmpfs.
+pub const STATE_DIR: &str = "/run/kuasar/containers";
+
+/// How long processes may take to be gone after SIGKILL.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+const KILL_POLL: Duration = Duration::from_millis(2);
+/// Capacity of stdio pipes, in bytes; the default of the kernel is 64 KiB.
+const PIPE_SIZE: libc::c_int = 256 * 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerError {
+    #[error("container does not exist")]
+    NotFound,
+    #[error("container with given ID already exists")]
+    Exists,
+    #[error("{0}")]
+    Invalid(String),
+    #[error(transparent)]
+    Signal(#[from] SignalError),
+    #[error("cannot start an already running container")]
+    AlreadyStarted,
+    #[error("cannot start a container that has stopped")]
+    Stopped,
+    #[error("another operation on the container is in progress")]
+    Busy,
+    #[error("the container's processes did not end after SIGKILL")]
+    Unkillable,
+    #[error(transparent)]
+    Helper(#[from] ZygoteError),
+    #[error("{context}: {source}")]
+    Io { context: String, source: io::Error },
+}
+
+impl ContainerError {
+    fn io<E: Into<io::Error>>(context: impl Into<String>) -> impl FnOnce(E) -> ContainerError {
+        let context = context.into();
+        move |source| ContainerError::Io {
+            context,
+            source: source.into(),
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, ContainerError>;
+
+/// What the host asks a container to be.
+#[derive(Debug)]
+pub struct NewContainer {
+    pub id: String,
+    pub spec: Vec<u8>,
+    pub stdin: bool,
+    pub stdout: bool,
+    pub stderr: bool,
+    pub no_pivot: bool,
+    pub no_new_keyring: bool,
+}
+
+/// A created container.
+struct Container {
+    dir: PathBuf,
+    cgroup: Cgroup,
+    process: Arc<Process>,
+}
+
+enum Entry {
+    /// Being created or removed.
+    Reserved,
+    Ready(Arc<Container>),
+}
+
+/// All containers of the pod.
+pub struct Containers {
+    entries: Mutex<HashMap<String, Entry>>,
+    sequence: AtomicU64,
+    state_dir: PathBuf,
+    zygote: Zygote,
+    reaper: Arc<Reaper>,
+    streams: Arc<Streams>,
+    events: Events,
+}
+
+/// The agent's ends of a container's stdio pipes.
+#[derive(Default)]
+struct Pipes {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+}
+
+impl Containers {
+    pub fn new(
+        state_dir: PathBuf,
+        zygote: Zygote,
+        reaper: Arc<Reaper>,
+        streams: Arc<Streams>,
+        events: Events,
+    ) -> Containers {
+        Containers {
+            entries: Mutex::default(),
+            sequence: AtomicU64::new(0),
+            state_dir,
+            zygote,
+            reaper,
+            streams,
+            events,
+        }
+    }
+
+    /// Creates a container and returns the pid of its waiting process.
+    ///
+    /// # Errors
+    /// See [`ContainerError`]; nothing of the container is left then.
+    pub async fn create(self: Arc<Self>, new: NewContainer) -> Result<i32> {
+        check_id(&new.id)?;
+        self.reserve(&new.id)?;
+        let number = self.sequence.fetch_add(1, Ordering::Relaxed);
+        let dir = self.state_dir.join(number.to_string());
+        let cgroup = Cgroup::of(&new.id);
+        match self.build(&new, &dir, &cgroup).await {
+            Ok(container) => {
+                let pid = container.process.pid;
+                self.lock().insert(new.id, Entry::Ready(container));
+                Ok(pid)
+            }
+            Err(e) => {
+                self.streams.forget(&new.id);
+                if let Err(left) = remove_leftovers(&dir, &cgroup).await {
+                    log::error!("cleaning up after {}: {left}", new.id);
+                }
+                self.lock().remove(&new.id);
+                Err(e)
+            }
+        }
+    }
+
+    /// Lets the created process execute its program.
+    ///
+    /// # Errors
+    /// `AlreadyStarted`, `Stopped`, `NotFound`.
+    pub async fn start(&self, id: &str) -> Result<()> {
+        let container = self.get(id)?;
+        let process = &container.process;
+        if process.has_ended() {
+            return Err(ContainerError::Stopped);
+        }
+        if !process.note_start() {
+            return Err(ContainerError::AlreadyStarted);
+        }
+        // libcontainer's side of this waits in accept and reads to the end; what
+        // is sent does not matter. Connecting to a listening unix socket and
+        // writing a few bytes does not block.
+        let notified = std::os::unix::net::UnixStream::connect(container.dir.join(NOTIFY_SOCKET));
+        match notified {
+            Ok(_) => Ok(()),
+            Err(_) if process.has_ended() => Err(ContainerError::Stopped),
+            Err(e) => Err(ContainerError::io("starting the container")(e)),
+        }
+    }
+
+    /// Sends a signal to a container's process, or with `all` to every process
+    /// in its cgroup.
+    ///
+    /// # Errors
+    /// `NotFound`, `NotRunning`.
+    pub fn signal(&self, id: &str, signal: i32, all: bool) -> Result<()> {
+        let container = self.get(id)?;
+        if !all {
+            return Ok(container.process.signal(signal)?);
+        }
+        match container.cgroup.signal_all(signal) {
+            Err(e) => Err(ContainerError::io("signalling the cgroup")(e)),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Removes a container; its processes are killed first.
+    ///
+    /// # Errors
+    /// `NotFound`, `Busy`; when a step failed the container stays, and the call
+    /// can be repeated.
+    pub async fn delete(&self, id: &str) -> Result<()> {
+        let container = {
+            let mut entries = self.lock();
+            match entries.get(id) {
+                None => return Err(ContainerError::NotFound),
+                Some(Entry::Reserved) => return Err(ContainerError::Busy),
+                Some(Entry::Ready(container)) => {
+                    let container = Arc::clone(container);
+                    entries.insert(id.to_owned(), Entry::Reserved);
+                    container
+                }
+            }
+        };
+        let result = self.remove(&container).await;
+        let mut entries = self.lock();
+        match &result {
+            Ok(()) => drop(entries.remove(id)),
+            Err(_) => drop(entries.insert(id.to_owned(), Entry::Ready(container))),
+        }
+        drop(entries);
+        if result.is_ok() {
+            self.streams.forget(id);
+        }
+        result
+    }
+
+    async fn remove(&self, container: &Container) -> Result<()> {
+        let process = &container.process;
+        if !process.has_ended() {
+            // It may end by itself at this moment.
+            drop(process.signal(libc::SIGKILL));
+            timeout(KILL_DEADLINE, process.ended())
+                .await
+                .map_err(|_| ContainerError::Unkillable)?;
+        }
+        remove_leftovers(&container.dir, &container.cgroup).await
+    }
+
+    async fn build(
+        &self,
+        new: &NewContainer,
+        dir: &Path,
+        cgroup: &Cgroup,
+    ) -> Result<Arc<Container>> {
+        fs::create_dir_all(dir).map_err(ContainerError::io("making the container's directory"))?;
+        fs::write(dir.join(SPEC_FILE), &new.spec)
+            .map_err(ContainerError::io("writing the spec"))?;
+        let announced = [new.stdin, new.stdout, new.stderr];
+        let (pipes, theirs) = make_pipes(announced).map_err(ContainerError::io("making pipes"))?;
+        let request = CreateRequest {
+            container_id: new.id.clone(),
+            dir: dir.to_owned(),
+            stdio: announced,
+            no_pivot: new.no_pivot,
+            no_new_keyring: new.no_new_keyring,
+        };
+        let created = self.zygote.create(&request, &theirs).await?;
+        drop(theirs);
+        let exit = self.reaper.watch(created.pid);
+        let terminal = created
+            .terminal
+            .map(Connection::new)
+            .transpose()
+            .map_err(ContainerError::io("terminal"))?;
+        let process = Process::new(created.pid, exit, terminal)
+            .map(Arc::new)
+            .map_err(ContainerError::io("opening the container's process"))?;
+        // From here on the agent is the parent of the process.
+        drop(created.hold);
+        // Whether there is a terminal is in the spec, which the helper reads.
+        let pipes = match process.terminal() {
+            Some(_) => Pipes::default(),
+            None => pipes,
+        };
+        self.attach_streams(&new.id, &process, pipes);
+        Ok(Arc::new(Container {
+            dir: dir.to_owned(),
+            cgroup: cgroup.clone(),
+            process,
+        }))
+    }
+
+    /// Starts the tasks that connect a process with its stand-in.
+    fn attach_streams(&self, id: &str, process: &Arc<Process>, pipes: Pipes) {
+        let stream = |kind| {
+            let (streams, container_id) = (Arc::clone(&self.streams), id.to_owned());
+            async move {
+                let id = StreamId {
+                    container_id,
+                    exec_id: String::new(),
+                    kind,
+                };
+                streams.claim(id).await
+            }
+        };
+        let exit = || process.exit();
+        if let Some(pipe) = pipes.stdin {
+            let (connection, exit) = (stream(Kind::Stdin), exit());
+            sys::spawn(async move {
+                if let Some(connection) = connection.await {
+                    relay_input(connection, pipe, exit).await;
+                }
+            });
+        }
+        for (pipe, kind) in [(pipes.stdout, Kind::Stdout), (pipes.stderr, Kind::Stderr)] {
+            let Some(pipe) = pipe else { continue };
+            let (connection, exit) = (stream(kind), exit());
+            sys::spawn(async move {
+                if let Some(connection) = connection.await {
+                    relay_output(pipe, connection, exit).await;
+                }
+            });
+        }
+        if let Some(terminal) = process.terminal() {
+            let (input, exit_in, to) = (stream(Kind::Stdin), exit(), terminal.clone());
+            sys::spawn(async move {
+                if let Some(connection) = input.await {
+                    relay_terminal_input(connection, to, exit_in).await;
+                }
+            });
+            let (output, exit_out, from) = (stream(Kind::Stdout), exit(), terminal.clone());
+            sys::spawn(async move {
+                if let Some(connection) = output.await {
+                    relay_terminal_output(from, connection, exit_out).await;
+                }
+            });
+        }
+        let (control, of) = (stream(Kind::Control), Arc::clone(process));
+        sys::spawn(async move {
+            if let Some(connection) = control.await {
+                serve_control(connection, of).await;
+            }
+        });
+        let (events, of, id) = (self.events.clone(), Arc::clone(process), id.to_owned());
+        sys::spawn(async move {
+            let status = of.ended().await;
+            log::debug!("{id}: {status:?}");
+            events.exited(&id, status);
+        });
+    }
+
+    fn reserve(&self, id: &str) -> Result<()> {
+        let mut entries = self.lock();
+        if entries.contains_key(id) {
+            return Err(ContainerError::Exists);
+        }
+        entries.insert(id.to_owned(), Entry::Reserved);
+        Ok(())
+    }
+
+    fn get(&self, id: &str) -> Result<Arc<Container>> {
+        match self.lock().get(id) {
+            None => Err(ContainerError::NotFound),
+            Some(Entry::Reserved) => Err(ContainerError::Busy),
+            Some(Entry::Ready(container)) => Ok(Arc::clone(container)),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// runc's rule for ids, and a length that leaves room for a prefix.
+fn check_id(id: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
+    if id.is_empty() || id.len() > MAX_ID_LEN || !id.chars().all(allowed) || id == "." || id == ".."
+    {
+        return Err(ContainerError::Invalid(format!(
+            "invalid container ID {id:?}"
+        )));
+    }
+    Ok(())
+}
+
+fn make_pipes(announced: [bool; 3]) -> io::Result<(Pipes, Vec<OwnedFd>)> {
+    let mut ours = Pipes::default();
+    let mut theirs = Vec::new();
+    for (number, announced) in announced.into_iter().enumerate() {
+        if !announced {
+            continue;
+        }
+        let (read, write) = sys::pipe()?;
+        sys::set_pipe_size(&read, PIPE_SIZE);
+        let (mine, other) = match number {
+            0 => (write, read),
+            _ => (read, write),
+        };
+        theirs.push(other);
+        match number {
+            0 => ours.stdin = Some(mine),
+            1 => ours.stdout = Some(mine),
+            _ => ours.stderr = Some(mine),
+        }
+    }
+    Ok((ours, theirs))
+}
+
+/// Kills what is left in the cgroup and removes it and the directory.
+async fn remove_leftovers(dir: &Path, cgroup: &Cgroup) -> Result<()> {
+    match cgroup.kill() {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(ContainerError::io("killing the cgroup")(e));
+        }
+        _ => {}
+    }
+    let deadline = Instant::now() + KILL_DEADLINE;
+    loop {
+        match cgroup.remove() {
+            Ok(()) => break,
+            Err(e) if e.raw_os_error() != Some(libc::EBUSY) => {
+                return Err(ContainerError::io("removing the cgroup")(e));
+            }
+            Err(_) if Instant::now() >= deadline => return Err(ContainerError::Unkillable),
+            // Killed processes are on their way out.
+            Err(_) => sleep(KILL_POLL).await,
+        }
+    }
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(ContainerError::io("removing the container's directory")(e))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// How a failure is to be reported, see service.rs.
+impl ContainerError {
+    /// Whether the spec, and not the agent, is to blame.
+    #[must_use]
+    pub fn is_invalid_spec(&self) -> bool {
+        matches!(
+            self,
+            ContainerError::Invalid(_)
+                | ContainerError::Signal(SignalError::Invalid(_))
+                | ContainerError::Helper(ZygoteError::Failed {
+                    kind: FailureKind::InvalidSpec,
+                    ..
+                })
+        )
+    }
+}

@@ -1,0 +1,80 @@
+//! The container's terminal: libcontainer makes it inside the container and
+//! sends its master over a socket.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use oci_spec::runtime::Process;
+
+use super::Failure;
+use crate::{ipc, sys};
+
+/// Where the master arrives: a connected pair of sockets.
+pub struct ConsoleSocket {
+    ours: OwnedFd,
+    /// Kept open by this process until the end; the container's closes it.
+    theirs: OwnedFd,
+}
+
+impl ConsoleSocket {
+    pub fn new() -> Result<ConsoleSocket, Failure> {
+        let (ours, theirs) = ipc::pair().map_err(Failure::io("making the console socket"))?;
+        Ok(ConsoleSocket { ours, theirs })
+    }
+
+    /// The end that libcontainer sends the master into.
+    pub fn container_end(&self) -> RawFd {
+        self.theirs.as_raw_fd()
+    }
+
+    /// The master, which was sent before libcontainer returned.
+    pub fn receive(self) -> Result<OwnedFd, Failure> {
+        sys::set_nonblocking(&self.ours)
+            .and_then(|()| ipc::receive(&self.ours))
+            .and_then(|message| {
+                let fds = message.map(|(_, fds)| fds).unwrap_or_default();
+                fds.into_iter()
+                    .next()
+                    .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+            })
+            .map_err(Failure::io("receiving the terminal"))
+    }
+}
+
+/// Gives the terminal its size, and its slave to the container's user (`uid` in
+/// the guest), as runc does.
+pub fn finish(master: &OwnedFd, process: &Process, uid: u32) -> Result<(), Failure> {
+    if let Some(size) = process.console_size() {
+        let cells = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
+        set_size(master, cells(size.height()), cells(size.width()))
+            .map_err(Failure::io("setting the terminal's size"))?;
+    }
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes open flags and returns a descriptor.
+    let slave =
+        sys::check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
+            .map_err(Failure::io("opening the terminal"))?;
+    // SAFETY: just made for us; descriptors fit an int.
+    let slave = unsafe { OwnedFd::from_raw_fd(slave as RawFd) };
+    give_to(&slave, uid).map_err(Failure::io("giving the terminal to the user"))
+}
+
+/// Makes `uid` the owner, so that it can reopen `/dev/stdout` and its like.
+pub fn give_to(fd: &OwnedFd, uid: u32) -> io::Result<()> {
+    std::os::unix::fs::fchown(fd, Some(uid), None)
+}
+
+/// # Errors
+/// `ENOTTY`.
+pub fn set_size(master: &OwnedFd, rows: u16, cols: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads a winsize.
+    let set = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+    sys::check(set.into())?;
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! The ttrpc service, as far as it is one: requests to [`Containers`], failures
+//! to statuses.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use kuasar_runv_protocol::agent::{
+    CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty,
+    GetInfoResponse, SignalProcessRequest, StartContainerRequest,
+};
+use kuasar_runv_protocol::agent_ttrpc::Agent;
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::{Code, Error, get_status};
+
+use crate::containers::{ContainerError, Containers, NewContainer};
+use crate::events::{AGENT_VERSION, kernel_release};
+use crate::process::SignalError;
+use crate::zygote::ZygoteError;
+
+/// Largest valid signal number.
+const MAX_SIGNAL: u32 = 64;
+
+/// The service of `agent.proto`.
+pub struct AgentService {
+    containers: Arc<Containers>,
+}
+
+impl AgentService {
+    #[must_use]
+    pub fn new(containers: Arc<Containers>) -> AgentService {
+        AgentService { containers }
+    }
+}
+
+fn status(code: Code, message: impl Into<String>) -> Error {
+    Error::RpcStatus(get_status(code, message.into()))
+}
+
+fn to_status(error: &ContainerError) -> Error {
+    let code = match error {
+        ContainerError::NotFound => Code::NOT_FOUND,
+        ContainerError::Exists => Code::ALREADY_EXISTS,
+        ContainerError::Signal(SignalError::NotRunning)
+        | ContainerError::AlreadyStarted
+        | ContainerError::Stopped
+        | ContainerError::Busy => Code::FAILED_PRECONDITION,
+        ContainerError::Unkillable | ContainerError::Helper(ZygoteError::Deadline(_)) => {
+            Code::DEADLINE_EXCEEDED
+        }
+        e if e.is_invalid_spec() => Code::INVALID_ARGUMENT,
+        _ => Code::INTERNAL,
+    };
+    status(code, error.to_string())
+}
+
+/// Runs to its end even when the caller gives up, so that no container is left
+/// half made or half removed.
+async fn to_the_end<T: Send + 'static>(
+    operation: impl Future<Output = Result<T, ContainerError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(operation).await {
+        Ok(result) => result.map_err(|e| to_status(&e)),
+        Err(e) => Err(status(Code::INTERNAL, e.to_string())),
+    }
+}
+
+#[async_trait]
+impl Agent for AgentService {
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let new = NewContainer {
+            id: request.container_id,
+            spec: request.spec_json,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            no_pivot: request.no_pivot,
+            no_new_keyring: request.no_new_keyring,
+        };
+        let pid = to_the_end(Arc::clone(&self.containers).create(new)).await?;
+        Ok(CreateContainerResponse {
+            pid,
+            ..CreateContainerResponse::new()
+        })
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: StartContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.containers
+            .start(&request.container_id)
+            .await
+            .map_err(|e| to_status(&e))?;
+        Ok(Empty::new())
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: SignalProcessRequest,
+    ) -> ttrpc::Result<Empty> {
+        if !request.exec_id.is_empty() {
+            return Err(status(Code::NOT_FOUND, "process does not exist"));
+        }
+        let signal = match request.signal {
+            signal @ 1..=MAX_SIGNAL => signal as i32,
+            signal => {
+                return Err(status(
+                    Code::INVALID_ARGUMENT,
+                    format!("invalid signal {signal}"),
+                ));
+            }
+        };
+        self.containers
+            .signal(&request.container_id, signal, request.all)
+            .map_err(|e| to_status(&e))?;
+        Ok(Empty::new())
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        to_the_end(async move { containers.delete(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn get_info(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<GetInfoResponse> {
+        Ok(GetInfoResponse {
+            agent_version: AGENT_VERSION.to_owned(),
+            kernel_release: kernel_release().map_err(|e| status(Code::INTERNAL, e.to_string()))?,
+            ..GetInfoResponse::new()
+        })
+    }
+}

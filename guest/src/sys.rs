@@ -1,0 +1,195 @@
+//! System calls that neither std nor nix offers in the form needed here.
+//!
+//! Each function is one call with its errno turned into an `io::Error`.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::pin::Pin;
+
+use nix::sys::signal::{SigSet, Signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Turns the result of a system call into an `io::Result`.
+///
+/// # Errors
+/// `errno` when the call returned a negative value.
+pub fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Time since boot, suspended time included, in microseconds.
+#[must_use]
+pub fn boottime_us() -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the pointer is to a live timespec; the call only fails for an
+    // unknown clock and then leaves zero.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut now) };
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000
+        + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000
+}
+
+/// A pidfd of a process, close-on-exec as the kernel makes it.
+///
+/// # Errors
+/// `ESRCH` when there is no such process.
+pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two integers and returns a new descriptor.
+    let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: the kernel just made this descriptor for us; descriptors fit RawFd.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Sends a signal to the process behind a pidfd.
+///
+/// # Errors
+/// `ESRCH` when it has been reaped.
+pub fn pidfd_send_signal(pidfd: &impl AsFd, signal: i32) -> io::Result<()> {
+    // SAFETY: a null siginfo is allowed and means the one of kill(2).
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_fd().as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    })?;
+    Ok(())
+}
+
+/// What `clone_sibling` returned, and where.
+pub enum Cloned {
+    /// In the caller: a pidfd of the new process.
+    Parent(OwnedFd),
+    Child,
+}
+
+/// `fork` whose child is a child of the caller's parent.
+///
+/// # Errors
+/// `EAGAIN`, `ENOMEM`.
+///
+/// # Safety
+/// The caller must have a single thread: libc's fork handlers do not run.
+pub unsafe fn clone_sibling() -> io::Result<Cloned> {
+    let mut pidfd: RawFd = -1;
+    // SAFETY: clone_args is plain integers, for which zero is the default.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    // CLONE_PARENT forbids an exit signal: the child inherits the caller's.
+    args.flags = (libc::CLONE_PARENT | libc::CLONE_PIDFD) as u64;
+    args.pidfd = (&raw mut pidfd) as u64;
+    // SAFETY: args outlives the call, has no stack of its own (as in fork), and
+    // the caller promised to have one thread.
+    let result = check(unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            std::mem::size_of::<libc::clone_args>(),
+        )
+    })?;
+    if result == 0 {
+        return Ok(Cloned::Child);
+    }
+    // SAFETY: the kernel stored a new descriptor of ours.
+    Ok(Cloned::Parent(unsafe { OwnedFd::from_raw_fd(pidfd) }))
+}
+
+/// Makes descriptor `to` refer to what `from` does, without close-on-exec.
+///
+/// # Errors
+/// `EBADF`, `EBUSY`.
+pub fn dup2(from: &impl AsFd, to: RawFd) -> io::Result<()> {
+    // SAFETY: plain integers.
+    check(unsafe { libc::dup2(from.as_fd().as_raw_fd(), to) }.into())?;
+    Ok(())
+}
+
+/// Registers a descriptor with the current runtime.
+///
+/// # Errors
+/// Of epoll_ctl(2); `EPERM` for what cannot be waited for, as regular files.
+pub fn on_runtime(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd is one descriptor for as long as it lives, and nothing
+    // here replaces it by another.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// Sets `O_NONBLOCK` on the open file description.
+///
+/// # Errors
+/// `EBADF`.
+pub fn set_nonblocking(fd: &impl AsFd) -> io::Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: plain integers.
+    let flags = check(unsafe { libc::fcntl(fd, libc::F_GETFL) }.into())?;
+    // SAFETY: plain integers.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFL, flags as i32 | libc::O_NONBLOCK) }.into())?;
+    Ok(())
+}
+
+/// Blocks SIGCHLD in this thread and has it read from a descriptor instead.
+///
+/// # Errors
+/// Of signalfd(2).
+pub fn child_signals() -> io::Result<OwnedFd> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGCHLD);
+    mask.thread_block()?;
+    let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
+    // SAFETY: the mask is a valid signal set.
+    let fd = check(unsafe { libc::signalfd(-1, mask.as_ref(), flags) }.into())?;
+    // SAFETY: just made for us; descriptors fit RawFd.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// A blocking pipe, close-on-exec: the end to read from and the one to write to.
+///
+/// # Errors
+/// `EMFILE`, `ENFILE`.
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [0; 2];
+    // SAFETY: the array has room for the two descriptors.
+    check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) }.into())?;
+    // SAFETY: both were just made for us.
+    Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
+}
+
+/// Asks for a pipe of this capacity. A smaller one works as well.
+pub fn set_pipe_size(pipe: &impl AsFd, bytes: libc::c_int) {
+    // SAFETY: plain integers.
+    unsafe { libc::fcntl(pipe.as_fd().as_raw_fd(), libc::F_SETPIPE_SZ, bytes) };
+}
+
+/// Bytes that can be read from a pipe at this moment.
+///
+/// # Errors
+/// `ENOTTY` for a descriptor that cannot tell.
+pub fn bytes_available(fd: &impl AsFd) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD stores an int.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut bytes) }.into())?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// Runs a task in the background.
+///
+/// Boxed: tokio's task machinery is then compiled, and under emulation
+/// translated, once instead of once per task type.
+pub fn spawn(task: impl Future<Output = ()> + Send + 'static) {
+    let task: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(task);
+    tokio::spawn(task);
+}
+
+/// `EAGAIN` and its like: try again when the descriptor is ready.
+#[must_use]
+pub fn would_block(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock
+}

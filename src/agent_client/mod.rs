@@ -1,0 +1,155 @@
+//! The guest agent, as the host's commands see it.
+//!
+//! Everything that comes back is from the guest and therefore bounded: each
+//! call has a deadline, ttrpc limits the size of a message, and the text of an
+//! error is cut and cleaned before it is shown.
+
+pub mod streams;
+pub mod vsock;
+
+use std::os::fd::IntoRawFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use kuasar_runv_protocol::agent::{
+    CreateContainerRequest, DeleteContainerRequest, SignalProcessRequest, StartContainerRequest,
+};
+use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
+use ttrpc::Code;
+
+/// Longest error text of the guest that is passed on, in characters.
+const MAX_ERROR_TEXT: usize = 2048;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The agent's own words for a request it could not carry out.
+    #[error("{message}")]
+    Refused { code: Code, message: String },
+    #[error("the guest did not answer within {0:?}")]
+    Timeout(Duration),
+    #[error("the connection to the guest broke: {0}")]
+    Broken(String),
+}
+
+impl Error {
+    /// Whether the agent said that there is no such container.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Error::Refused { code, .. } if *code == Code::NOT_FOUND)
+    }
+
+    /// Whether the agent said that the container is in the wrong state.
+    #[must_use]
+    pub fn is_wrong_state(&self) -> bool {
+        matches!(self, Error::Refused { code, .. } if *code == Code::FAILED_PRECONDITION)
+    }
+}
+
+/// A connection to the agent's task service.
+pub struct Agent {
+    stub: Stub,
+    deadline: Duration,
+}
+
+impl Agent {
+    /// Uses a stream to the agent's port; each call may take `deadline`.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] when the client's threads cannot be started.
+    pub fn new(stream: UnixStream, deadline: Duration) -> Result<Agent, Error> {
+        let client =
+            ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
+        Ok(Agent {
+            stub: Stub::new(client),
+            deadline,
+        })
+    }
+
+    /// # Errors
+    /// See [`Error`].
+    pub fn create_container(&self, request: &CreateContainerRequest) -> Result<(), Error> {
+        self.stub
+            .create_container(self.context(), request)
+            .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// # Errors
+    /// See [`Error`].
+    pub fn start_container(&self, id: &str) -> Result<(), Error> {
+        let request = StartContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.stub
+            .start_container(self.context(), &request)
+            .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// Signals the container's process, or all its processes.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let request = SignalProcessRequest {
+            container_id: id.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.stub
+            .signal_process(self.context(), &request)
+            .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// # Errors
+    /// See [`Error`].
+    pub fn delete_container(&self, id: &str) -> Result<(), Error> {
+        let request = DeleteContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.stub
+            .delete_container(self.context(), &request)
+            .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    fn context(&self) -> ttrpc::context::Context {
+        ttrpc::context::with_duration(self.deadline)
+    }
+
+    fn error(&self, error: ttrpc::Error) -> Error {
+        match error {
+            ttrpc::Error::RpcStatus(status) if status.code() == Code::DEADLINE_EXCEEDED => {
+                Error::Timeout(self.deadline)
+            }
+            ttrpc::Error::RpcStatus(status) => Error::Refused {
+                code: status.code(),
+                message: printable(status.message()),
+            },
+            other => Error::Broken(printable(&other.to_string())),
+        }
+    }
+}
+
+/// Text of the guest made fit for a terminal and a log line.
+fn printable(text: &str) -> String {
+    text.chars()
+        .take(MAX_ERROR_TEXT)
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_error_text_is_bounded_and_has_no_control_characters() {
+        assert_eq!(printable("a\x1b[31m\nb"), "a [31m b");
+        assert_eq!(printable(&"x".repeat(1 << 20)).len(), MAX_ERROR_TEXT);
+    }
+}

@@ -1,0 +1,247 @@
+//! The command line: one file per command, flags and examples beside the code.
+//! Nothing here decides anything; it parses, calls, prints.
+
+mod create;
+mod delete;
+mod features;
+mod kill;
+mod list;
+mod run;
+mod spec;
+mod start;
+mod state;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::logging::{self, Format};
+use crate::root::Root;
+
+/// Version of the runtime specification that is implemented.
+pub const OCI_VERSION: &str = "1.2.0";
+
+/// OCI runtime that runs every pod in its own virtual machine.
+///
+/// The command line is runc's. Containers live in a virtual machine per pod;
+/// the process in the pid file stands for the container's process on the host.
+#[derive(Parser)]
+#[command(
+    name = "kuasar-runv",
+    version = version_text(),
+    disable_version_flag = true,
+    max_term_width = 100,
+    after_help = "Example: run a bundle (a directory with config.json and rootfs/)\n    \
+                  kuasar-runv spec --bundle mybundle\n    \
+                  kuasar-runv run --bundle mybundle mycontainer\n\n\
+                  Configuration: /etc/kuasar-runv/config.toml"
+)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Args)]
+struct Global {
+    /// Directory for the state of containers (should be on a tmpfs)
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// File for log messages [default: standard error]
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Format of log messages
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Text)]
+    log_format: Format,
+    /// Log debug messages
+    #[arg(long)]
+    debug: bool,
+    /// Expect cgroupsPath to be of the form "slice:prefix:name"
+    #[arg(long)]
+    systemd_cgroup: bool,
+    /// Accepted for compatibility with runc: true, false or auto
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = Rootless::Auto)]
+    rootless: Rootless,
+    /// Accepted for compatibility with runc
+    #[arg(long, value_name = "FILE", hide = true)]
+    criu: Option<PathBuf>,
+    /// Print the version
+    #[arg(long, short = 'v', action = clap::ArgAction::Version)]
+    version: Option<bool>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Rootless {
+    True,
+    False,
+    Auto,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Create(create::Args),
+    Delete(delete::Args),
+    Features(features::Args),
+    Kill(kill::Args),
+    List(list::Args),
+    Run(run::Args),
+    Spec(spec::Args),
+    Start(start::Args),
+    State(state::Args),
+}
+
+/// What every command knows besides its own arguments.
+struct Context {
+    root: Root,
+    systemd_cgroup: bool,
+    debug: bool,
+}
+
+/// A command that failed: what to say and how to exit.
+struct Failure {
+    message: String,
+    code: u8,
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure {
+            message: error.to_string(),
+            code: 1,
+        }
+    }
+}
+
+impl Failure {
+    /// Puts the command's name before the message, as runc does.
+    fn of(command: &'static str) -> impl Fn(crate::container::Error) -> Failure {
+        move |error| Failure {
+            message: format!("kuasar-runv {command} failed: {error}"),
+            code: 1,
+        }
+    }
+}
+
+/// Exit codes of a command line that cannot be understood, as runc's.
+const USAGE: u8 = 1;
+const UNKNOWN_COMMAND: u8 = 3;
+
+/// Runs the command line and returns the exit code.
+pub fn run() -> u8 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // To a closed pipe there is nothing more to say.
+            let _ = e.print();
+            return match e.kind() {
+                _ if !e.use_stderr() => 0,
+                clap::error::ErrorKind::InvalidSubcommand => UNKNOWN_COMMAND,
+                _ => USAGE,
+            };
+        }
+    };
+    let global = cli.global;
+    // Accepted and without meaning here: a VM runs with what rights the user has.
+    let _ = (global.rootless, global.criu);
+    if let Err(e) = logging::init(global.log.as_deref(), global.log_format, global.debug) {
+        let _ = writeln!(io::stderr(), "{e}");
+        return 1;
+    }
+    let context = Context {
+        root: Root::new(global.root),
+        systemd_cgroup: global.systemd_cgroup,
+        debug: global.debug,
+    };
+    let done = match cli.command {
+        Command::Create(args) => create::run(&context, args),
+        Command::Delete(args) => delete::run(&context, &args),
+        Command::Features(args) => features::run(&context, &args),
+        Command::Kill(args) => kill::run(&context, &args),
+        Command::List(args) => list::run(&context, &args),
+        Command::Run(args) => run::run(&context, args),
+        Command::Spec(args) => spec::run(&context, &args),
+        Command::Start(args) => start::run(&context, &args),
+        Command::State(args) => state::run(&context, &args),
+    };
+    match done {
+        Ok(code) => code,
+        Err(failure) => {
+            logging::fatal(&failure.message);
+            failure.code
+        }
+    }
+}
+
+/// What `--version` prints; docker reads the first two lines.
+fn version_text() -> &'static str {
+    concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0")
+}
+
+/// Prints to standard output; a reader that went away is no error of ours.
+fn print(text: &str) -> Result<(), Failure> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e.into()),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        assert!(version_text().ends_with(OCI_VERSION));
+    }
+
+    #[test]
+    fn engines_calls_are_understood() {
+        let calls: [&[&str]; 7] = [
+            &[
+                "--log-format=json",
+                "--log",
+                "/x/oci-log",
+                "create",
+                "--bundle",
+                "/b",
+                "--pid-file",
+                "/p",
+                "id",
+            ],
+            &[
+                "--root",
+                "/r",
+                "--log",
+                "/l",
+                "--log-format",
+                "json",
+                "delete",
+                "--force",
+                "id",
+            ],
+            &[
+                "--systemd-cgroup",
+                "create",
+                "--bundle",
+                "/b",
+                "--console-socket",
+                "/c",
+                "--preserve-fds",
+                "2",
+                "id",
+            ],
+            &["kill", "id", "15"],
+            &["kill", "--all", "id", "9"],
+            &["--rootless", "true", "list", "-q"],
+            &["state", "id"],
+        ];
+        for call in calls {
+            let line = ["kuasar-runv"].iter().chain(call);
+            assert!(Cli::try_parse_from(line).is_ok(), "{call:?}");
+        }
+    }
+}

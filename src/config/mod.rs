@@ -1,0 +1,268 @@
+//! The administrator's configuration: one TOML file and a directory of
+//! fragments beside it.
+//!
+//! `/etc/kuasar-runv/config.toml` is read first, then every `*.toml` of
+//! `/etc/kuasar-runv/config.d` in lexical order; a later file wins key by key.
+//! `KUASAR_RUNV_CONFIG` names another file, whose sibling `config.d` is read in
+//! the same way. Without any file the defaults below apply; `etc/config.toml` of
+//! the sources shows all of them.
+//!
+//! Everything is checked while it is read (unknown keys, types, ranges, absolute
+//! paths), so that a mistake is reported with its file and line and never as the
+//! failure of some container. Paths must be absolute because callers such as
+//! conmon run the runtime without `PATH`.
+//!
+//! Only commands that start a VM load the configuration; `state`, `list` and
+//! `delete` work without it.
+
+mod load;
+mod values;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use load::{CONFIG_ENV, DEFAULT_PATH, Error};
+
+/// The whole configuration. Every key has a default.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Which hypervisor runs the VMs.
+    pub hypervisor: Hypervisor,
+    /// More detail from every part: debug messages on the host, the agent's at
+    /// least at `debug`, and the guest kernel's messages in the console log.
+    pub debug: bool,
+    /// Serves a root shell of the guest on vsock port 1025. Whoever may enter
+    /// the sandbox directory gets that shell.
+    pub debug_console: bool,
+    /// Keeps what the guest prints on its console in `console.log` of the
+    /// sandbox directory (bounded to 512 KiB).
+    pub console_log: bool,
+    pub qemu: Qemu,
+    pub guest: Guest,
+    pub vm: Vm,
+    pub timeouts: Timeouts,
+}
+
+/// Hypervisors of this version. The others the project knows are refused with
+/// an error that says so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hypervisor {
+    /// The best one that works on this machine.
+    #[default]
+    Auto,
+    Qemu,
+}
+
+/// `[qemu]`: used when the hypervisor is QEMU.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Qemu {
+    /// The QEMU binary.
+    #[serde(deserialize_with = "values::absolute_path")]
+    pub path: PathBuf,
+    /// Firmware that starts the kernel. qboot starts 0.1 s faster than SeaBIOS.
+    #[serde(deserialize_with = "values::absolute_path")]
+    pub firmware: PathBuf,
+    pub accel: Accel,
+    /// Confines QEMU with its own seccomp filter. To be switched off only for a
+    /// QEMU that was built without seccomp.
+    pub sandbox: bool,
+    /// Appended to QEMU's command line as they are.
+    pub extra_args: Vec<String>,
+}
+
+/// How QEMU executes the guest's instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// KVM when it really works on this machine, else emulation.
+    #[default]
+    Auto,
+    /// KVM, or an error when it does not work.
+    Kvm,
+    /// Emulation.
+    Tcg,
+}
+
+/// `[guest]`: what runs in the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Guest {
+    /// Kernel: an uncompressed ELF with a PVH entry, or a bzImage.
+    #[serde(deserialize_with = "values::absolute_path")]
+    pub kernel: PathBuf,
+    /// Initramfs whose `/init` is the agent.
+    #[serde(deserialize_with = "values::absolute_path")]
+    pub image: PathBuf,
+    /// Appended to the kernel's command line.
+    #[serde(deserialize_with = "values::one_line")]
+    pub kernel_params: String,
+    /// What the agent logs.
+    pub agent_log: LogLevel,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+impl LogLevel {
+    /// As the agent's `kuasar.log=` parameter spells it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LogLevel::Error => "error",
+            LogLevel::Warn => "warn",
+            LogLevel::Info => "info",
+            LogLevel::Debug => "debug",
+            LogLevel::Trace => "trace",
+        }
+    }
+}
+
+/// `[vm]`: size of a VM when nothing else asks for one.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Vm {
+    /// Virtual CPUs, 1 to 255.
+    #[serde(deserialize_with = "values::vcpus")]
+    pub vcpus: u32,
+    /// Memory in MiB, 128 to 4194304. The host provides it when the guest
+    /// touches it.
+    #[serde(deserialize_with = "values::memory_mib")]
+    pub memory_mib: u32,
+}
+
+/// `[timeouts]`: longest waits, in seconds, 1 to 86400.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Timeouts {
+    /// From the start of the hypervisor until the agent is ready. 0: 30 s with
+    /// KVM, 120 s with emulation.
+    #[serde(deserialize_with = "values::seconds_or_zero")]
+    pub boot_s: u32,
+    /// For one request to the agent.
+    #[serde(deserialize_with = "values::seconds")]
+    pub agent_s: u32,
+    /// For one command to the hypervisor.
+    #[serde(deserialize_with = "values::seconds")]
+    pub hypervisor_s: u32,
+    /// Until a killed hypervisor process is gone.
+    #[serde(deserialize_with = "values::seconds")]
+    pub stop_s: u32,
+}
+
+impl Config {
+    /// Reads the configuration from where the environment says, see the module's
+    /// header.
+    ///
+    /// # Errors
+    /// The first mistake found, with its file and line; a file that cannot be
+    /// read, among them a missing one that `KUASAR_RUNV_CONFIG` names.
+    pub fn load() -> Result<Config, Error> {
+        match std::env::var_os(CONFIG_ENV) {
+            Some(path) => load::load(Path::new(&path), load::Missing::IsAnError),
+            None => load::load(Path::new(DEFAULT_PATH), load::Missing::MeansDefaults),
+        }
+    }
+}
+
+impl Timeouts {
+    /// How long a boot may take, see [`Timeouts::boot_s`].
+    #[must_use]
+    pub fn boot(&self, emulated: bool) -> Duration {
+        let seconds = match (self.boot_s, emulated) {
+            (0, false) => 30,
+            (0, true) => 120,
+            (seconds, _) => seconds,
+        };
+        Duration::from_secs(seconds.into())
+    }
+
+    #[must_use]
+    pub fn agent(&self) -> Duration {
+        Duration::from_secs(self.agent_s.into())
+    }
+
+    #[must_use]
+    pub fn hypervisor(&self) -> Duration {
+        Duration::from_secs(self.hypervisor_s.into())
+    }
+
+    #[must_use]
+    pub fn stop(&self) -> Duration {
+        Duration::from_secs(self.stop_s.into())
+    }
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            hypervisor: Hypervisor::default(),
+            debug: false,
+            debug_console: false,
+            console_log: true,
+            qemu: Qemu::default(),
+            guest: Guest::default(),
+            vm: Vm::default(),
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
+impl Default for Qemu {
+    fn default() -> Qemu {
+        Qemu {
+            path: "/usr/bin/qemu-system-x86_64".into(),
+            firmware: "/usr/share/qemu/qboot.rom".into(),
+            accel: Accel::default(),
+            sandbox: true,
+            extra_args: Vec::new(),
+        }
+    }
+}
+
+impl Default for Guest {
+    fn default() -> Guest {
+        let dir = values::guest_dir();
+        Guest {
+            kernel: dir.join("vmlinux"),
+            image: dir.join("initramfs.img"),
+            kernel_params: String::new(),
+            agent_log: LogLevel::default(),
+        }
+    }
+}
+
+impl Default for Vm {
+    fn default() -> Vm {
+        Vm {
+            vcpus: 1,
+            memory_mib: 512,
+        }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Timeouts {
+        Timeouts {
+            boot_s: 0,
+            agent_s: 60,
+            hypervisor_s: 10,
+            stop_s: 10,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

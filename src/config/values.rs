@@ -1,0 +1,114 @@
+//! Values of configuration keys, checked while they are deserialized so that the
+//! parser knows the line of a wrong one.
+
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Deserializer, de::Error};
+
+use super::Hypervisor;
+
+const AVAILABLE_HYPERVISORS: &str = "\"auto\", \"qemu\"";
+/// Hypervisors that other versions of this program have.
+const OTHER_HYPERVISORS: [&str; 4] = ["builtin", "cloud-hypervisor", "stratovirt", "firecracker"];
+
+impl<'de> Deserialize<'de> for Hypervisor {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        match name.as_str() {
+            "auto" => Ok(Hypervisor::Auto),
+            "qemu" => Ok(Hypervisor::Qemu),
+            other if OTHER_HYPERVISORS.contains(&other) => Err(D::Error::custom(format!(
+                "\"{other}\" is not built into this version, it has {AVAILABLE_HYPERVISORS}"
+            ))),
+            other => Err(D::Error::custom(format!(
+                "no hypervisor is called \"{other}\", there are {AVAILABLE_HYPERVISORS}"
+            ))),
+        }
+    }
+}
+
+pub(super) fn absolute_path<'de, D: Deserializer<'de>>(d: D) -> Result<PathBuf, D::Error> {
+    let path = PathBuf::deserialize(d)?;
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err(D::Error::custom(format!(
+            "must be an absolute path, not \"{}\"",
+            path.display()
+        )))
+    }
+}
+
+pub(super) fn one_line<'de, D: Deserializer<'de>>(d: D) -> Result<String, D::Error> {
+    let text = String::deserialize(d)?;
+    if text.chars().any(char::is_control) {
+        Err(D::Error::custom(
+            "must be one line without control characters",
+        ))
+    } else {
+        Ok(text)
+    }
+}
+
+fn number<'de, D: Deserializer<'de>>(d: D, range: RangeInclusive<u32>) -> Result<u32, D::Error> {
+    let value = i64::deserialize(d)?;
+    match u32::try_from(value) {
+        Ok(value) if range.contains(&value) => Ok(value),
+        _ => Err(D::Error::custom(format!(
+            "must be between {} and {}, not {value}",
+            range.start(),
+            range.end()
+        ))),
+    }
+}
+
+pub(super) fn vcpus<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+    // An APIC id is 8 bits wide without an IOMMU, and 255 means all of them.
+    number(d, 1..=255)
+}
+
+pub(super) fn memory_mib<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+    number(d, 128..=4 << 20)
+}
+
+pub(super) fn seconds<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+    number(d, 1..=86_400)
+}
+
+pub(super) fn seconds_or_zero<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+    number(d, 0..=86_400)
+}
+
+/// Where the guest's kernel and image are installed: `../lib/kuasar-runv` of the
+/// directory the running binary is in, or the usual prefixes.
+pub(super) fn guest_dir() -> PathBuf {
+    let beside_binary = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.parent()?.join("lib/kuasar-runv")));
+    first_guest_dir(beside_binary)
+}
+
+fn first_guest_dir(beside_binary: Option<PathBuf>) -> PathBuf {
+    let installed = Path::new("/usr/lib/kuasar-runv");
+    beside_binary
+        .into_iter()
+        .chain([installed.into(), "/usr/local/lib/kuasar-runv".into()])
+        .find(|dir| dir.join("vmlinux").exists())
+        .unwrap_or_else(|| installed.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guest_is_looked_for_beside_the_binary_first() {
+        let prefix = tempfile::tempdir().unwrap();
+        let dir = prefix.path().join("lib/kuasar-runv");
+        assert_ne!(first_guest_dir(Some(dir.clone())), dir);
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("vmlinux"), "").unwrap();
+        assert_eq!(first_guest_dir(Some(dir.clone())), dir);
+    }
+}

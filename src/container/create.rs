@@ -1,0 +1,417 @@
+//! `create`: from a bundle to a process that waits in a VM of its own.
+//!
+//! The record is on disk before anything is made, and names whatever was made;
+//! a step that fails removes it all through the same path as `delete --force`.
+//! While the VM boots, everything the host has to do is done.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kuasar_runv_protocol::agent::CreateContainerRequest;
+use nix::pty::Winsize;
+
+use super::bundle::Bundle;
+use super::console::Console;
+use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
+use super::state::{ContainerRecord, Phase};
+use super::{Error, cgroup, check_id, context, delete};
+use crate::agent_client::streams::{self, Wanted};
+use crate::agent_client::{self, Agent};
+use crate::config::Config;
+use crate::root::{self, Root};
+use crate::sandbox::Sandbox;
+use crate::sandbox::control::monotonic_us;
+use crate::standin::spawn::{self, Plan, StandIn, Volume};
+use crate::standin::{HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
+use crate::sys::interrupt::Interrupt;
+use crate::sys::lock::DirLock;
+use crate::sys::mount as mounts;
+use crate::sys::process::ProcessRef;
+
+/// The sandboxer reports a boot that takes too long; this is for a sandboxer
+/// that does not even do that.
+const SANDBOXER_MARGIN: Duration = Duration::from_secs(30);
+
+/// What `create` and `run` are told on the command line.
+#[derive(Debug)]
+pub struct Options {
+    pub id: String,
+    pub bundle: PathBuf,
+    pub pid_file: Option<PathBuf>,
+    pub console_socket: Option<PathBuf>,
+    pub no_pivot: bool,
+    pub no_new_keyring: bool,
+    pub preserve_fds: u32,
+    /// The caller stays and has the container's stdio (`run` without `-d`).
+    pub foreground: bool,
+    pub systemd_cgroup: bool,
+    pub debug: bool,
+}
+
+/// A created container, still locked. Unless [`keep`](Created::keep) is called,
+/// dropping it removes the container.
+pub struct Created {
+    pub agent: Agent,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+    record: ContainerRecord,
+    root: Root,
+    sandbox: Sandbox,
+    standin: StandIn,
+    undo: Undo,
+}
+
+impl Created {
+    /// Lets the container outlive this process.
+    ///
+    /// # Errors
+    /// When its processes have ended meanwhile.
+    pub fn keep(self) -> Result<(), Error> {
+        self.sandbox.commit()?;
+        self.standin.commit()?;
+        self.undo.disarm();
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn standin_pid(&self) -> i32 {
+        self.standin.pid
+    }
+
+    /// Writes how far it got to the record.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn record_phase(&mut self, phase: Phase) -> Result<(), Error> {
+        self.record.phase = phase;
+        Ok(self.record.write(&self.root)?)
+    }
+}
+
+/// Removes a half-made container when dropped.
+struct Undo {
+    root: Root,
+    id: String,
+    pid_file: Option<PathBuf>,
+    armed: bool,
+    _lock: DirLock,
+}
+
+impl Undo {
+    fn disarm(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        if let Some(path) = &self.pid_file {
+            // It may not have been written yet.
+            let _ = fs::remove_file(path);
+        }
+        if let Err(e) = delete::destroy(&self.root, &self.id) {
+            log::warn!("cleaning up after a failed create: {e}");
+        }
+    }
+}
+
+/// Creates a container.
+///
+/// # Errors
+/// See [`Error`]; nothing is left behind.
+pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
+    trace("create-begin");
+    let interrupt = Interrupt::new().map_err(context("signalfd"))?;
+    check_id(&options.id)?;
+    let bundle = Bundle::load(&options.bundle)?;
+    let guest = guest_spec::translate(&bundle, &options.id)?;
+    check_options(options, &bundle)?;
+    let config = Config::load()?;
+    let cgroups_path = bundle
+        .spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.cgroups_path().as_deref());
+    let cgroups = cgroup::directories(cgroups_path, &options.id, options.systemd_cgroup)?;
+
+    let (mut record, undo) = begin(root, options, &bundle, cgroups)?;
+    cgroup::create(&record.cgroups)?;
+    let sandbox = Sandbox::boot(
+        root,
+        &record.sandbox_id,
+        &config,
+        &record.cgroups,
+        options.debug,
+    )?;
+    trace("sandboxer-spawned");
+    let (console, slave) = open_console(options, &bundle)?;
+    let standin = spawn_standin(root, options, &bundle, &guest, slave)?;
+    record.standin = Some(ProcessRef::of(standin.pid).map_err(context("the stand-in"))?);
+    record.write(root)?;
+    cgroup::join(&record.cgroups, standin.pid).map_err(context("the stand-in's cgroup"))?;
+    standin.release()?;
+    share(&sandbox, options, &bundle, &guest)?;
+    standin.wait_ready()?;
+    trace("host-ready");
+
+    let boot_deadline = config.timeouts.boot(true) + SANDBOXER_MARGIN;
+    let ready = sandbox
+        .wait_ready(boot_deadline, interrupt.as_fd())?
+        .ok_or(Error::Interrupted)?;
+    log::debug!("trace vmm-start {}", ready.vmm_start_us);
+    log::debug!("trace agent-ready {}", ready.agent_ready_us);
+    log::debug!(
+        "trace-guest agent-start {} agent-ready {} (us of the guest's clock)",
+        ready.guest_agent_start_us,
+        ready.guest_agent_ready_us
+    );
+    let agent = create_in_guest(&sandbox, &standin, options, &bundle, &guest)?;
+    trace("guest-created");
+
+    if let (Some(console), Some(socket)) = (console, &options.console_socket) {
+        console
+            .send(socket)
+            .map_err(context(format!("console socket {}", socket.display())))?;
+    }
+    if let Some(path) = &options.pid_file {
+        crate::sys::atomic_file::write(path, standin.pid.to_string().as_bytes(), 0o644)
+            .map_err(context(format!("writing the pid file {}", path.display())))?;
+    }
+    let mut created = Created {
+        agent,
+        terminal: has_terminal(&bundle),
+        record,
+        root: root.clone(),
+        sandbox,
+        standin,
+        undo,
+    };
+    created.record_phase(Phase::Created)?;
+    trace("create-end");
+    Ok(created)
+}
+
+/// When a step was reached, for the break-down of `make bench`: microseconds of
+/// `CLOCK_MONOTONIC`.
+pub fn trace(step: &str) {
+    log::debug!("trace {step} {}", monotonic_us());
+}
+
+fn check_options(options: &Options, bundle: &Bundle) -> Result<(), Error> {
+    let terminal = has_terminal(bundle);
+    let unsupported = |text: &str| Err(Error::Unsupported(text.to_owned()));
+    if options.preserve_fds > 0 {
+        return unsupported(
+            "--preserve-fds cannot be used: file descriptors of the host cannot be passed into a virtual machine",
+        );
+    }
+    match (&options.console_socket, terminal, options.foreground) {
+        (None, true, false) => unsupported(
+            "cannot allocate tty if kuasar-runv will detach without setting console socket",
+        ),
+        (Some(_), false, _) | (Some(_), _, true) => {
+            unsupported("cannot use console socket if kuasar-runv will not detach or allocate tty")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn has_terminal(bundle: &Bundle) -> bool {
+    bundle
+        .spec
+        .process()
+        .as_ref()
+        .and_then(oci_spec::runtime::Process::terminal)
+        .unwrap_or(false)
+}
+
+/// Takes the id and puts the record on disk.
+fn begin(
+    root: &Root,
+    options: &Options,
+    bundle: &Bundle,
+    cgroups: Vec<PathBuf>,
+) -> Result<(ContainerRecord, Undo), Error> {
+    root.create()
+        .map_err(context(format!("making {}", root.path().display())))?;
+    let dir = root.container(&options.id);
+    root::create_private_dir(&dir).map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => Error::Exists,
+        _ => context(format!("making {}", dir.display()))(e),
+    })?;
+    // Whoever made the directory has the lock, unless `delete --force` of the
+    // same id came in between and has already removed it.
+    let lock = super::lock(root, &options.id)?;
+    let mut record = ContainerRecord::new(&options.id, &options.id, &bundle.path)
+        .map_err(context("making the record"))?;
+    record.oci_version.clone_from(bundle.spec.version());
+    record.rootfs.clone_from(&bundle.rootfs);
+    record.annotations = bundle
+        .spec
+        .annotations()
+        .iter()
+        .flatten()
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    record.cgroups = cgroups;
+    let undo = Undo {
+        root: root.clone(),
+        id: options.id.clone(),
+        pid_file: options.pid_file.clone(),
+        armed: true,
+        _lock: lock,
+    };
+    record.write(root)?;
+    Ok((record, undo))
+}
+
+fn open_console(
+    options: &Options,
+    bundle: &Bundle,
+) -> Result<(Option<Console>, Option<OwnedFd>), Error> {
+    if !has_terminal(bundle) || options.foreground {
+        return Ok((None, None));
+    }
+    let (console, slave) =
+        Console::open(console_size(bundle)).map_err(context("making a terminal"))?;
+    Ok((Some(console), Some(slave)))
+}
+
+fn console_size(bundle: &Bundle) -> Option<Winsize> {
+    let size = bundle.spec.process().as_ref()?.console_size()?;
+    Some(Winsize {
+        ws_row: u16::try_from(size.height()).ok()?,
+        ws_col: u16::try_from(size.width()).ok()?,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    })
+}
+
+fn spawn_standin(
+    root: &Root,
+    options: &Options,
+    bundle: &Bundle,
+    guest: &GuestSpec,
+    terminal: Option<OwnedFd>,
+) -> Result<StandIn, Error> {
+    let mut volumes = Vec::new();
+    for bind in &guest.binds {
+        volumes.push(Volume {
+            destination: bind.destination.clone(),
+            tree: clone_bind(bind)?,
+        });
+    }
+    let standin = spawn::spawn(Plan {
+        label: &options.id,
+        mount_point: &root.container(&options.id),
+        rootfs: clone_rootfs(bundle)?,
+        volumes,
+        hostname: bundle.spec.hostname().clone(),
+        domainname: bundle.spec.domainname().clone(),
+        terminal,
+    })?;
+    Ok(standin)
+}
+
+fn clone_rootfs(bundle: &Bundle) -> Result<OwnedFd, Error> {
+    mounts::clone_path(&bundle.rootfs, true).map_err(context(format!(
+        "cloning the mount of {}",
+        bundle.rootfs.display()
+    )))
+}
+
+fn clone_bind(bind: &Bind) -> Result<OwnedFd, Error> {
+    let failed = || context(format!("cloning the mount of {}", bind.source.display()));
+    let tree = mounts::clone_path(&bind.source, bind.recursive).map_err(failed())?;
+    if bind.read_only {
+        mounts::set_read_only(tree.as_fd()).map_err(failed())?;
+    }
+    Ok(tree)
+}
+
+/// Puts rootfs and volumes into the pod's shared directory.
+fn share(
+    sandbox: &Sandbox,
+    options: &Options,
+    bundle: &Bundle,
+    guest: &GuestSpec,
+) -> Result<(), Error> {
+    sandbox.share(&options.id, ROOTFS, clone_rootfs(bundle)?.as_fd())?;
+    for bind in &guest.binds {
+        sandbox.share(&options.id, &bind.name, clone_bind(bind)?.as_fd())?;
+    }
+    Ok(())
+}
+
+/// Connects the stand-in to the guest and lets the agent create the container.
+fn create_in_guest(
+    sandbox: &Sandbox,
+    standin: &StandIn,
+    options: &Options,
+    bundle: &Bundle,
+    guest: &GuestSpec,
+) -> Result<Agent, Error> {
+    let terminal = has_terminal(bundle);
+    let wanted = wanted_streams(terminal);
+    let streams = sandbox.open_streams(&options.id, "", wanted)?;
+    standin.attach(stream_flags(wanted, terminal), &streams)?;
+    drop(streams);
+    let agent = sandbox.agent()?;
+    let request = CreateContainerRequest {
+        container_id: options.id.clone(),
+        spec_json: guest.json.to_string().into_bytes(),
+        stdin: wanted.stdin,
+        stdout: wanted.stdout,
+        stderr: wanted.stderr,
+        no_pivot: options.no_pivot,
+        no_new_keyring: options.no_new_keyring,
+        ..Default::default()
+    };
+    agent.create_container(&request).map_err(|e| match e {
+        agent_client::Error::Refused { message, .. } => Error::Process(message),
+        other => Error::Agent(other),
+    })?;
+    Ok(agent)
+}
+
+fn wanted_streams(terminal: bool) -> Wanted {
+    if terminal {
+        return Wanted {
+            stdin: true,
+            stdout: true,
+            stderr: false,
+        };
+    }
+    Wanted {
+        stdin: streams::leads_somewhere(rustix::stdio::stdin()),
+        stdout: streams::leads_somewhere(rustix::stdio::stdout()),
+        stderr: streams::leads_somewhere(rustix::stdio::stderr()),
+    }
+}
+
+fn stream_flags(wanted: Wanted, terminal: bool) -> u8 {
+    let mut flags = 0;
+    for (is_set, flag) in [
+        (wanted.stdin, HAS_STDIN),
+        (wanted.stdout, HAS_STDOUT),
+        (wanted.stderr, HAS_STDERR),
+        (terminal, TERMINAL),
+    ] {
+        if is_set {
+            flags |= flag;
+        }
+    }
+    flags
+}
+
+/// The bundle of a command without `--bundle`: where the caller is.
+#[must_use]
+pub fn default_bundle() -> PathBuf {
+    Path::new(".").to_owned()
+}

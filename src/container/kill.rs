@@ -1,0 +1,56 @@
+//! `kill`: a signal to the container's process, or to all of its processes.
+
+use std::time::Duration;
+
+use super::state::{ContainerRecord, Status};
+use super::{Error, check_id, start};
+use crate::root::Root;
+use crate::sys::process::ProcessRef;
+
+/// How long a killed stand-in may take to end.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Sends `signal`, a Linux x86-64 number.
+///
+/// # Errors
+/// [`Error::NotRunning`] when there is no process, unless `all` is set: then
+/// there is nothing to do, as with runc.
+pub fn kill(root: &Root, id: &str, signal: i32, all: bool) -> Result<(), Error> {
+    check_id(id)?;
+    let record = ContainerRecord::read(root, id)?;
+    match record.status(root) {
+        Status::Created | Status::Running => {}
+        Status::Stopped | Status::Creating if all => return Ok(()),
+        Status::Stopped | Status::Creating => return Err(Error::NotRunning),
+    }
+    let sent = start::connect(root, &record.sandbox_id).and_then(|agent| {
+        agent
+            .signal(id, signal.unsigned_abs(), all)
+            .map_err(Error::Agent)
+    });
+    match sent {
+        Ok(()) => Ok(()),
+        Err(Error::Agent(e)) if e.is_wrong_state() || e.is_not_found() => {
+            if all {
+                Ok(())
+            } else {
+                Err(Error::NotRunning)
+            }
+        }
+        // A guest that does not answer is not in the way of SIGKILL: the end of
+        // the stand-in is the end of the process, and delete ends the VM.
+        Err(e) if signal == libc::SIGKILL => {
+            log::warn!("{e}; killing the container's stand-in instead");
+            end_standin(record.standin)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn end_standin(standin: Option<ProcessRef>) -> Result<(), Error> {
+    standin.map_or(Ok(()), |process| {
+        process
+            .kill(KILL_DEADLINE)
+            .map_err(super::context("killing the stand-in"))
+    })
+}

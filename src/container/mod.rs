@@ -1,0 +1,140 @@
+//! OCI containers on the host: bundle, record, life.
+//!
+//! [`create`], [`start`], [`kill`] and [`delete`] are what the commands of the
+//! same names do; [`state`] is what is on disk and what follows from it.
+
+pub mod bundle;
+pub mod cgroup;
+pub mod console;
+pub mod create;
+pub mod delete;
+pub mod guest_spec;
+pub mod kill;
+pub mod run;
+pub mod signal;
+pub mod start;
+pub mod state;
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::root::Root;
+use crate::sys::lock::DirLock;
+
+/// How long a command waits for another one that works on the same container.
+const LOCK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Errors of everything that is done to a container. Where clients match on the
+/// text it is runc's.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("container does not exist")]
+    NotFound,
+    #[error("container with given ID already exists")]
+    Exists,
+    #[error("invalid container ID format")]
+    InvalidId,
+    #[error("container not running")]
+    NotRunning,
+    #[error("cannot start an already running container")]
+    AlreadyRunning,
+    #[error("cannot start a container that has stopped")]
+    HasStopped,
+    #[error("cannot start a container that is still being created")]
+    StillCreating,
+    #[error("cannot delete container {id} that is not stopped: {status}")]
+    NotStopped { id: String, status: state::Status },
+    #[error("another command is working on the container; try again when it has ended")]
+    Busy,
+    #[error(transparent)]
+    Bundle(#[from] bundle::Error),
+    #[error(transparent)]
+    GuestSpec(#[from] guest_spec::Error),
+    #[error(transparent)]
+    Config(#[from] crate::config::Error),
+    #[error(transparent)]
+    Sandbox(#[from] crate::sandbox::Error),
+    #[error(transparent)]
+    StandIn(#[from] crate::standin::spawn::Error),
+    /// The agent's words.
+    #[error("{0}")]
+    Process(String),
+    #[error(transparent)]
+    Agent(crate::agent_client::Error),
+    #[error("cgroup {}: {source}", path.display())]
+    Cgroup { path: PathBuf, source: io::Error },
+    #[error("interrupted")]
+    Interrupted,
+    #[error("{0}")]
+    Unsupported(String),
+    #[error("{context}: {source}")]
+    Io { context: String, source: io::Error },
+    #[error(transparent)]
+    Record(state::RecordError),
+}
+
+impl From<state::RecordError> for Error {
+    fn from(error: state::RecordError) -> Error {
+        match error {
+            state::RecordError::NotFound => Error::NotFound,
+            other => Error::Record(other),
+        }
+    }
+}
+
+/// Adds what was being done to an I/O error.
+fn context(context: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io {
+        context: context.into(),
+        source,
+    }
+}
+
+/// Takes the lock of an existing container.
+fn lock(root: &Root, id: &str) -> Result<DirLock, Error> {
+    check_id(id)?;
+    DirLock::acquire(&root.container(id), LOCK_DEADLINE).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => Error::NotFound,
+        io::ErrorKind::TimedOut => Error::Busy,
+        _ => context("locking the container")(e),
+    })
+}
+
+/// Container ids become file names: runc's alphabet, and not `.` or `..`.
+///
+/// # Errors
+/// [`Error::InvalidId`].
+pub fn check_id(id: &str) -> Result<(), Error> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '+' | '-' | '.');
+    let fits = id.len() <= kuasar_runv_protocol::stream::MAX_ID_LEN;
+    if id.is_empty() || id == "." || id == ".." || !fits || !id.chars().all(allowed) {
+        return Err(Error::InvalidId);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_runcs() {
+        for good in ["a", "A_b+c-d.e", "0123456789abcdef", "..."] {
+            assert!(check_id(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "../x",
+            "a b",
+            "é",
+            "a\n",
+            &"x".repeat(256),
+        ] {
+            assert!(matches!(check_id(bad), Err(Error::InvalidId)), "{bad:?}");
+        }
+    }
+}

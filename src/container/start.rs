@@ -1,0 +1,50 @@
+//! `start`: lets the waiting process execute its program.
+
+use super::state::{ContainerRecord, Phase, Status};
+use super::{Error, lock};
+use crate::agent_client::{self, Agent};
+use crate::root::Root;
+use crate::sandbox::Sandbox;
+
+/// Starts a created container.
+///
+/// # Errors
+/// See [`Error`].
+pub fn start(root: &Root, id: &str) -> Result<(), Error> {
+    let _lock = lock(root, id)?;
+    let mut record = ContainerRecord::read(root, id)?;
+    match record.status(root) {
+        Status::Created => {}
+        Status::Running => return Err(Error::AlreadyRunning),
+        Status::Stopped => return Err(Error::HasStopped),
+        Status::Creating => return Err(Error::StillCreating),
+    }
+    let agent = connect(root, &record.sandbox_id)?;
+    let started = start_in_guest(&agent, id);
+    if matches!(started, Ok(()) | Err(Error::AlreadyRunning)) {
+        record.phase = Phase::Started;
+        record.write(root)?;
+    }
+    started
+}
+
+/// Asks the agent to start the container.
+///
+/// # Errors
+/// See [`Error`].
+pub fn start_in_guest(agent: &Agent, id: &str) -> Result<(), Error> {
+    agent.start_container(id).map_err(|e| match e {
+        // A `start` that was killed before it could write the record.
+        e if e.is_wrong_state() => Error::AlreadyRunning,
+        agent_client::Error::Refused { message, .. } => Error::Process(message),
+        other => Error::Agent(other),
+    })
+}
+
+/// A connection to the agent of a running VM.
+///
+/// # Errors
+/// See [`Error`].
+pub fn connect(root: &Root, sandbox_id: &str) -> Result<Agent, Error> {
+    Ok(Sandbox::open(root, sandbox_id)?.agent()?)
+}

@@ -1,0 +1,218 @@
+//! What commands and the sandboxer say to each other.
+//!
+//! One JSON message per request and per answer over a `SOCK_SEQPACKET` unix
+//! socket; a mount tree travels as a file descriptor. The first message on the
+//! channel of the command that boots the VM is the [`SandboxerConfig`].
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::config::Config;
+use crate::root::Root;
+use crate::sys::seqpacket::{Channel, Message, wait_any_readable};
+use crate::sys::unix_socket;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("the other end is closed")]
+    Closed,
+    /// The sandboxer's own words.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Everything the sandboxer has to know.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SandboxerConfig {
+    pub root: PathBuf,
+    pub id: String,
+    pub config: Config,
+    pub debug: bool,
+}
+
+impl SandboxerConfig {
+    #[must_use]
+    pub fn new(root: &Root, id: &str, config: &Config, debug: bool) -> SandboxerConfig {
+        SandboxerConfig {
+            root: root.path().to_owned(),
+            id: id.to_owned(),
+            config: config.clone(),
+            debug,
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Attach the mount tree that comes with this message at
+    /// `<container>/<name>` of the shared directory.
+    Share { container: String, name: String },
+    /// Answered when the agent is ready or the boot has failed.
+    WaitReady,
+    /// Only on the creator's channel: keep the VM when the channel closes.
+    Commit,
+}
+
+/// When the VM got where: microseconds of `CLOCK_MONOTONIC` on the host.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ReadyInfo {
+    pub sandboxer_start_us: u64,
+    pub vmm_start_us: u64,
+    pub agent_ready_us: u64,
+    /// The guest's own clock since its kernel started.
+    pub guest_agent_start_us: u64,
+    pub guest_agent_ready_us: u64,
+    pub kernel_release: String,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Reply {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready: Option<ReadyInfo>,
+}
+
+/// The commands' end.
+#[derive(Debug)]
+pub struct Connection(Channel);
+
+impl Connection {
+    #[must_use]
+    pub fn new(channel: Channel) -> Connection {
+        Connection(channel)
+    }
+
+    /// # Errors
+    /// As connect(2).
+    pub fn connect(dir: BorrowedFd<'_>, name: &str) -> io::Result<Connection> {
+        let fd = message_socket()?;
+        let address = UnixAddr::new(&unix_socket::short_path(&dir, name))?;
+        connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &address)?;
+        Ok(Connection(fd.into()))
+    }
+
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn send_config(&self, config: &SandboxerConfig) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(config).map_err(io::Error::from)?;
+        Ok(self.0.send(&bytes, &[])?)
+    }
+
+    /// One request, one answer.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn call(
+        &self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+        deadline: Duration,
+    ) -> Result<Reply, Error> {
+        self.send(request, fds)?;
+        self.receive(deadline)
+    }
+
+    /// As [`call`](Self::call); `None` when `interrupt` becomes readable before
+    /// the answer is there.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn call_interruptible(
+        &self,
+        request: &Request,
+        deadline: Duration,
+        interrupt: BorrowedFd<'_>,
+    ) -> Result<Option<Reply>, Error> {
+        self.send(request, &[])?;
+        let ready = wait_any_readable(&[self.0.as_fd(), interrupt], deadline)?;
+        if !ready[0] && ready[1] {
+            return Ok(None);
+        }
+        self.receive(Duration::ZERO).map(Some)
+    }
+
+    fn send(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(request).map_err(io::Error::from)?;
+        Ok(self.0.send(&bytes, fds)?)
+    }
+
+    fn receive(&self, deadline: Duration) -> Result<Reply, Error> {
+        let message = self.0.recv(deadline)?.ok_or(Error::Closed)?;
+        let reply: Reply = decode(&message)?;
+        match reply.error {
+            Some(error) => Err(Error::Refused(error)),
+            None => Ok(reply),
+        }
+    }
+}
+
+/// # Errors
+/// `InvalidData`.
+pub fn decode<T: serde::de::DeserializeOwned>(message: &Message) -> io::Result<T> {
+    Ok(serde_json::from_slice(&message.bytes)?)
+}
+
+/// # Errors
+/// As sendmsg(2).
+pub fn reply(channel: &Channel, reply: &Reply) -> io::Result<()> {
+    channel.send(&serde_json::to_vec(reply)?, &[])
+}
+
+fn message_socket() -> io::Result<OwnedFd> {
+    Ok(socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?)
+}
+
+/// The sandboxer's listening end.
+pub struct Listener(OwnedFd);
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Listener {
+    /// # Errors
+    /// As bind(2).
+    pub fn bind(dir: BorrowedFd<'_>, name: &str) -> io::Result<Listener> {
+        let fd = message_socket()?;
+        let address = UnixAddr::new(&unix_socket::short_path(&dir, name))?;
+        bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &address)?;
+        listen(&fd, Backlog::MAXALLOWABLE)?;
+        Ok(Listener(fd))
+    }
+
+    /// # Errors
+    /// As accept4(2).
+    pub fn accept(&self) -> io::Result<Channel> {
+        use std::os::fd::{AsRawFd, FromRawFd};
+        let fd = accept4(self.0.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+        // SAFETY: accept4 has just returned this descriptor; nothing else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(fd.into())
+    }
+}
+
+/// Microseconds of `CLOCK_MONOTONIC`, which all processes of the host share.
+#[must_use]
+pub fn monotonic_us() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let (sec, nsec) = (now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs());
+    sec * 1_000_000 + nsec / 1000
+}

@@ -1,0 +1,318 @@
+//! The pod's virtual machine, seen from the commands: boot one, find one, end one.
+//!
+//! A pod's VM belongs to one resident process, the *sandboxer*
+//! ([`server`]). Commands talk to it over message sockets ([`control`]): the
+//! one that boots it keeps a private channel until the container is created,
+//! later ones connect to `control.sock`. The record on disk ([`record`]) names
+//! the processes, so that a VM whose sandboxer is gone can still be ended.
+
+pub mod control;
+pub mod record;
+pub mod server;
+mod share;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use kuasar_runv_protocol::{AGENT_PORT, STREAM_PORT};
+
+use crate::agent_client::streams::{self, Wanted};
+use crate::agent_client::{self, Agent, vsock};
+use crate::config::Config;
+use crate::container::cgroup;
+use crate::container::state::RecordError;
+use crate::root::{self, Root};
+use crate::sys::process::ProcessRef;
+use crate::sys::seqpacket::Channel;
+use crate::sys::unix_socket;
+use control::{Connection, ReadyInfo, Request, SandboxerConfig};
+use record::SandboxRecord;
+
+/// Socket names in the sandbox directory.
+pub const CONTROL_SOCKET: &str = "control.sock";
+pub const VSOCK_SOCKET: &str = "vsock.sock";
+/// The sandboxer's and the guest kernel's log.
+pub const LOG_FILE: &str = "sandboxer.log";
+pub const CONSOLE_LOG: &str = "console.log";
+
+/// How long a killed process may take to disappear. A guest's memory is given
+/// back on the way.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the sandboxer may take to answer a request that needs no VM.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("sandbox {id}: {source}")]
+    Io { id: String, source: io::Error },
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("starting the sandboxer: {0}")]
+    Spawn(io::Error),
+    #[error("the virtual machine did not start: {0}")]
+    Boot(String),
+    #[error("the sandboxer is gone; its log: {0}")]
+    Gone(String),
+    #[error("the sandboxer did not answer within {0:?}")]
+    Timeout(Duration),
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Agent(#[from] agent_client::Error),
+    #[error("the guest refused a connection to its port {port}: {reason}")]
+    Connect { port: u32, reason: String },
+}
+
+/// A sandbox this command can talk to.
+#[derive(Debug)]
+pub struct Sandbox {
+    id: String,
+    dir: PathBuf,
+    dir_fd: OwnedFd,
+    connection: Connection,
+    /// Longest wait for an answer of the guest's agent.
+    agent_deadline: Duration,
+}
+
+impl Sandbox {
+    /// Boots a new VM for the pod `id`. Returns as soon as its sandboxer is
+    /// running; [`wait_ready`](Self::wait_ready) waits for the guest. Until
+    /// [`commit`](Self::commit) the VM ends with this value (or this process).
+    ///
+    /// # Errors
+    /// See [`Error`]; nothing is left behind.
+    pub fn boot(
+        root: &Root,
+        id: &str,
+        config: &Config,
+        cgroups: &[PathBuf],
+        debug: bool,
+    ) -> Result<Sandbox, Error> {
+        let io_error = |source| Error::Io {
+            id: id.to_owned(),
+            source,
+        };
+        let dir = root.sandbox(id);
+        root::create_private_dir(&dir).map_err(io_error)?;
+        let booted = (|| {
+            let mut record = SandboxRecord::new(id, config.timeouts.agent_s, cgroups)
+                .map_err(io_error)?;
+            record.write(root)?;
+            let dir_fd = unix_socket::open_dir(&dir).map_err(io_error)?;
+            let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
+            let sandboxer = server::spawn(theirs.as_fd(), &dir, cgroups).map_err(Error::Spawn)?;
+            drop(theirs);
+            // The sandboxer waits for its configuration, and ends if this
+            // process dies before it is sent: nothing runs that is not recorded.
+            record.sandboxer = Some(ProcessRef::of(sandboxer).map_err(Error::Spawn)?);
+            record.write(root)?;
+            let sandbox = Sandbox {
+                id: id.to_owned(),
+                dir: dir.clone(),
+                dir_fd,
+                connection: Connection::new(ours),
+                agent_deadline: config.timeouts.agent(),
+            };
+            sandbox
+                .connection
+                .send_config(&SandboxerConfig::new(root, id, config, debug))
+                .map_err(|e| sandbox.control_error(e))?;
+            Ok(sandbox)
+        })();
+        if booted.is_err() {
+            // The error that made it fail is the one to report.
+            let _ = end(root, id);
+        }
+        booted
+    }
+
+    /// Connects to the sandboxer of a running pod.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn open(root: &Root, id: &str) -> Result<Sandbox, Error> {
+        let io_error = |source| Error::Io {
+            id: id.to_owned(),
+            source,
+        };
+        let dir = root.sandbox(id);
+        let dir_fd = unix_socket::open_dir(&dir).map_err(io_error)?;
+        let connection = Connection::connect(dir_fd.as_fd(), CONTROL_SOCKET).map_err(io_error)?;
+        let record = SandboxRecord::read(root, id)?;
+        Ok(Sandbox {
+            id: id.to_owned(),
+            dir,
+            dir_fd,
+            connection,
+            agent_deadline: Duration::from_secs(record.agent_timeout_s.into()),
+        })
+    }
+
+    /// Waits until the guest's agent answers; `None` when `interrupt` becomes
+    /// readable first.
+    ///
+    /// # Errors
+    /// [`Error::Boot`] with the reason.
+    pub fn wait_ready(
+        &self,
+        deadline: Duration,
+        interrupt: BorrowedFd<'_>,
+    ) -> Result<Option<ReadyInfo>, Error> {
+        let failed = |e| match self.control_error(e) {
+            Error::Refused(reason) => Error::Boot(reason),
+            Error::Gone(log) => Error::Boot(log),
+            other => other,
+        };
+        let reply = self
+            .connection
+            .call_interruptible(&Request::WaitReady, deadline, interrupt)
+            .map_err(failed)?;
+        let Some(reply) = reply else { return Ok(None) };
+        match reply.ready {
+            Some(info) => Ok(Some(info)),
+            None => Err(Error::Boot("the sandboxer's answer has no details".into())),
+        }
+    }
+
+    /// Attaches a mount tree to the pod's shared directory at
+    /// `<container>/<name>`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn share(&self, container: &str, name: &str, tree: BorrowedFd<'_>) -> Result<(), Error> {
+        let request = Request::Share {
+            container: container.to_owned(),
+            name: name.to_owned(),
+        };
+        self.connection
+            .call(&request, &[tree], REQUEST_DEADLINE)
+            .map(drop)
+            .map_err(|e| self.control_error(e))
+    }
+
+    /// From now on the VM stays when this command ends.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn commit(&self) -> Result<(), Error> {
+        self.connection
+            .call(&Request::Commit, &[], REQUEST_DEADLINE)
+            .map(drop)
+            .map_err(|e| self.control_error(e))
+    }
+
+    /// Connects to the guest's agent.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] when it does not listen, [`Error::Agent`].
+    pub fn agent(&self) -> Result<Agent, Error> {
+        let dir = self.dir_fd.as_fd();
+        let stream = vsock::dial(dir, VSOCK_SOCKET, AGENT_PORT, self.agent_deadline).map_err(
+            |e| Error::Connect {
+                port: AGENT_PORT,
+                reason: e.to_string(),
+            },
+        )?;
+        Ok(Agent::new(stream, self.agent_deadline)?)
+    }
+
+    /// Opens the streams of a guest process for its stand-in, control first.
+    ///
+    /// # Errors
+    /// [`Error::Connect`].
+    pub fn open_streams(
+        &self,
+        container: &str,
+        exec: &str,
+        wanted: Wanted,
+    ) -> Result<Vec<OwnedFd>, Error> {
+        let (dir, deadline) = (self.dir_fd.as_fd(), self.agent_deadline);
+        streams::open(dir, VSOCK_SOCKET, container, exec, wanted, deadline).map_err(|e| {
+            Error::Connect {
+                port: STREAM_PORT,
+                reason: e.to_string(),
+            }
+        })
+    }
+
+    fn control_error(&self, error: control::Error) -> Error {
+        match error {
+            control::Error::Refused(reason) => Error::Refused(reason),
+            control::Error::Closed => Error::Gone(self.log_tail()),
+            control::Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
+                Error::Timeout(REQUEST_DEADLINE)
+            }
+            control::Error::Io(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                ) =>
+            {
+                Error::Gone(self.log_tail())
+            }
+            control::Error::Io(source) => Error::Io {
+                id: self.id.clone(),
+                source,
+            },
+        }
+    }
+
+    /// The last line the sandboxer logged, which says why it ended.
+    fn log_tail(&self) -> String {
+        let path = self.dir.join(LOG_FILE);
+        let text = std::fs::read(&path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        match text.lines().rev().find(|line| !line.trim().is_empty()) {
+            Some(line) => line.to_owned(),
+            None => format!("{} is empty", path.display()),
+        }
+    }
+}
+
+/// Ends the VM of a pod and removes what is left of it: asks the sandboxer, and
+/// kills what does not end by itself. Works on whatever a crash left, and on
+/// nothing at all.
+///
+/// # Errors
+/// When a process cannot be ended or a file cannot be removed.
+pub fn end(root: &Root, id: &str) -> Result<(), Error> {
+    let io_error = |source| Error::Io {
+        id: id.to_owned(),
+        source,
+    };
+    match SandboxRecord::read(root, id) {
+        Ok(record) => {
+            end_processes(&record).map_err(io_error)?;
+            cgroup::remove(&record.cgroups).map_err(io_error)?;
+        }
+        // Without a readable record there is nothing to end but files: the
+        // sandboxer gets its configuration only after it has been recorded.
+        Err(RecordError::NotFound | RecordError::Invalid { .. }) => {}
+        Err(e) => return Err(e.into()),
+    }
+    root::remove_private_dir(&root.sandbox(id)).map_err(io_error)
+}
+
+fn end_processes(record: &SandboxRecord) -> io::Result<()> {
+    if crate::sys::process::boot_id()? != record.boot_id {
+        return Ok(());
+    }
+    let started = Instant::now();
+    // SIGKILL of the sandboxer takes the hypervisor along (PDEATHSIG), and the
+    // mount namespace with the shares, and the taps: there is nothing that an
+    // orderly end would add. The guest has no state of its own.
+    for process in [record.sandboxer, record.vm].into_iter().flatten() {
+        process.signal(rustix::process::Signal::KILL)?;
+    }
+    for process in [record.sandboxer, record.vm].into_iter().flatten() {
+        if !process.wait(KILL_DEADLINE.saturating_sub(started.elapsed()))? {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("process {} does not end after SIGKILL", process.pid),
+            ));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,419 @@
+//! The relay loop: host stdio on one side, the guest's streams on the other.
+//!
+//! One thread, one poll(2). Each direction has one buffer, read into only when
+//! empty: a slow reader stops exactly its own stream, down to the guest process.
+//! Descriptors 0 to 2 are shared with the caller, so they never become
+//! non-blocking; writes are sized or flagged so that they cannot block instead.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use kuasar_runv_protocol::stream::Frame;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::FileType;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+
+use super::end::Ending;
+use super::{HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
+use crate::sys::seqpacket::Channel;
+
+/// Buffer of one direction, in bytes.
+const BUFFER: usize = 32 * 1024;
+/// What a pipe that poll(2) calls writable takes without blocking (pipe(7)).
+const PIPE_CHUNK: usize = libc::PIPE_BUF;
+/// What a terminal that poll(2) calls writable takes without blocking: fewer
+/// than 256 bytes are queued then, in at least 4096.
+const TTY_CHUNK: usize = 2048;
+
+/// Signals that concern the stand-in itself and not the guest process.
+const NOT_FORWARDED: [Signal; 2] = [Signal::SIGCHLD, Signal::SIGPIPE];
+
+/// One direction of one stream.
+struct Pump {
+    /// `None` once the source has ended.
+    source: Option<Source>,
+    /// `None` once the sink is closed.
+    sink: Option<Sink>,
+    buffer: Vec<u8>,
+    /// The part of `buffer` that still has to be written.
+    pending: std::ops::Range<usize>,
+}
+
+enum Source {
+    /// An inherited descriptor of the host.
+    Host(BorrowedFd<'static>),
+    Guest(OwnedFd),
+}
+
+enum Sink {
+    Host(BorrowedFd<'static>, FileType),
+    Guest(OwnedFd),
+}
+
+impl Source {
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Source::Host(fd) => *fd,
+            Source::Guest(fd) => fd.as_fd(),
+        }
+    }
+
+    fn read(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+        match self {
+            Source::Host(fd) => rustix::io::read(*fd, buffer),
+            Source::Guest(fd) => recv(fd, buffer, RecvFlags::DONTWAIT).map(|(n, _)| n),
+        }
+    }
+}
+
+impl Sink {
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Sink::Host(fd, _) => *fd,
+            Sink::Guest(fd) => fd.as_fd(),
+        }
+    }
+
+    fn write(&self, bytes: &[u8]) -> rustix::io::Result<usize> {
+        match self {
+            Sink::Guest(fd) => send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
+            Sink::Host(fd, FileType::Socket) => {
+                send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+            }
+            Sink::Host(fd, FileType::Fifo) => match write_nowait(*fd, bytes) {
+                // Kernels before 6.4 have no such write for pipes.
+                Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::SPIPE) => {
+                    rustix::io::write(fd, &bytes[..bytes.len().min(PIPE_CHUNK)])
+                }
+                other => other,
+            },
+            Sink::Host(fd, FileType::CharacterDevice) => {
+                rustix::io::write(fd, &bytes[..bytes.len().min(TTY_CHUNK)])
+            }
+            Sink::Host(fd, _) => rustix::io::write(fd, bytes),
+        }
+    }
+}
+
+/// A write that returns `EAGAIN` instead of blocking although the descriptor is
+/// a blocking one.
+fn write_nowait(fd: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> {
+    let vector = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: the vector describes `bytes`, which outlives the call and is only
+    // read from.
+    let written =
+        unsafe { libc::pwritev2(fd.as_raw_fd(), &raw const vector, 1, -1, libc::RWF_NOWAIT) };
+    usize::try_from(written)
+        .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
+}
+
+impl Pump {
+    fn new(source: Source, sink: Sink) -> Pump {
+        Pump {
+            source: Some(source),
+            sink: Some(sink),
+            buffer: Vec::new(),
+            pending: 0..0,
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.sink.is_none() || (self.source.is_none() && self.pending.is_empty())
+    }
+
+    /// What to wait for, if anything.
+    fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        match (&self.source, &self.sink) {
+            (_, None) => None,
+            (_, Some(sink)) if !self.pending.is_empty() => Some((sink.fd(), PollFlags::OUT)),
+            (Some(source), Some(_)) => Some((source.fd(), PollFlags::IN)),
+            (None, Some(_)) => None,
+        }
+    }
+
+    /// Moves what can be moved without blocking, once.
+    fn advance(&mut self) {
+        if self.pending.is_empty() {
+            self.fill();
+        }
+        if !self.pending.is_empty() {
+            self.drain();
+        }
+        if self.source.is_none() && self.pending.is_empty() {
+            self.end_sink();
+        }
+    }
+
+    fn fill(&mut self) {
+        let Some(source) = &self.source else { return };
+        if self.buffer.is_empty() {
+            self.buffer = vec![0; BUFFER];
+        }
+        match source.read(&mut self.buffer) {
+            Ok(0) => self.source = None,
+            Ok(n) => self.pending = 0..n,
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            // A terminal that hung up, a reset connection: an end like any other.
+            Err(_) => self.source = None,
+        }
+    }
+
+    fn drain(&mut self) {
+        let Some(sink) = &self.sink else { return };
+        match sink.write(&self.buffer[self.pending.clone()]) {
+            Ok(n) => self.pending.start += n,
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            // Nobody reads any more. Closing the source tells the writer, which
+            // then gets its SIGPIPE in the guest.
+            Err(_) => {
+                self.sink = None;
+                self.source = None;
+                self.pending = 0..0;
+            }
+        }
+    }
+
+    /// Passes the end of the stream on.
+    fn end_sink(&mut self) {
+        if let Some(Sink::Guest(fd)) = self.sink.take() {
+            // The guest may have closed the connection already.
+            let _ = shutdown(&fd, Shutdown::Write);
+        }
+    }
+}
+
+/// See the module's description.
+pub struct Relay {
+    control: OwnedFd,
+    signals: SignalFd,
+    /// Keyboard or stdin, towards the guest.
+    input: Option<Pump>,
+    /// stdout and stderr, or the screen.
+    outputs: Vec<Pump>,
+    terminal: bool,
+    frame: [u8; Frame::LEN],
+    frame_len: usize,
+}
+
+impl Relay {
+    /// `streams` are the control connection and those that `flags` announces.
+    ///
+    /// # Errors
+    /// As signalfd(2).
+    pub fn new(flags: u8, streams: Vec<OwnedFd>) -> io::Result<Relay> {
+        let mut set = SigSet::all();
+        for signal in NOT_FORWARDED {
+            set.remove(signal);
+        }
+        SigSet::all().thread_block()?;
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+
+        let mut streams = streams.into_iter();
+        let control = streams.next().ok_or(io::ErrorKind::InvalidInput)?;
+        let mut next = |flag: u8| {
+            if flags & flag == 0 {
+                None
+            } else {
+                streams.next()
+            }
+        };
+        let input = next(HAS_STDIN)
+            .map(|fd| Pump::new(Source::Host(rustix::stdio::stdin()), Sink::Guest(fd)));
+        let stdout = next(HAS_STDOUT).map(|fd| (fd, rustix::stdio::stdout()));
+        let stderr = next(HAS_STDERR).map(|fd| (fd, rustix::stdio::stderr()));
+        let outputs = stdout
+            .into_iter()
+            .chain(stderr)
+            .map(|(guest, host)| {
+                let kind = rustix::fs::fstat(host)
+                    .map(|stat| FileType::from_raw_mode(stat.st_mode))
+                    .unwrap_or(FileType::Unknown);
+                Pump::new(Source::Guest(guest), Sink::Host(host, kind))
+            })
+            .collect();
+        Ok(Relay {
+            control,
+            signals,
+            input,
+            outputs,
+            terminal: flags & TERMINAL != 0,
+            frame: [0; Frame::LEN],
+            frame_len: 0,
+        })
+    }
+
+    /// Relays until the guest process has ended and its output is out. While
+    /// `creator` is open and has not said that the container is complete, its
+    /// end is the end of this stand-in.
+    pub fn run(mut self, mut creator: Option<Channel>) -> Ending {
+        if self.terminal {
+            self.send_window_size();
+        }
+        let mut ending = None;
+        loop {
+            if ending.is_some() && self.outputs.iter().all(Pump::is_done) {
+                break;
+            }
+            let ready = self.wait(creator.as_ref(), ending.is_some());
+            if ready.signals {
+                self.forward_signals();
+            }
+            if ready.creator {
+                let committed = creator
+                    .take()
+                    .is_some_and(|c| matches!(c.recv(std::time::Duration::ZERO), Ok(Some(_))));
+                if !committed {
+                    return Ending::Killed(libc::SIGKILL.unsigned_abs());
+                }
+            }
+            if ready.control {
+                ending = self.read_control();
+                if ending.is_some() {
+                    self.input = None;
+                }
+            }
+            if ready.input
+                && let Some(input) = &mut self.input
+            {
+                input.advance();
+                if input.is_done() {
+                    self.input = None;
+                }
+            }
+            for (index, output) in self.outputs.iter_mut().enumerate() {
+                if ready.outputs & (1 << index) != 0 {
+                    output.advance();
+                }
+            }
+        }
+        // The loop is left only with an ending.
+        ending.unwrap_or(Ending::Killed(libc::SIGKILL.unsigned_abs()))
+    }
+
+    /// One poll(2) over everything there is to wait for.
+    fn wait(&self, creator: Option<&Channel>, ended: bool) -> Ready {
+        #[derive(Clone, Copy)]
+        enum Who {
+            Signals,
+            Creator,
+            Control,
+            Input,
+            Output(usize),
+        }
+        let mut who = vec![Who::Signals];
+        let mut fds = vec![PollFd::from_borrowed_fd(
+            self.signals.as_fd(),
+            PollFlags::IN,
+        )];
+        let mut add = |name: Who, fd, flags| {
+            who.push(name);
+            fds.push(PollFd::from_borrowed_fd(fd, flags));
+        };
+        if let Some(creator) = creator {
+            add(Who::Creator, creator.as_fd(), PollFlags::IN);
+        }
+        if !ended {
+            add(Who::Control, self.control.as_fd(), PollFlags::IN);
+        }
+        if let Some((fd, flags)) = self.input.as_ref().and_then(Pump::interest) {
+            add(Who::Input, fd, flags);
+        }
+        for (index, output) in self.outputs.iter().enumerate() {
+            if let Some((fd, flags)) = output.interest() {
+                add(Who::Output(index), fd, flags);
+            }
+        }
+        let mut ready = Ready::default();
+        if poll(&mut fds, None).is_err() {
+            // Interrupted: all signals are blocked, so only a debugger does that.
+            return ready;
+        }
+        for (fd, who) in fds.iter().zip(who) {
+            if fd.revents().is_empty() {
+                continue;
+            }
+            match who {
+                Who::Signals => ready.signals = true,
+                Who::Creator => ready.creator = true,
+                Who::Control => ready.control = true,
+                Who::Input => ready.input = true,
+                Who::Output(index) => ready.outputs |= 1 << index,
+            }
+        }
+        ready
+    }
+
+    /// The ending, if the guest has said how or is gone.
+    fn read_control(&mut self) -> Option<Ending> {
+        let gone = Some(Ending::Killed(libc::SIGKILL.unsigned_abs()));
+        match recv(
+            &self.control,
+            &mut self.frame[self.frame_len..],
+            RecvFlags::DONTWAIT,
+        ) {
+            Ok((0, _)) => return gone,
+            Ok((n, _)) => self.frame_len += n,
+            Err(Errno::AGAIN | Errno::INTR) => return None,
+            Err(_) => return gone,
+        }
+        if self.frame_len < Frame::LEN {
+            return None;
+        }
+        self.frame_len = 0;
+        match Frame::decode(self.frame) {
+            // wait(2) has eight bits for a code.
+            Ok(Frame::Exited(code)) => Some(Ending::Exited(code.to_le_bytes()[0])),
+            Ok(Frame::Killed(signal)) => Some(Ending::Killed(signal)),
+            // Not the agent's protocol: nothing it says can be believed.
+            Ok(Frame::Signal(_) | Frame::WindowSize { .. }) | Err(_) => gone,
+        }
+    }
+
+    fn forward_signals(&mut self) {
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            if info.ssi_signo == Signal::SIGWINCH as u32 && self.terminal {
+                self.send_window_size();
+            } else {
+                self.send_frame(Frame::Signal(info.ssi_signo));
+            }
+        }
+    }
+
+    fn send_window_size(&self) {
+        // A terminal that nobody has given a size yet says nothing about it.
+        if let Ok(size) = rustix::termios::tcgetwinsize(rustix::stdio::stdin())
+            && (size.ws_row, size.ws_col) != (0, 0)
+        {
+            self.send_frame(Frame::WindowSize {
+                rows: size.ws_row,
+                cols: size.ws_col,
+            });
+        }
+    }
+
+    fn send_frame(&self, frame: Frame) {
+        // A guest that does not take six bytes is gone or hostile; either way
+        // the signal cannot be delivered, as to a process that just ended.
+        let _ = send(
+            &self.control,
+            frame.encode().as_bytes(),
+            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+        );
+    }
+}
+
+#[derive(Default)]
+struct Ready {
+    signals: bool,
+    creator: bool,
+    control: bool,
+    input: bool,
+    /// One bit per output.
+    outputs: u8,
+}

@@ -1,0 +1,343 @@
+//! QEMU's command line as data: [`CommandLine`] says what the machine is,
+//! [`CommandLine::args`] spells it.
+//!
+//! What is chosen here for the start-up time was measured under emulation; the
+//! figures are in docs/configuration.md.
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+
+use crate::vm::VmSize;
+
+/// How QEMU executes guest code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Accel {
+    Kvm,
+    /// With the frequency of the host's time stamp counter, when it has one that
+    /// can serve as a clock.
+    Tcg {
+        tsc_khz: Option<u32>,
+    },
+}
+
+/// A QEMU process of one VM. Descriptors are numbers in that process.
+#[derive(Debug)]
+pub(super) struct CommandLine<'a> {
+    pub name: &'a str,
+    pub accel: Accel,
+    pub size: VmSize,
+    pub firmware: &'a Path,
+    pub kernel_fd: i32,
+    pub initrd_fd: i32,
+    pub kernel_params: &'a str,
+    pub verbose_console: bool,
+    pub vsock_socket: &'a str,
+    pub fs_socket: &'a str,
+    pub fs_tag: &'a str,
+    /// Takes the guest's console.
+    pub console_fd: i32,
+    /// QEMU's end of the control connection.
+    pub qmp_fd: i32,
+    /// Confine QEMU with its seccomp filter.
+    pub sandbox: bool,
+    pub extra_args: &'a [String],
+}
+
+impl CommandLine<'_> {
+    pub(super) fn args(&self) -> Vec<OsString> {
+        let mut args = Args::default();
+        self.machine(&mut args);
+        self.boot(&mut args);
+        self.devices(&mut args);
+        self.control(&mut args);
+        args.0.extend(self.extra_args.iter().map(OsString::from));
+        args.0
+    }
+
+    fn machine(&self, args: &mut Args) {
+        args.flag("-no-user-config").flag("-nodefaults");
+        args.option("-name", Props::of(self.name));
+        args.option(
+            "-machine",
+            Props::of("q35")
+                .with("memory-backend", "ram")
+                .with("dump-guest-core", "off")
+                .with("graphics", "off")
+                .with("sata", "off")
+                .with("smbus", "off")
+                .with("usb", "off")
+                .with("vmport", "off")
+                .with("hpet", "off"),
+        );
+        match self.accel {
+            Accel::Kvm => {
+                args.option("-accel", Props::of("kvm"));
+                args.option("-cpu", Props::of("host"));
+            }
+            Accel::Tcg { .. } => {
+                args.option("-accel", Props::of("tcg").with("tb-size", TB_SIZE_MIB));
+                args.option("-cpu", Props::of("max"));
+            }
+        }
+        args.option("-smp", Props::of(self.size.vcpus.to_string()));
+        let memory = format!("{}M", self.size.memory_mib);
+        args.option("-m", Props::of(&memory));
+        // Shared, because vhost-user back ends map it.
+        args.option(
+            "-object",
+            Props::of("memory-backend-memfd")
+                .with("id", "ram")
+                .with("size", memory)
+                .with("share", "on"),
+        );
+        args.option("-display", Props::of("none"));
+        args.flag("-no-reboot");
+    }
+
+    fn boot(&self, args: &mut Args) {
+        args.value("-bios", self.firmware);
+        args.value("-kernel", fd_path(self.kernel_fd));
+        args.value("-initrd", fd_path(self.initrd_fd));
+        args.value("-append", self.append());
+    }
+
+    /// The machine's own parameters, then those of the agent and the user,
+    /// who can override them: the kernel takes the last.
+    fn append(&self) -> String {
+        // panic=-1 resets at once, which ends QEMU; reboot=t because the triple
+        // fault works without a keyboard controller or ACPI.
+        let mut params = String::from("console=ttyS0 panic=-1 reboot=t");
+        if !self.verbose_console {
+            params.push_str(" quiet loglevel=4");
+        }
+        if let Accel::Tcg { tsc_khz } = self.accel {
+            // The check of the timer interrupt fails when the host is busy.
+            params.push_str(" no_timer_check");
+            // With one CPU the kernel takes the lock prefix out of 8,000
+            // instructions, a tenth of the boot; emulation ignores it anyway.
+            params.push_str(" noreplace-smp");
+            if let Some(khz) = tsc_khz {
+                // So does the guest's measurement, and then the kernel's watchdog
+                // takes the counter for broken.
+                params.push_str(&format!(" tsc=reliable tsc_early_khz={khz}"));
+            }
+        }
+        if !self.kernel_params.is_empty() {
+            params.push(' ');
+            params.push_str(self.kernel_params);
+        }
+        params
+    }
+
+    fn devices(&self, args: &mut Args) {
+        args.option(
+            "-chardev",
+            Props::of("socket")
+                .with("id", "vsock")
+                .with("path", self.vsock_socket),
+        );
+        args.option(
+            "-device",
+            Props::of("vhost-user-vsock-pci").with("chardev", "vsock"),
+        );
+        args.option(
+            "-chardev",
+            Props::of("socket")
+                .with("id", "fs")
+                .with("path", self.fs_socket),
+        );
+        args.option(
+            "-device",
+            Props::of("vhost-user-fs-pci")
+                .with("chardev", "fs")
+                .with("tag", self.fs_tag)
+                .with("queue-size", "1024"),
+        );
+        args.option("-device", Props::of("virtio-rng-pci"));
+        args.option(
+            "-chardev",
+            Props::of("file")
+                .with("id", "console")
+                .with("path", fd_path(self.console_fd)),
+        );
+        args.option("-serial", Props::of("chardev:console"));
+    }
+
+    fn control(&self, args: &mut Args) {
+        args.option(
+            "-chardev",
+            Props::of("socket")
+                .with("id", "qmp")
+                .with("fd", self.qmp_fd.to_string()),
+        );
+        args.option("-mon", Props::of("chardev=qmp").with("mode", "control"));
+        if self.sandbox {
+            args.option(
+                "-sandbox",
+                Props::of("on")
+                    .with("obsolete", "deny")
+                    .with("elevateprivileges", "deny")
+                    .with("spawn", "deny")
+                    .with("resourcecontrol", "deny"),
+            );
+        }
+    }
+}
+
+/// Translated code of a guest, in MiB. QEMU would reserve an eighth of the host's
+/// memory, 1 GiB at most.
+const TB_SIZE_MIB: &str = "256";
+
+/// A path that opens descriptor `fd` of the process itself anew, so that it need
+/// not be able to reach the file by name.
+fn fd_path(fd: i32) -> String {
+    format!("/proc/self/fd/{fd}")
+}
+
+#[derive(Default)]
+struct Args(Vec<OsString>);
+
+impl Args {
+    fn flag(&mut self, flag: &str) -> &mut Args {
+        self.0.push(flag.into());
+        self
+    }
+
+    /// An option whose value is taken as it is.
+    fn value(&mut self, flag: &str, value: impl AsRef<OsStr>) {
+        self.0.push(flag.into());
+        self.0.push(value.as_ref().into());
+    }
+
+    /// An option whose value is a list of properties.
+    fn option(&mut self, flag: &str, props: Props) {
+        self.0.push(flag.into());
+        self.0.push(props.0.into());
+    }
+}
+
+/// `first,key=value,...`; a comma in a value is written twice.
+struct Props(String);
+
+impl Props {
+    fn of(first: impl AsRef<str>) -> Props {
+        Props(first.as_ref().replace(',', ",,"))
+    }
+
+    fn with(mut self, key: &str, value: impl AsRef<str>) -> Props {
+        self.0.push(',');
+        self.0.push_str(key);
+        self.0.push('=');
+        self.0.push_str(&value.as_ref().replace(',', ",,"));
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn command_line() -> CommandLine<'static> {
+        CommandLine {
+            name: "pod,1",
+            accel: Accel::Kvm,
+            size: VmSize {
+                vcpus: 2,
+                memory_mib: 768,
+            },
+            firmware: Path::new("/usr/share/qemu/qboot.rom"),
+            qmp_fd: 3,
+            kernel_fd: 4,
+            initrd_fd: 5,
+            console_fd: 6,
+            kernel_params: "kuasar.log=info user=1",
+            verbose_console: false,
+            vsock_socket: "vsock.sock",
+            fs_socket: "fs.sock",
+            fs_tag: "kuasar-share",
+            sandbox: true,
+            extra_args: &[],
+        }
+    }
+
+    fn lines(command_line: &CommandLine<'_>) -> Vec<String> {
+        let mut lines: Vec<String> = Vec::new();
+        for arg in command_line.args() {
+            let arg = arg.into_string().unwrap();
+            match lines.last_mut() {
+                Some(line) if !arg.starts_with('-') => *line = format!("{line} {arg}"),
+                _ => lines.push(arg),
+            }
+        }
+        lines
+    }
+
+    const WITH_KVM: &str = "\
+-no-user-config
+-nodefaults
+-name pod,,1
+-machine q35,memory-backend=ram,dump-guest-core=off,graphics=off,sata=off,smbus=off,usb=off,vmport=off,hpet=off
+-accel kvm
+-cpu host
+-smp 2
+-m 768M
+-object memory-backend-memfd,id=ram,size=768M,share=on
+-display none
+-no-reboot
+-bios /usr/share/qemu/qboot.rom
+-kernel /proc/self/fd/4
+-initrd /proc/self/fd/5
+-append console=ttyS0 panic=-1 reboot=t quiet loglevel=4 kuasar.log=info user=1
+-chardev socket,id=vsock,path=vsock.sock
+-device vhost-user-vsock-pci,chardev=vsock
+-chardev socket,id=fs,path=fs.sock
+-device vhost-user-fs-pci,chardev=fs,tag=kuasar-share,queue-size=1024
+-device virtio-rng-pci
+-chardev file,id=console,path=/proc/self/fd/6
+-serial chardev:console
+-chardev socket,id=qmp,fd=3
+-mon chardev=qmp,mode=control
+-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+    #[test]
+    fn with_kvm() {
+        assert_eq!(lines(&command_line()), WITH_KVM.lines().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn with_emulation() {
+        let emulated = CommandLine {
+            accel: Accel::Tcg {
+                tsc_khz: Some(2_445_426),
+            },
+            ..command_line()
+        };
+        let expected = WITH_KVM
+            .replace("-accel kvm", "-accel tcg,tb-size=256")
+            .replace("-cpu host", "-cpu max")
+            .replace(
+                "loglevel=4",
+                "loglevel=4 no_timer_check noreplace-smp tsc=reliable tsc_early_khz=2445426",
+            );
+        assert_eq!(lines(&emulated), expected.lines().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_user_has_the_last_word() {
+        let extra = ["-device".to_owned(), "pvpanic".to_owned()];
+        let changed = CommandLine {
+            accel: Accel::Tcg { tsc_khz: None },
+            kernel_params: "",
+            verbose_console: true,
+            sandbox: false,
+            extra_args: &extra,
+            ..command_line()
+        };
+        let lines = lines(&changed);
+        assert!(lines.contains(
+            &"-append console=ttyS0 panic=-1 reboot=t no_timer_check noreplace-smp".into()
+        ));
+        assert!(!lines.iter().any(|line| line.starts_with("-sandbox")));
+        assert_eq!(lines.last().unwrap(), "-device pvpanic");
+    }
+}

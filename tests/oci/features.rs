@@ -1,0 +1,99 @@
+//! `features`, `--version`, `--help` and usage errors.
+
+use kuasar_runv_test_harness::{Value, World};
+
+#[test]
+fn features_is_the_document_of_the_runtime_specification() {
+    let world = World::new();
+    let out = world.call(["features"]).output().ok();
+    let features: Value = serde_json::from_slice(&out.stdout).unwrap();
+    for version in ["ociVersionMin", "ociVersionMax"] {
+        assert!(
+            features[version].as_str().unwrap().starts_with("1."),
+            "{version}"
+        );
+    }
+    let has = |pointer: &str, word: &str| {
+        let list = features.pointer(pointer).and_then(Value::as_array);
+        assert!(
+            list.is_some_and(|l| l.iter().any(|v| v == word)),
+            "{pointer} has no {word}: {features:#}"
+        );
+    };
+    has("/mountOptions", "rbind");
+    has("/mountOptions", "ro");
+    for namespace in ["pid", "network", "ipc", "uts", "mount"] {
+        has("/linux/namespaces", namespace);
+    }
+    has("/linux/capabilities", "CAP_KILL");
+    has("/linux/seccomp/actions", "SCMP_ACT_ERRNO");
+    has("/linux/seccomp/archs", "SCMP_ARCH_X86_64");
+}
+
+#[test]
+fn version_names_the_program_and_the_specification() {
+    let world = World::new();
+    for flag in ["--version", "-v"] {
+        let out = world.bare_call().arg(flag).output().ok().stdout();
+        let first = out.lines().next().unwrap();
+        assert!(first.contains(" version "), "{first}");
+        let spec = out.lines().find_map(|l| l.strip_prefix("spec: ")).unwrap();
+        assert!(spec.starts_with("1."), "{spec}");
+    }
+}
+
+#[test]
+fn every_command_has_help() {
+    let world = World::new();
+    for command in [
+        "create", "start", "state", "kill", "delete", "run", "list", "spec", "features",
+    ] {
+        let out = world
+            .bare_call()
+            .args([command, "--help"])
+            .output()
+            .ok()
+            .stdout();
+        assert!(out.contains(command), "{out}");
+    }
+    let create = world
+        .bare_call()
+        .args(["create", "--help"])
+        .output()
+        .ok()
+        .stdout();
+    for flag in [
+        "--bundle",
+        "--pid-file",
+        "--console-socket",
+        "--preserve-fds",
+        "--no-pivot",
+        "--no-new-keyring",
+    ] {
+        assert!(create.contains(flag), "create --help has no {flag}");
+    }
+    let global = world.bare_call().arg("--help").output().ok().stdout();
+    for flag in [
+        "--root",
+        "--log",
+        "--log-format",
+        "--debug",
+        "--systemd-cgroup",
+        "--rootless",
+    ] {
+        assert!(global.contains(flag), "--help has no {flag}");
+    }
+}
+
+#[test]
+fn unknown_commands_and_flags_are_errors() {
+    let world = World::new();
+    for args in [
+        &["no-such-command"][..],
+        &["list", "--no-such-flag"],
+        &["create"],
+    ] {
+        let out = world.call(args).output();
+        assert_ne!(out.code(), 0, "{args:?}");
+    }
+}

@@ -1,0 +1,35 @@
+//! What every OCI runtime with runc's command line does, one file per command and
+//! per topic. `RUNTIME=/usr/sbin/runc cargo test --release --test oci` checks the
+//! expectations themselves.
+
+// The lints keep panics out of the product; a test fails by panicking.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod bad_input;
+mod config_spec;
+mod create;
+mod delete;
+mod features;
+mod kill;
+mod list;
+mod log;
+mod mounts;
+mod parallel;
+mod resources;
+mod rootfs;
+mod run;
+mod signals;
+mod spec;
+mod standin;
+mod start;
+mod state;
+mod stdio;
+mod tty;
+
+mod probe {
+    #[test]
+    #[ignore = "runs inside the containers of other tests"]
+    fn main() {
+        kuasar_runv_test_harness::probe::main();
+    }
+}

@@ -1,0 +1,52 @@
+//! `spec`.
+
+use std::fs;
+
+use kuasar_runv_test_harness::{Value, World, json};
+
+#[test]
+fn spec_writes_a_configuration_that_runs() {
+    let world = World::new();
+    let bundle = world.bundle();
+    let _ = world
+        .call(["spec", "--bundle"])
+        .arg(bundle.dir())
+        .output()
+        .ok();
+    let text = fs::read(bundle.dir().join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!(config["process"]["args"], json!(["sh"]));
+    assert_eq!(config["process"]["terminal"], json!(true));
+    assert_eq!(config["process"]["cwd"], "/");
+    assert_eq!(
+        config["root"],
+        json!({ "path": "rootfs", "readonly": true })
+    );
+    assert!(config["ociVersion"].as_str().unwrap().starts_with("1."));
+    let kinds: Vec<_> = config["linux"]["namespaces"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .collect();
+    for kind in ["pid", "network", "ipc", "uts", "mount"] {
+        assert!(kinds.contains(&&json!({ "type": kind })), "{kind}");
+    }
+
+    config["process"]["terminal"] = json!(false);
+    config["process"]["args"] = json!(["echo", "spec runs"]);
+    let bundle = bundle.with(|c| *c = config);
+    assert_eq!(world.run(&bundle, "c").ok().stdout(), "spec runs\n");
+}
+
+#[test]
+fn spec_uses_the_current_directory_and_never_overwrites() {
+    let world = World::new();
+    fs::create_dir(world.path("dir")).unwrap();
+    let call = || world.call(["spec"]).current_dir(world.path("dir"));
+    let _ = call().output().ok();
+    let before = fs::read(world.path("dir/config.json")).unwrap();
+    let _ = call()
+        .output()
+        .fails_with(1, "File config.json exists. Remove it first");
+    assert_eq!(fs::read(world.path("dir/config.json")).unwrap(), before);
+}

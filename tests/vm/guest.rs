@@ -1,0 +1,73 @@
+//! The container runs in a guest of its own, with a kernel of its own.
+
+use std::fs;
+
+use kuasar_runv_test_harness::{World, json};
+
+#[test]
+fn the_kernel_is_the_guests() {
+    let world = World::new();
+    let out = world
+        .run_script("uname -r; echo boot=$(cat /proc/sys/kernel/random/boot_id)")
+        .ok();
+    let host = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert_ne!(out.stdout().lines().next().unwrap(), host.trim());
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    assert_ne!(out.fact("boot"), boot.trim());
+}
+
+#[test]
+fn two_containers_have_two_kernels() {
+    let world = World::new();
+    let script = "cat /proc/sys/kernel/random/boot_id";
+    let ids: Vec<_> = (0..2)
+        .map(|_| world.run_script(script).ok().stdout())
+        .collect();
+    assert_ne!(ids[0], ids[1]);
+}
+
+/// runc 1.1.5 does not know it, the runtime specification since 1.1 does.
+#[test]
+fn the_domain_name_is_set() {
+    let world = World::new();
+    let bundle = world
+        .bundle()
+        .sh("cat /proc/sys/kernel/domainname")
+        .with(|c| {
+            c["domainname"] = json!("example.test");
+        });
+    assert_eq!(world.run(&bundle, "c").ok().stdout(), "example.test\n");
+}
+
+/// A container is alone in its VM: nothing of the host, the agent or the share shows.
+#[test]
+fn nothing_of_the_host_or_the_agent_shows() {
+    let world = World::new();
+    let script = "ls /; echo ---; cat /proc/mounts; echo ---; ps; ls -l /proc/self/fd | wc -l | sed s/^/fds=/";
+    let bundle = world.bundle().sh(script);
+    let out = world.run(&bundle, "c").ok();
+    let text = out.stdout();
+    assert!(
+        !text.contains(world.name()),
+        "a path of the host shows:\n{text}"
+    );
+    assert!(!text.contains("agent"), "the agent shows:\n{text}");
+    // total, 0, 1, 2 and ls's own directory.
+    assert_eq!(out.fact("fds"), "5", "{text}");
+}
+
+/// A container without a pid namespace is next to the guest's agent, not to the host's processes.
+#[test]
+fn host_pid_means_the_guests_processes() {
+    let world = World::new();
+    let bundle = world
+        .bundle()
+        .sh("cat /proc/1/comm; ls -d /proc/[0-9]* | wc -l")
+        .with(|c| {
+            let namespaces = c["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|n| n["type"] != "pid");
+        });
+    let out = world.run(&bundle, "c").ok();
+    let host = fs::read_to_string("/proc/1/comm").unwrap();
+    assert_ne!(out.stdout().lines().next().unwrap(), host.trim());
+}

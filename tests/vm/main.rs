@@ -1,0 +1,15 @@
+//! What only a runtime with virtual machines has: a guest, a hypervisor and a
+//! sandboxer that can die, two kernels, a configuration. `tests/oci` has the rest.
+
+// The lints keep panics out of the product; a test fails by panicking.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod concurrency;
+mod config_file;
+mod faults;
+mod faults_in_between;
+mod flavours;
+mod guest;
+mod sizes;
+mod unsupported;
+mod victims;

@@ -1,0 +1,38 @@
+//! How large the parts may be: they are installed, mapped and booted by everybody.
+
+use std::fs;
+use std::path::Path;
+
+use kuasar_runv_test_harness::{Flavour, Runtime};
+
+const MIB: u64 = 1 << 20;
+
+fn at_most(path: &Path, mebibytes: u64) {
+    let size = fs::metadata(path)
+        .unwrap_or_else(|e| panic!("{}: {e}; run `make image` first", path.display()))
+        .len();
+    assert!(
+        size <= mebibytes * MIB,
+        "{} has {:.1} MiB, at most {mebibytes} are allowed",
+        path.display(),
+        size as f64 / MIB as f64
+    );
+}
+
+#[test]
+fn the_host_binary_has_at_most_12_mib() {
+    at_most(&Runtime::built().binary, 12);
+}
+
+#[test]
+fn the_agent_has_at_most_8_mib() {
+    at_most(
+        &Runtime::built().binary.with_file_name("kuasar-runv-agent"),
+        8,
+    );
+}
+
+#[test]
+fn the_image_has_at_most_10_mib() {
+    at_most(&Flavour::Source.artefact("initramfs.img"), 10);
+}

@@ -1,0 +1,64 @@
+//! The processes a container consists of, to be killed.
+
+use kuasar_runv_test_harness::process::{self, Process};
+use kuasar_runv_test_harness::{SHORT, World, leaks, wait_until};
+
+/// A kind of process that may die at any moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// The hypervisor's process.
+    Vm,
+    Sandboxer,
+    StandIn,
+}
+
+impl Victim {
+    pub const ALL: [Victim; 3] = [Victim::Vm, Victim::Sandboxer, Victim::StandIn];
+
+    fn is(self, process: &Process) -> bool {
+        match self {
+            Victim::Vm => process.comm.starts_with("qemu-system"),
+            Victim::Sandboxer => has_word(process, "sandboxer"),
+            Victim::StandIn => has_word(process, "standin"),
+        }
+    }
+}
+
+fn has_word(process: &Process, word: &str) -> bool {
+    process.command_line.split(' ').take(2).any(|w| w == word)
+}
+
+/// Live processes of this kind in this world.
+pub fn find(world: &World, victim: Victim) -> Vec<i32> {
+    leaks::processes(world.name())
+        .iter()
+        .filter(|p| victim.is(p))
+        .map(|p| p.pid)
+        .collect()
+}
+
+/// The one process of this kind.
+#[track_caller]
+pub fn the(world: &World, victim: Victim) -> i32 {
+    let found = find(world, victim);
+    let [pid] = found[..] else {
+        let all: Vec<_> = leaks::processes(world.name())
+            .iter()
+            .map(Process::describe)
+            .collect();
+        panic!("one {victim:?}, not {found:?}, among:\n{}", all.join("\n"));
+    };
+    pid
+}
+
+/// Kills processes and waits until they are gone or zombies.
+#[track_caller]
+pub fn kill(pids: &[i32]) {
+    for pid in pids {
+        // One may have taken the next with it.
+        let _ = process::signal(*pid, libc::SIGKILL);
+    }
+    wait_until("death of the killed", SHORT, || {
+        pids.iter().all(|pid| !process::is_alive(*pid))
+    });
+}
