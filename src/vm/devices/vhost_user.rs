@@ -177,7 +177,7 @@ pub(super) struct Control {
 /// back: it is logged, and the device reported as failed.
 pub(super) fn guarded(status: &Status, step: impl FnOnce()) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(step))
-        && !failed.swap(true, Ordering::AcqRel)
+        && status.fail()
     {
         log::error!("device failed: {}", panic_text(&*panic));
     }
