@@ -65,7 +65,7 @@ pub fn spawn(listener: UnixListener, shared: OwnedFd) -> io::Result<Handle> {
     Handle::spawn("fs", move |control| {
         let device = confine(&shared).map_err(Error::Start)?;
         drop(shared);
-        let backend = Backend::new(device, control.failed()).map_err(Error::Start)?;
+        let backend = Backend::new(device, control.status()).map_err(Error::Start)?;
         serve("fs-control", listener, backend, &[], control)
     })
 }

@@ -1,7 +1,6 @@
 //! The file system device as a vhost-user back end.
 
 use std::io;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -17,7 +16,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use super::device::{Device, GuestMemory};
-use crate::vm::devices::vhost_user::{ExitEvent, Ring, guarded, is_running, lock};
+use crate::vm::devices::vhost_user::{ExitEvent, Ring, Status, guarded, is_running, lock};
 
 type Memory = GuestMemoryAtomic<GuestMemory>;
 
@@ -32,18 +31,18 @@ const BATCH: usize = 64;
 pub struct Backend {
     device: Device,
     exit: ExitEvent,
-    failed: Arc<AtomicBool>,
+    status: Arc<Status>,
     memory: Mutex<Option<Memory>>,
 }
 
 impl Backend {
     /// # Errors
     /// No descriptor is to be had.
-    pub fn new(device: Device, failed: Arc<AtomicBool>) -> io::Result<Arc<Self>> {
+    pub fn new(device: Device, status: Arc<Status>) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             device,
             exit: ExitEvent::new()?,
-            failed,
+            status,
             memory: Mutex::new(None),
         }))
     }
@@ -127,7 +126,7 @@ impl VhostUserBackend for Backend {
         rings: &[Ring<Memory>],
         _thread: usize,
     ) -> io::Result<()> {
-        guarded(&self.failed, || {
+        guarded(&self.status, || {
             let memory = lock(&self.memory).as_ref().map(GuestAddressSpace::memory);
             let (Some(memory), Some(ring)) = (memory, rings.get(usize::from(event))) else {
                 return;
