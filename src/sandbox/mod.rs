@@ -97,8 +97,8 @@ impl Sandbox {
         let dir = root.sandbox(id);
         root::create_private_dir(&dir).map_err(io_error)?;
         let booted = (|| {
-            let mut record = SandboxRecord::new(id, config.timeouts.agent_s, cgroups)
-                .map_err(io_error)?;
+            let mut record =
+                SandboxRecord::new(id, config.timeouts.agent_s, cgroups).map_err(io_error)?;
             record.write(root)?;
             let dir_fd = unix_socket::open_dir(&dir).map_err(io_error)?;
             let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
@@ -209,12 +209,13 @@ impl Sandbox {
     /// [`Error::Connect`] when it does not listen, [`Error::Agent`].
     pub fn agent(&self) -> Result<Agent, Error> {
         let dir = self.dir_fd.as_fd();
-        let stream = vsock::dial(dir, VSOCK_SOCKET, AGENT_PORT, self.agent_deadline).map_err(
-            |e| Error::Connect {
-                port: AGENT_PORT,
-                reason: e.to_string(),
-            },
-        )?;
+        let stream =
+            vsock::dial(dir, VSOCK_SOCKET, AGENT_PORT, self.agent_deadline).map_err(|e| {
+                Error::Connect {
+                    port: AGENT_PORT,
+                    reason: e.to_string(),
+                }
+            })?;
         Ok(Agent::new(stream, self.agent_deadline)?)
     }
 
