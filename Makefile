@@ -79,9 +79,9 @@ test: ## set everything up and run all tests
 	@scripts/test
 
 .PHONY: bench
-bench: image floor ## measure what a boot costs
+bench: image floor ## measure beside a bare boot, runc and crun
 	@scripts/setup-packages run test
-	@scripts/bench-floor source
+	@scripts/bench
 
 .PHONY: lint
 lint: ## formatting, clippy and, when installed, shellcheck

@@ -38,7 +38,10 @@ impl Root {
     /// As mkdir(2).
     pub fn of_machine() -> io::Result<PathBuf> {
         let path = default_path();
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)?;
         Ok(path)
     }
 

@@ -60,7 +60,7 @@ impl Floor {
             .stdout(Stdio::null());
         let child = reaper::spawn(&mut command)
             .unwrap_or_else(|e| panic!("{}: {e}", self.program.display()));
-        let status = reaper::wait(reaper::pid_of(&child), CALL).expect("the floor powers off");
+        let status = reaper::wait(child.pid, CALL).expect("the floor powers off");
         let said = fs::read_to_string(&self.console).unwrap_or_default();
         assert!(
             said.contains(LINE),

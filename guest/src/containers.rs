@@ -10,7 +10,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,8 +19,9 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::Cgroup;
 use crate::events::Events;
-use crate::helper::{NOTIFY_SOCKET, SPEC_FILE, set_terminal_size};
-use crate::reaper::{ExitReceiver, ExitStatus, Reaper};
+use crate::helper::{NOTIFY_SOCKET, SPEC_FILE};
+use crate::process::{Process, SignalError};
+use crate::reaper::Reaper;
 use crate::streams::{
     Connection, StreamId, Streams, relay_input, relay_output, relay_terminal_input,
     relay_terminal_output, serve_control,
@@ -34,8 +35,9 @@ pub const STATE_DIR: &str = "/run/kuasar/containers";
 /// How long processes may take to be gone after SIGKILL.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 const KILL_POLL: Duration = Duration::from_millis(2);
-/// Capacity of stdio pipes, in bytes; the default of the kernel is 64 KiB.
-const PIPE_SIZE: libc::c_int = 256 * 1024;
+/// Capacity of stdio pipes, in bytes; the default of the kernel is 64 KiB. What is
+/// in them is charged to the container.
+const PIPE_SIZE: libc::c_int = 1024 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
@@ -45,8 +47,8 @@ pub enum ContainerError {
     Exists,
     #[error("{0}")]
     Invalid(String),
-    #[error("container not running")]
-    NotRunning,
+    #[error(transparent)]
+    Signal(#[from] SignalError),
     #[error("cannot start an already running container")]
     AlreadyStarted,
     #[error("cannot start a container that has stopped")]
@@ -83,95 +85,6 @@ pub struct NewContainer {
     pub stderr: bool,
     pub no_pivot: bool,
     pub no_new_keyring: bool,
-}
-
-/// A process of a container, from its creation on.
-pub struct Process {
-    pub pid: i32,
-    pidfd: OwnedFd,
-    exit: ExitReceiver,
-    /// Its program has been told to start.
-    started: AtomicBool,
-    /// Signal it counts as killed by, see [`Process::signal`]; 0 for none.
-    counts_as: AtomicU32,
-    terminal: Option<Connection>,
-}
-
-impl Process {
-    /// Sends a signal.
-    ///
-    /// Before the start there is no program yet that could handle it, and as the
-    /// first process of a pid namespace it is immune to what it does not handle;
-    /// what would end a program ends it then, and counts as the reason.
-    ///
-    /// # Errors
-    /// `NotRunning` when it has ended.
-    pub fn signal(&self, signal: i32) -> Result<()> {
-        let mut deliver = signal;
-        if !self.started.load(Ordering::Relaxed) && ends_by_default(signal) {
-            self.counts_as
-                .store(signal.unsigned_abs(), Ordering::Relaxed);
-            deliver = libc::SIGKILL;
-        }
-        match sys::pidfd_send_signal(&self.pidfd, deliver) {
-            Ok(()) if self.exit.borrow().is_none() => Ok(()),
-            Ok(()) => Err(ContainerError::NotRunning),
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Err(ContainerError::NotRunning),
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                Err(ContainerError::Invalid(format!("invalid signal {signal}")))
-            }
-            Err(e) => Err(ContainerError::io("sending a signal")(e)),
-        }
-    }
-
-    /// Sets the size of its terminal; without one there is nothing to do.
-    ///
-    /// # Errors
-    /// Of the ioctl.
-    pub fn resize(&self, rows: u16, cols: u16) -> io::Result<()> {
-        match &self.terminal {
-            Some(terminal) => set_terminal_size(terminal.fd(), rows, cols),
-            None => Ok(()),
-        }
-    }
-
-    /// Waits for its end.
-    pub async fn ended(&self) -> ExitStatus {
-        let mut exit = self.exit.clone();
-        // The sender is dropped only after it has sent.
-        let status = match exit.wait_for(Option::is_some).await {
-            Ok(status) => *status,
-            Err(_) => None,
-        };
-        self.as_counted(status.unwrap_or(ExitStatus::Killed(libc::SIGKILL.unsigned_abs())))
-    }
-
-    fn has_ended(&self) -> bool {
-        self.exit.borrow().is_some()
-    }
-
-    fn as_counted(&self, status: ExitStatus) -> ExitStatus {
-        const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
-        match (status, self.counts_as.load(Ordering::Relaxed)) {
-            (ExitStatus::Killed(SIGKILL), signal) if signal != 0 => ExitStatus::Killed(signal),
-            _ => status,
-        }
-    }
-}
-
-/// Whether a signal ends a process that does nothing about it (signal(7)).
-fn ends_by_default(signal: i32) -> bool {
-    !matches!(
-        signal,
-        libc::SIGCHLD
-            | libc::SIGURG
-            | libc::SIGWINCH
-            | libc::SIGCONT
-            | libc::SIGSTOP
-            | libc::SIGTSTP
-            | libc::SIGTTIN
-            | libc::SIGTTOU
-    ) && (1..=64).contains(&signal)
 }
 
 /// A created container.
@@ -262,7 +175,7 @@ impl Containers {
         if process.has_ended() {
             return Err(ContainerError::Stopped);
         }
-        if process.started.swap(true, Ordering::Relaxed) {
+        if !process.note_start() {
             return Err(ContainerError::AlreadyStarted);
         }
         // libcontainer's side of this waits in accept and reads to the end; what
@@ -284,7 +197,7 @@ impl Containers {
     pub fn signal(&self, id: &str, signal: i32, all: bool) -> Result<()> {
         let container = self.get(id)?;
         if !all {
-            return container.process.signal(signal);
+            return Ok(container.process.signal(signal)?);
         }
         match container.cgroup.signal_all(signal) {
             Err(e) => Err(ContainerError::io("signalling the cgroup")(e)),
@@ -355,25 +268,19 @@ impl Containers {
         };
         let created = self.zygote.create(&request, &theirs).await?;
         drop(theirs);
-        let pidfd = sys::pidfd_open(created.pid).map_err(ContainerError::io("pidfd"))?;
         let exit = self.reaper.watch(created.pid);
         let terminal = created
             .terminal
             .map(Connection::new)
             .transpose()
             .map_err(ContainerError::io("terminal"))?;
+        let process = Process::new(created.pid, exit, terminal)
+            .map(Arc::new)
+            .map_err(ContainerError::io("opening the container's process"))?;
         // From here on the agent is the parent of the process.
         drop(created.hold);
-        let process = Arc::new(Process {
-            pid: created.pid,
-            pidfd,
-            exit,
-            started: AtomicBool::new(false),
-            counts_as: AtomicU32::new(0),
-            terminal,
-        });
         // Whether there is a terminal is in the spec, which the helper reads.
-        let pipes = match process.terminal {
+        let pipes = match process.terminal() {
             Some(_) => Pipes::default(),
             None => pipes,
         };
@@ -398,7 +305,7 @@ impl Containers {
                 streams.claim(id).await
             }
         };
-        let exit = || process.exit.clone();
+        let exit = || process.exit();
         if let Some(pipe) = pipes.stdin {
             let (connection, exit) = (stream(Kind::Stdin), exit());
             sys::spawn(async move {
@@ -416,7 +323,7 @@ impl Containers {
                 }
             });
         }
-        if let Some(terminal) = &process.terminal {
+        if let Some(terminal) = process.terminal() {
             let (input, exit_in, to) = (stream(Kind::Stdin), exit(), terminal.clone());
             sys::spawn(async move {
                 if let Some(connection) = input.await {
@@ -537,6 +444,7 @@ impl ContainerError {
         matches!(
             self,
             ContainerError::Invalid(_)
+                | ContainerError::Signal(SignalError::Invalid(_))
                 | ContainerError::Helper(ZygoteError::Failed {
                     kind: FailureKind::InvalidSpec,
                     ..

@@ -24,6 +24,7 @@ pub mod events;
 pub mod helper;
 pub mod ipc;
 pub mod logging;
+pub mod process;
 pub mod reaper;
 pub mod serve;
 pub mod service;

@@ -60,10 +60,10 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
     // The host may send its first request as soon as it hears that the agent is
     // ready, so the server listens before that.
     let server = Server::new().bind(&transport.ttrpc_address())?;
-    if settings.debug_console {
-        if let Err(e) = debug_console::serve(transport) {
-            log::warn!("no debug console: {e}");
-        }
+    if settings.debug_console
+        && let Err(e) = debug_console::serve(transport)
+    {
+        log::warn!("no debug console: {e}");
     }
     let events = Events::connect(transport, settings.start_us)
         .await

@@ -14,6 +14,7 @@ use ttrpc::{Code, Error, get_status};
 
 use crate::containers::{ContainerError, Containers, NewContainer};
 use crate::events::{AGENT_VERSION, kernel_release};
+use crate::process::SignalError;
 use crate::zygote::ZygoteError;
 
 /// Largest valid signal number.
@@ -39,7 +40,7 @@ fn to_status(error: &ContainerError) -> Error {
     let code = match error {
         ContainerError::NotFound => Code::NOT_FOUND,
         ContainerError::Exists => Code::ALREADY_EXISTS,
-        ContainerError::NotRunning
+        ContainerError::Signal(SignalError::NotRunning)
         | ContainerError::AlreadyStarted
         | ContainerError::Stopped
         | ContainerError::Busy => Code::FAILED_PRECONDITION,

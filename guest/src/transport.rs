@@ -48,9 +48,8 @@ impl Transport {
         let address = self.address(libc::VMADDR_CID_ANY, port)?;
         let socket = self.socket()?;
         // SAFETY: the address is valid for its length.
-        sys::check(
-            unsafe { libc::bind(socket.as_raw_fd(), address.as_ptr(), address.len) }.into(),
-        )?;
+        let bound = unsafe { libc::bind(socket.as_raw_fd(), address.as_ptr(), address.len) };
+        sys::check(bound.into())?;
         // SAFETY: plain integers.
         sys::check(unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) }.into())?;
         Ok(Listener(sys::on_runtime(socket, Interest::READABLE)?))
@@ -137,18 +136,16 @@ fn pending_error(socket: &OwnedFd) -> io::Result<i32> {
     let mut errno: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: SO_ERROR stores an int.
-    sys::check(
-        unsafe {
-            libc::getsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ERROR,
-                (&raw mut errno).cast(),
-                &raw mut len,
-            )
-        }
-        .into(),
-    )?;
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ERROR,
+            (&raw mut errno).cast(),
+            &raw mut len,
+        )
+    };
+    sys::check(got.into())?;
     Ok(errno)
 }
 

@@ -217,7 +217,7 @@ pub fn join(directories: &[PathBuf], pid: i32) -> io::Result<()> {
 ///
 /// # Errors
 /// One that is still busy after a while.
-pub fn remove(directories: &[PathBuf]) -> Result<(), Error> {
+pub fn remove(directories: &[PathBuf]) -> io::Result<()> {
     let end = Instant::now() + REMOVE_DEADLINE;
     for dir in directories {
         loop {
@@ -228,11 +228,9 @@ pub fn remove(directories: &[PathBuf]) -> Result<(), Error> {
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < end => {
                     std::thread::sleep(REMOVE_RETRY);
                 }
-                Err(source) => {
-                    return Err(Error::Cgroup {
-                        path: dir.clone(),
-                        source,
-                    });
+                Err(e) => {
+                    let text = format!("removing the cgroup {}: {e}", dir.display());
+                    return Err(io::Error::new(e.kind(), text));
                 }
             }
         }

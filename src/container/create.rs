@@ -10,7 +10,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kuasar_runv_protocol::AGENT_PORT;
 use kuasar_runv_protocol::agent::CreateContainerRequest;
 use nix::pty::Winsize;
 
@@ -62,6 +61,7 @@ pub struct Created {
     root: Root,
     sandbox: Sandbox,
     standin: StandIn,
+    standin_ref: ProcessRef,
     undo: Undo,
 }
 
@@ -78,8 +78,8 @@ impl Created {
     }
 
     #[must_use]
-    pub fn standin_pid(&self) -> i32 {
-        self.standin.pid
+    pub fn standin(&self) -> ProcessRef {
+        self.standin_ref
     }
 
     /// Writes how far it got to the record.
@@ -153,7 +153,8 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("sandboxer-spawned");
     let (console, slave) = open_console(options, &bundle)?;
     let standin = spawn_standin(root, options, &bundle, &guest, slave)?;
-    record.standin = Some(ProcessRef::of(standin.pid).map_err(context("the stand-in"))?);
+    let standin_ref = ProcessRef::of(standin.pid).map_err(context("the stand-in"))?;
+    record.standin = Some(standin_ref);
     record.write(root)?;
     cgroup::join(&record.cgroups, standin.pid).map_err(context("the stand-in's cgroup"))?;
     standin.release()?;
@@ -172,7 +173,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         ready.guest_agent_start_us,
         ready.guest_agent_ready_us
     );
-    let agent = create_in_guest(&sandbox, &standin, options, &bundle, &guest, &config)?;
+    let agent = create_in_guest(&sandbox, &standin, options, &bundle, &guest)?;
     trace("guest-created");
 
     if let (Some(console), Some(socket)) = (console, &options.console_socket) {
@@ -191,6 +192,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         root: root.clone(),
         sandbox,
         standin,
+        standin_ref,
         undo,
     };
     created.record_phase(Phase::Created)?;
@@ -357,15 +359,13 @@ fn create_in_guest(
     options: &Options,
     bundle: &Bundle,
     guest: &GuestSpec,
-    config: &Config,
 ) -> Result<Agent, Error> {
     let terminal = has_terminal(bundle);
     let wanted = wanted_streams(terminal);
-    let deadline = config.timeouts.agent();
-    let streams = sandbox.open_streams(&options.id, "", wanted, deadline)?;
+    let streams = sandbox.open_streams(&options.id, "", wanted)?;
     standin.attach(stream_flags(wanted, terminal), &streams)?;
     drop(streams);
-    let agent = Agent::new(sandbox.dial(AGENT_PORT, deadline)?, deadline).map_err(Error::Agent)?;
+    let agent = sandbox.agent()?;
     let request = CreateContainerRequest {
         container_id: options.id.clone(),
         spec_json: guest.json.to_string().into_bytes(),

@@ -68,7 +68,7 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
     let sandbox_id = record.as_ref().map_or(id, |r| r.sandbox_id.as_str());
     sandbox::end(root, sandbox_id)?;
     if let Some(record) = &record {
-        cgroup::remove(&record.cgroups)?;
+        cgroup::remove(&record.cgroups).map_err(context("cleaning up"))?;
     }
     root::remove_private_dir(&root.container(id)).map_err(context(format!(
         "removing {}",

@@ -15,7 +15,8 @@ use super::start::start_in_guest;
 use super::state::Phase;
 use super::{Error, context, delete};
 use crate::root::Root;
-use crate::sys::seqpacket::wait_readable;
+use crate::sys::process::ProcessRef;
+use crate::sys::seqpacket::wait_any_readable;
 
 /// How `run` ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,20 +32,21 @@ pub enum Outcome {
 /// # Errors
 /// See [`Error`]; nothing is left behind.
 pub fn run(root: &Root, options: &Options, keep: bool) -> Result<Outcome, Error> {
-    let mut created = create(root, options)?;
     if !options.foreground {
+        let mut created = create(root, options)?;
         start_in_guest(&created.agent, &options.id)?;
         created.record_phase(Phase::Started)?;
         created.keep()?;
         return Ok(Outcome::Detached);
     }
-    // From now on signals are the container's.
+    // Before there is any other thread: it would take the signals otherwise.
     let signals = all_signals()?;
+    let mut created = create(root, options)?;
     let terminal = created.terminal.then(RawTerminal::enter).flatten();
     start_in_guest(&created.agent, &options.id)?;
     trace("started");
     created.record_phase(Phase::Started)?;
-    let standin = Pid::from_raw(created.standin_pid());
+    let standin = created.standin();
     created.keep()?;
     let code = wait(standin, &signals)?;
     trace("exited");
@@ -65,24 +67,28 @@ fn all_signals() -> Result<SignalFd, Error> {
 }
 
 /// Passes signals on to the stand-in until it ends; the code a shell would report.
-fn wait(standin: Pid, signals: &SignalFd) -> Result<u8, Error> {
+fn wait(standin: ProcessRef, signals: &SignalFd) -> Result<u8, Error> {
     let failed = |e: nix::Error| context("waiting for the container")(io::Error::from(e));
+    let pid = Pid::from_raw(standin.pid);
+    let pidfd = standin.pidfd().map_err(context("watching the stand-in"))?;
+    let mut watched = vec![signals.as_fd()];
+    watched.extend(pidfd.as_ref().map(AsFd::as_fd));
     loop {
-        match waitpid(standin, Some(WaitPidFlag::WNOHANG)).map_err(failed)? {
+        match waitpid(pid, Some(WaitPidFlag::WNOHANG)).map_err(failed)? {
             WaitStatus::Exited(_, code) => return Ok(code.to_le_bytes()[0]),
             WaitStatus::Signaled(_, signal, _) => {
                 return Ok(u8::try_from(128 + signal as i32).unwrap_or(u8::MAX));
             }
             _ => {}
         }
-        wait_readable(signals.as_fd(), Duration::from_secs(3600))
-            .map_err(context("waiting for signals"))?;
+        wait_any_readable(&watched, Duration::from_secs(3600))
+            .map_err(context("waiting for the container"))?;
         while let Some(info) = signals.read_signal().map_err(failed)? {
             let number = i32::try_from(info.ssi_signo).unwrap_or(0);
             match Signal::try_from(number) {
                 Ok(Signal::SIGCHLD | Signal::SIGPIPE | Signal::SIGURG) => {}
                 // It may just have ended.
-                Ok(signal) => drop(kill(standin, signal)),
+                Ok(signal) => drop(kill(pid, signal)),
                 Err(_) => {}
             }
         }

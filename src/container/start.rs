@@ -1,11 +1,8 @@
 //! `start`: lets the waiting process execute its program.
 
-use kuasar_runv_protocol::AGENT_PORT;
-
 use super::state::{ContainerRecord, Phase, Status};
 use super::{Error, lock};
 use crate::agent_client::{self, Agent};
-use crate::config::Config;
 use crate::root::Root;
 use crate::sandbox::Sandbox;
 
@@ -49,7 +46,5 @@ pub fn start_in_guest(agent: &Agent, id: &str) -> Result<(), Error> {
 /// # Errors
 /// See [`Error`].
 pub fn connect(root: &Root, sandbox_id: &str) -> Result<Agent, Error> {
-    let deadline = Config::load()?.timeouts.agent();
-    let sandbox = Sandbox::open(root, sandbox_id)?;
-    Agent::new(sandbox.dial(AGENT_PORT, deadline)?, deadline).map_err(Error::Agent)
+    Ok(Sandbox::open(root, sandbox_id)?.agent()?)
 }

@@ -13,14 +13,15 @@ mod share;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use kuasar_runv_protocol::STREAM_PORT;
+use kuasar_runv_protocol::{AGENT_PORT, STREAM_PORT};
 
 use crate::agent_client::streams::{self, Wanted};
+use crate::agent_client::{self, Agent, vsock};
 use crate::config::Config;
+use crate::container::cgroup;
 use crate::container::state::RecordError;
 use crate::root::{self, Root};
 use crate::sys::process::ProcessRef;
@@ -58,6 +59,8 @@ pub enum Error {
     Timeout(Duration),
     #[error("{0}")]
     Refused(String),
+    #[error(transparent)]
+    Agent(#[from] agent_client::Error),
     #[error("the guest refused a connection to its port {port}: {reason}")]
     Connect { port: u32, reason: String },
 }
@@ -69,6 +72,8 @@ pub struct Sandbox {
     dir: PathBuf,
     dir_fd: OwnedFd,
     connection: Connection,
+    /// Longest wait for an answer of the guest's agent.
+    agent_deadline: Duration,
 }
 
 impl Sandbox {
@@ -92,7 +97,8 @@ impl Sandbox {
         let dir = root.sandbox(id);
         root::create_private_dir(&dir).map_err(io_error)?;
         let booted = (|| {
-            let mut record = SandboxRecord::new(id).map_err(io_error)?;
+            let mut record =
+                SandboxRecord::new(id, config.timeouts.agent_s, cgroups).map_err(io_error)?;
             record.write(root)?;
             let dir_fd = unix_socket::open_dir(&dir).map_err(io_error)?;
             let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
@@ -107,6 +113,7 @@ impl Sandbox {
                 dir: dir.clone(),
                 dir_fd,
                 connection: Connection::new(ours),
+                agent_deadline: config.timeouts.agent(),
             };
             sandbox
                 .connection
@@ -133,11 +140,13 @@ impl Sandbox {
         let dir = root.sandbox(id);
         let dir_fd = unix_socket::open_dir(&dir).map_err(io_error)?;
         let connection = Connection::connect(dir_fd.as_fd(), CONTROL_SOCKET).map_err(io_error)?;
+        let record = SandboxRecord::read(root, id)?;
         Ok(Sandbox {
             id: id.to_owned(),
             dir,
             dir_fd,
             connection,
+            agent_deadline: Duration::from_secs(record.agent_timeout_s.into()),
         })
     }
 
@@ -194,17 +203,20 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
-    /// Opens a stream to a vsock port of the guest.
+    /// Connects to the guest's agent.
     ///
     /// # Errors
-    /// [`Error::Connect`] when nothing listens there.
-    pub fn dial(&self, port: u32, deadline: Duration) -> Result<UnixStream, Error> {
-        crate::agent_client::vsock::dial(self.dir_fd.as_fd(), VSOCK_SOCKET, port, deadline).map_err(
-            |e| Error::Connect {
-                port,
-                reason: e.to_string(),
-            },
-        )
+    /// [`Error::Connect`] when it does not listen, [`Error::Agent`].
+    pub fn agent(&self) -> Result<Agent, Error> {
+        let dir = self.dir_fd.as_fd();
+        let stream =
+            vsock::dial(dir, VSOCK_SOCKET, AGENT_PORT, self.agent_deadline).map_err(|e| {
+                Error::Connect {
+                    port: AGENT_PORT,
+                    reason: e.to_string(),
+                }
+            })?;
+        Ok(Agent::new(stream, self.agent_deadline)?)
     }
 
     /// Opens the streams of a guest process for its stand-in, control first.
@@ -216,9 +228,8 @@ impl Sandbox {
         container: &str,
         exec: &str,
         wanted: Wanted,
-        deadline: Duration,
     ) -> Result<Vec<OwnedFd>, Error> {
-        let dir = self.dir_fd.as_fd();
+        let (dir, deadline) = (self.dir_fd.as_fd(), self.agent_deadline);
         streams::open(dir, VSOCK_SOCKET, container, exec, wanted, deadline).map_err(|e| {
             Error::Connect {
                 port: STREAM_PORT,
@@ -273,7 +284,10 @@ pub fn end(root: &Root, id: &str) -> Result<(), Error> {
         source,
     };
     match SandboxRecord::read(root, id) {
-        Ok(record) => end_processes(&record).map_err(io_error)?,
+        Ok(record) => {
+            end_processes(&record).map_err(io_error)?;
+            cgroup::remove(&record.cgroups).map_err(io_error)?;
+        }
         // Without a readable record there is nothing to end but files: the
         // sandboxer gets its configuration only after it has been recorded.
         Err(RecordError::NotFound | RecordError::Invalid { .. }) => {}

@@ -19,6 +19,11 @@ pub struct SandboxRecord {
     pub schema: u32,
     pub boot_id: String,
     pub id: String,
+    /// Longest wait for an answer of the agent, in seconds, as configured when
+    /// the VM was booted.
+    pub agent_timeout_s: u32,
+    /// Host cgroups its processes are in, to be removed with it.
+    pub cgroups: Vec<PathBuf>,
     pub sandboxer: Option<ProcessRef>,
     /// The hypervisor, where it is a process of its own.
     pub vm: Option<ProcessRef>,
@@ -27,11 +32,13 @@ pub struct SandboxRecord {
 impl SandboxRecord {
     /// # Errors
     /// When /proc is not mounted.
-    pub fn new(id: &str) -> io::Result<SandboxRecord> {
+    pub fn new(id: &str, agent_timeout_s: u32, cgroups: &[PathBuf]) -> io::Result<SandboxRecord> {
         Ok(SandboxRecord {
             schema: SCHEMA,
             boot_id: boot_id()?,
             id: id.to_owned(),
+            agent_timeout_s,
+            cgroups: cgroups.to_owned(),
             sandboxer: None,
             vm: None,
         })

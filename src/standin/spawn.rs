@@ -16,9 +16,9 @@ use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{ForkResult, chdir, dup2, fchdir, fork, pivot_root, setsid};
 use rustix::fs::{Mode, OFlags, mkdirat, openat, readlinkat};
 use rustix::io::Errno;
-use nix::unistd::{ForkResult, chdir, dup2, fchdir, fork, pivot_root, setsid};
 
 use super::{CHANNEL_FD, COMMAND};
 use crate::sys::mount as mounts;
@@ -282,7 +282,13 @@ fn make(parent: &OwnedFd, name: &OsStr, is_dir: bool) -> io::Result<()> {
         mkdirat(parent, name, Mode::from_raw_mode(0o755))
     } else {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        openat(parent, name, flags | OFlags::WRONLY, Mode::from_raw_mode(0o644)).map(drop)
+        openat(
+            parent,
+            name,
+            flags | OFlags::WRONLY,
+            Mode::from_raw_mode(0o644),
+        )
+        .map(drop)
     };
     match made {
         // The guest may be making the same mount point.

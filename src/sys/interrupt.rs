@@ -3,14 +3,15 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 /// Holds SIGINT, SIGTERM and SIGHUP back, so that a command that is interrupted
-/// can undo what it did. When dropped, a signal that has come takes its effect.
+/// can undo what it did. When dropped, a signal that has come takes its effect,
+/// unless it was held back before.
 pub struct Interrupt {
     signals: SignalFd,
-    set: SigSet,
+    before: SigSet,
 }
 
 impl Interrupt {
@@ -20,9 +21,9 @@ impl Interrupt {
         let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]
             .into_iter()
             .collect();
-        set.thread_block()?;
+        let before = set.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?;
-        Ok(Interrupt { signals, set })
+        Ok(Interrupt { signals, before })
     }
 }
 
@@ -34,7 +35,7 @@ impl AsFd for Interrupt {
 
 impl Drop for Interrupt {
     fn drop(&mut self) {
-        // Cannot fail with this set.
-        let _ = self.set.thread_unblock();
+        // Cannot fail with a mask that was in force.
+        let _ = self.before.thread_set_mask();
     }
 }

@@ -2,6 +2,7 @@
 //! they did not.
 
 use std::thread;
+use std::time::Duration;
 
 use kuasar_runv_test_harness::{Container, Output, World};
 
@@ -70,4 +71,28 @@ fn kills_and_deletes_do_not_disturb_each_other() {
     }
     assert_eq!(container.exit_code(), 137);
     world.assert_clean();
+}
+
+/// The delete may come before, within or after the create: either way both answer, and
+/// a second delete leaves nothing.
+#[test]
+fn delete_force_while_create_runs() {
+    for moment in [0, 100, 300, 700] {
+        let world = World::new();
+        let bundle = world.bundle().sh("sleep 1000");
+        let call = world.create_call(bundle.path(), "c");
+        let files = (world.output_file("c.stdout"), world.output_file("c.stderr"));
+        let create = call.output_to(files.0, files.1).spawn();
+        thread::sleep(Duration::from_millis(moment));
+        let delete = world.call(["delete", "--force", &world.id("c")]).output();
+        let created = create.wait();
+        // "Busy" is an answer; hanging or half a container is none.
+        assert!([0, 1].contains(&delete.code()), "{}", delete.stderr());
+        assert!([0, 1].contains(&created.code()));
+        let _ = world
+            .call(["delete", "--force", &world.id("c")])
+            .output()
+            .ok();
+        world.assert_clean();
+    }
 }

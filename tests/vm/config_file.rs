@@ -127,7 +127,7 @@ fn size_and_kernel_parameters_reach_the_vm() {
 
 /// A mistake in the file must not keep anybody from cleaning up.
 #[test]
-fn only_create_and_run_need_the_configuration() {
+fn looking_and_deleting_need_no_configuration() {
     let mut world = World::new();
     let bundle = world.bundle().sh("sleep 1000");
     let stdout = (world.output_file("c.stdout"), world.output_file("c.stderr"));
@@ -135,14 +135,29 @@ fn only_create_and_run_need_the_configuration() {
     let _ = call.output_to(stdout.0, stdout.1).output().ok();
     world.configure("no such key");
     let id = world.id("c");
-    for args in [
-        &["state"][..],
-        &["start"],
-        &["kill", "--all"],
-        &["delete", "--force"],
-    ] {
+    for args in [&["state"][..], &["delete", "--force"]] {
         let _ = world.call(args).arg(&id).output().ok();
     }
     let _ = world.call(["list"]).output().ok();
     world.assert_clean();
+}
+
+/// Asking /dev/kvm may take seconds; the answer holds until the next boot.
+#[test]
+fn the_accelerator_is_detected_once_and_remembered() {
+    let mut world = World::new();
+    world.configure(&configuration(Flavour::Source).replace("\"tcg\"", "\"auto\""));
+    let answer = world.root.join("kvm.json");
+    let read = || {
+        let changed = fs::metadata(&answer).unwrap().modified().unwrap();
+        (changed, fs::read_to_string(&answer).unwrap())
+    };
+    assert_eq!(world.run_script("echo first").ok().stdout(), "first\n");
+    let first = read();
+    assert_eq!(world.run_script("echo second").ok().stdout(), "second\n");
+    assert_eq!(read(), first);
+    // What is known about the machine stays when its containers go.
+    for name in ["kvm.json", "kvm.lock"] {
+        fs::remove_file(world.root.join(name)).unwrap();
+    }
 }

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use kuasar_runv_test_harness::{Container, SHORT, Value, World, process, wait_until};
+use kuasar_runv_test_harness::{Container, SHORT, Value, World, leaks, process, wait_until};
 
 use crate::victims::{self, Victim};
 
@@ -104,21 +104,31 @@ fn death_of_everything_at_once() {
     is_stopped_and_can_be_deleted(&world, &container, &["delete", "--force"]);
 }
 
+/// The file is replaced in one step, so only a broken disk does this.
 #[test]
-fn delete_force_needs_neither_the_state_file_nor_the_sandboxer() {
+fn a_state_file_that_is_cut_off_keeps_nobody_from_deleting() {
     let world = World::new();
     let container = container_at(&world, Stage::Running);
-    victims::kill(&[victims::the(&world, Victim::Sandboxer)]);
     let state = world
         .root
         .join("containers")
         .join(&container.id)
         .join("state.json");
     std::fs::write(&state, "{ cut off").unwrap();
-    let _ = container.delete_force().ok();
-    // Without its record the stand-in can only be known by its VM, which is gone.
-    let _ = container.wait_within(SHORT);
     let _ = world.call(["list"]).output().ok();
+    let _ = container.delete_force().ok();
+    let _ = container.wait_within(SHORT);
+    wait_until("end of every process", SHORT, || {
+        leaks::processes(world.name()).is_empty()
+    });
+    assert!(leaks::files(&world.root).is_empty());
+    // Nobody knows any more which cgroups were the container's.
+    for cgroup in leaks::cgroups(world.name()) {
+        // It stays busy until the kernel has done with its last process.
+        wait_until("removal of a cgroup", SHORT, || {
+            std::fs::remove_dir(&cgroup).is_ok()
+        });
+    }
 }
 
 /// A process that hangs is as bad as one that is dead.

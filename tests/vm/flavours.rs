@@ -73,6 +73,8 @@ fn limits_filters_and_namespaces() {
         .sh(script)
         .capabilities(&["CAP_MKNOD"])
         .with(|c| {
+            let namespaces = c["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.push(json!({ "type": "cgroup" }));
             c["linux"]["resources"]["pids"] = json!({ "limit": 33 });
             c["linux"]["seccomp"] = json!({
                 "defaultAction": "SCMP_ACT_ALLOW",

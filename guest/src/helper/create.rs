@@ -42,6 +42,7 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
     spec::normalise(&mut spec, &cgroup.path_in_hierarchy())?;
     Validator::validate_spec(&spec).map_err(|e| Failure::invalid(failure::chain(&e)))?;
 
+    rootfs::clear_dev(&spec)?;
     rootfs::copy_up(&mut spec, &request.dir)?;
     let late_cwd = rootfs::make_cwd(&mut spec)?;
     prepare_cgroup(&cgroup, &mut spec)?;
@@ -70,6 +71,9 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
         terminal::finish(master, process, uid)?;
     }
     network.bring_up_loopback(pid)?;
+    if namespaces::dev_is_read_only(&spec) {
+        namespaces::make_dev_read_only(pid)?;
+    }
     // This process is about to exit; taking the spec apart would be work for
     // nothing.
     std::mem::forget(spec);

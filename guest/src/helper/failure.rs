@@ -165,11 +165,11 @@ fn innermost(logged: &[String]) -> String {
     };
     let mut text = format!(": {}", tidy(&spell_out_errnos(first)));
     let reason = logged.iter().find_map(|line| first_errno(line));
-    if let Some(reason) = reason.map(words) {
-        if !text.contains(&reason) {
-            text.push_str(": ");
-            text.push_str(&reason);
-        }
+    if let Some(reason) = reason.map(words)
+        && !text.contains(&reason)
+    {
+        text.push_str(": ");
+        text.push_str(&reason);
     }
     text
 }

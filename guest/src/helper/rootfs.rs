@@ -4,9 +4,10 @@
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
+use libcontainer::rootfs::utils::default_devices;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{Mount, Spec};
@@ -92,6 +93,47 @@ fn clean(path: &Path) -> PathBuf {
         }
     }
     clean
+}
+
+/// Takes away what libcontainer is about to make in a `/dev` that is part of the
+/// rootfs, and that an earlier container left there: it insists on making it.
+pub fn clear_dev(spec: &Spec) -> Result<(), Failure> {
+    const LINKS: &[&str] = &["fd", "stdin", "stdout", "stderr", "kcore"];
+    let mut mounts = spec.mounts().iter().flatten();
+    let Some(root) = spec.root().as_ref() else {
+        return Ok(());
+    };
+    if mounts.any(|m| clean(m.destination()) == Path::new("/dev")) {
+        return Ok(());
+    }
+    let linux = spec.linux().as_ref();
+    let given = linux
+        .and_then(|l| l.devices().as_deref())
+        .unwrap_or_default();
+    let devices = default_devices();
+    let paths = LINKS
+        .iter()
+        .map(|name| Path::new("/dev").join(name))
+        .chain(given.iter().chain(&devices).map(|d| d.path().clone()));
+    let root = Root::open(root.path())
+        .map_err(io_error)
+        .map_err(Failure::io("opening the rootfs"))?;
+    for path in paths {
+        let Ok(found) = root.resolve_nofollow(&path) else {
+            continue;
+        };
+        let kind = fs::File::from(OwnedFd::from(found))
+            .metadata()
+            .map_err(Failure::io("reading /dev of the rootfs"))?
+            .file_type();
+        // Anything else is not ours to remove, and reported by libcontainer.
+        if kind.is_symlink() || kind.is_char_device() || kind.is_block_device() {
+            root.remove_file(&path)
+                .map_err(io_error)
+                .map_err(Failure::io("clearing /dev of the rootfs"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Replaces each tmpfs that is to start with a copy of what it covers by a bind

@@ -74,8 +74,7 @@ pub fn set_size(master: &OwnedFd, rows: u16, cols: u16) -> io::Result<()> {
         ws_ypixel: 0,
     };
     // SAFETY: TIOCSWINSZ reads a winsize.
-    sys::check(
-        unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }.into(),
-    )?;
+    let set = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+    sys::check(set.into())?;
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use kuasar_runv_protocol::stream::Frame;
 
 use super::Connection;
-use crate::containers::Process;
+use crate::process::Process;
 use crate::reaper::ExitStatus;
 
 /// Serves the connection until the process has ended or the stand-in is gone;

@@ -24,7 +24,7 @@ use crate::reaper::ExitReceiver;
 use crate::sys;
 
 /// Bytes moved by one call, and sizes of the buffers where there is one.
-const CHUNK: usize = 256 * 1024;
+const CHUNK: usize = 1024 * 1024;
 const COPY_BUFFER: usize = 128 * 1024;
 const INPUT_BUFFER: usize = 64 * 1024;
 /// A terminal hands out at most a page at a time.
@@ -113,7 +113,7 @@ impl Output {
     async fn moved(&mut self, bytes: usize) {
         self.remaining = self.remaining.map(|r| r.saturating_sub(bytes));
         self.moves += 1;
-        if self.moves % TURN == 0 {
+        if self.moves.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
     }
@@ -128,7 +128,13 @@ async fn splice_all(
         let mut writable = connection.writable().await?;
         match splice(pipe, connection, most) {
             Ok(0) => return Ok(()),
-            Ok(n) => output.moved(n).await,
+            Ok(n) => {
+                // Asking is cheaper than finding out by another attempt.
+                if n < most && sys::bytes_available(pipe.fd())? == 0 {
+                    readable.clear_ready();
+                }
+                output.moved(n).await;
+            }
             Err(e) if sys::would_block(&e) => {
                 // Either end may be meant.
                 let (pipe_ready, connection_ready) = readiness(pipe, connection)?;
@@ -273,14 +279,14 @@ async fn copy(from: &Connection, to: &Connection, buffer: usize) -> io::Result<(
     // Many streams never carry anything.
     drop(from.readable().await?);
     let mut buffer = vec![0; buffer];
-    let mut turn = 0;
+    let mut turn = 0_u32;
     loop {
         match from.read(&mut buffer).await? {
             0 => return Ok(()),
             n => to.write_all(&buffer[..n]).await?,
         }
         turn += 1;
-        if turn % TURN == 0 {
+        if turn.is_multiple_of(TURN) {
             tokio::task::yield_now().await;
         }
     }

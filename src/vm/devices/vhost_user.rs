@@ -8,7 +8,7 @@
 use std::any::Any;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -54,7 +54,38 @@ pub enum Error {
 pub struct Handle {
     thread: Option<JoinHandle<Result<(), Error>>>,
     cancel: Arc<EventFd>,
-    failed: Arc<AtomicBool>,
+    status: Arc<Status>,
+}
+
+/// Whether a device works, shared by its threads and its [`Handle`].
+#[derive(Debug)]
+pub(super) struct Status {
+    failed: AtomicBool,
+    /// Readable when the device has ended or failed.
+    changed: EventFd,
+}
+
+impl Status {
+    /// # Errors
+    /// No descriptor is to be had.
+    pub fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            failed: AtomicBool::new(false),
+            changed: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+        }))
+    }
+
+    /// The device no longer works; `false` if that was known.
+    fn fail(&self) -> bool {
+        let first = !self.failed.swap(true, Ordering::AcqRel);
+        self.announce();
+        first
+    }
+
+    fn announce(&self) {
+        // Fails only when the counter is full, that is, when it is set already.
+        let _ = self.changed.write(1);
+    }
 }
 
 impl Handle {
@@ -68,22 +99,23 @@ impl Handle {
     {
         let control = Control {
             cancel: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
-            failed: Arc::new(AtomicBool::new(false)),
+            status: Status::new()?,
         };
-        let (cancel, failed) = (control.cancel.clone(), control.failed.clone());
+        let (cancel, status) = (control.cancel.clone(), control.status.clone());
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
                 let result = serve(&control);
                 if result.is_err() {
-                    control.failed.store(true, Ordering::Release);
+                    control.status.fail();
                 }
+                control.status.announce();
                 result
             })?;
         Ok(Self {
             thread: Some(thread),
             cancel,
-            failed,
+            status,
         })
     }
 
@@ -97,11 +129,12 @@ impl Handle {
     /// is of no use any more.
     #[must_use]
     pub fn is_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
+        self.status.failed.load(Ordering::Acquire)
     }
 
-    /// Waits until the VMM has closed the connection. Call it when the VMM has
-    /// ended, which ends the wait.
+    /// Waits until the device has ended. Call it when the VMM has ended, which ends
+    /// the wait: at once for a file system, and within ten seconds for sockets, whose
+    /// readers may still have bytes to collect.
     ///
     /// # Errors
     /// Why the device ended before.
@@ -119,6 +152,15 @@ impl Handle {
     }
 }
 
+impl AsFd for Handle {
+    /// Readable once the device has ended or failed: then see
+    /// [`Handle::is_finished`] and [`Handle::is_failed`].
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the event descriptor is open as long as `self` lives.
+        unsafe { BorrowedFd::borrow_raw(self.status.changed.as_raw_fd()) }
+    }
+}
+
 impl Drop for Handle {
     fn drop(&mut self) {
         self.cancel();
@@ -128,28 +170,27 @@ impl Drop for Handle {
 /// A device's view of its [`Handle`].
 pub(super) struct Control {
     cancel: Arc<EventFd>,
-    failed: Arc<AtomicBool>,
+    status: Arc<Status>,
 }
 
 /// Runs a step of a worker. A panic must not end the worker behind everyone's
 /// back: it is logged, and the device reported as failed.
-pub(super) fn guarded(failed: &AtomicBool, step: impl FnOnce()) {
+pub(super) fn guarded(status: &Status, step: impl FnOnce()) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(step))
-        && !failed.swap(true, Ordering::AcqRel)
+        && status.fail()
     {
         log::error!("device failed: {}", panic_text(&*panic));
     }
 }
 
 impl Control {
-    /// To be set when the device no longer works.
-    pub fn failed(&self) -> Arc<AtomicBool> {
-        self.failed.clone()
+    /// For the worker, to report that the device no longer works.
+    pub fn status(&self) -> Arc<Status> {
+        self.status.clone()
     }
 
     /// Waits for the VMM to connect.
     fn wait_for_vmm(&self, listener: &UnixListener) -> Result<(), Error> {
-        use std::os::fd::{AsFd, BorrowedFd};
         // SAFETY: the event descriptor is open as long as `self` lives.
         let cancel = unsafe { BorrowedFd::borrow_raw(self.cancel.as_raw_fd()) };
         let mut fds = [
@@ -388,4 +429,60 @@ impl<M: vm_memory::GuestAddressSpace + 'static> VringT<M> for Ring<M> {
 pub(super) fn is_running<M: vm_memory::GuestAddressSpace>(state: &VringState<M>) -> bool {
     use virtio_queue::QueueT;
     state.is_enabled() && state.get_queue().ready()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn is_readable(handle: &Handle) -> bool {
+        let mut fds = [PollFd::new(handle.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(2000u16)).unwrap() == 1
+    }
+
+    fn listener() -> (tempfile::TempDir, UnixListener) {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("vmm")).unwrap();
+        (dir, listener)
+    }
+
+    #[test]
+    fn waiting_for_a_vmm_can_be_cancelled() {
+        let (_dir, listener) = listener();
+        let handle = Handle::spawn("test", move |control| control.wait_for_vmm(&listener)).unwrap();
+        assert!(!handle.is_finished() && !handle.is_failed());
+        handle.cancel();
+        assert!(is_readable(&handle));
+        assert!(handle.is_failed());
+        assert!(matches!(handle.join(), Err(Error::Cancelled)));
+    }
+
+    #[test]
+    fn a_vmm_that_connects_and_leaves_ends_the_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let sockets = std::fs::File::open(dir.path()).unwrap().into();
+        let path = dir.path().join("vmm");
+        let listener = UnixListener::bind(&path).unwrap();
+        let handle = crate::vm::devices::vsock::spawn(listener, sockets, 3).unwrap();
+        assert!(dir.path().join("vsock.sock").exists());
+        drop(std::os::unix::net::UnixStream::connect(&path).unwrap());
+        assert!(is_readable(&handle));
+        assert!(!handle.is_failed());
+        handle.join().unwrap();
+        assert!(!dir.path().join("vsock.sock").exists());
+    }
+
+    #[test]
+    fn a_panic_of_the_worker_is_reported() {
+        let handle = Handle::spawn("test", |control| {
+            let status = control.status();
+            guarded(&status, || panic!("on purpose"));
+            std::thread::sleep(Duration::from_millis(10));
+            Ok(())
+        })
+        .unwrap();
+        assert!(is_readable(&handle));
+        assert!(handle.is_failed());
+    }
 }

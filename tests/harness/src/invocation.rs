@@ -157,7 +157,7 @@ impl Invocation {
             None => (None, None),
         };
         Running {
-            pid: reaper::pid_of(&child),
+            pid: child.pid,
             collected_stdout,
             collected_stderr: child.stderr.take().map(collect),
             stdout,

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -77,23 +77,35 @@ pub fn install() {
     reaper();
 }
 
-/// Spawns a command whose end [`wait`] reports. `Child::wait` must not be used on it.
+/// A child of this process, and this end of the pipes that were asked for.
+#[derive(Debug)]
+pub struct Spawned {
+    pub pid: i32,
+    pub stdin: Option<ChildStdin>,
+    pub stdout: Option<ChildStdout>,
+    pub stderr: Option<ChildStderr>,
+}
+
+/// Spawns a command whose end [`wait`] reports.
 ///
 /// # Errors
 /// As `Command::spawn`.
-pub fn spawn(command: &mut Command) -> io::Result<Child> {
+pub fn spawn(command: &mut Command) -> io::Result<Spawned> {
     let reaper = reaper();
     // Held across the fork, so that the status of an earlier process with the same
     // pid cannot be taken for this one's.
     let mut ended = statuses(reaper);
+    // Waited for by `collect`, which takes the status of every child.
+    #[allow(clippy::zombie_processes)]
     let child = command.spawn()?;
-    ended.remove(&pid_of(&child));
-    Ok(child)
-}
-
-#[must_use]
-pub fn pid_of(child: &Child) -> i32 {
-    i32::try_from(child.id()).expect("pids are positive ints")
+    let pid = i32::try_from(child.id()).expect("pids are positive ints");
+    ended.remove(&pid);
+    Ok(Spawned {
+        pid,
+        stdin: child.stdin,
+        stdout: child.stdout,
+        stderr: child.stderr,
+    })
 }
 
 /// Status of a child or adopted orphan, `None` when it still runs at the deadline.

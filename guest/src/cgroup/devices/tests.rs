@@ -6,7 +6,7 @@ fn run(program: &[Insn], device_type: u32, major: u32, minor: u32, access: u32) 
     let context = [access << 16 | device_type, major, minor];
     let mut regs = [0u32; 11];
     let mut pc = 0;
-    for _ in 0..100_000 {
+    loop {
         let Insn {
             code,
             regs: r,
@@ -33,7 +33,6 @@ fn run(program: &[Insn], device_type: u32, major: u32, minor: u32, access: u32) 
             other => panic!("unknown instruction {other:#x}"),
         }
     }
-    panic!("the program does not end");
 }
 
 fn rule(allow: bool, typ: LinuxDeviceType, numbers: (i64, i64), access: &str) -> LinuxDeviceCgroup {

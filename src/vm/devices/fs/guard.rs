@@ -15,9 +15,9 @@
 //!
 //! **Descriptors.** The server holds one for every file the guest has looked up and
 //! not forgotten, and the guest forgets only when its own memory gets short. When
-//! half of them are in use, names are not trusted at all, which makes the guest's
-//! driver forget a file as soon as nobody uses it; so walking a large tree does not
-//! end with ENFILE.
+//! there are many, names are not trusted at all, which makes the guest's driver
+//! forget a file as soon as nobody uses it; so walking a large tree neither ends
+//! with ENFILE nor makes this process grow.
 //!
 //! **Mount points.** What is mounted in the shared directory while the VM runs, and
 //! the directories that the sandbox itself makes and removes at the top of it, must
@@ -44,9 +44,15 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse;
 
+use super::privileges::WithoutFsetid;
+
 /// Coarsest granularity of change times that matters (two seconds on VFAT), and
 /// some more.
 const SETTLED: Duration = Duration::from_secs(3);
+
+/// Files that the guest may keep although nobody uses them, for a new use of the
+/// pages it has cached of them; about 5 MiB of memory on the host.
+const MAX_IDLE: usize = 8192;
 
 /// The shortest time that is not zero; the guest's driver rounds it up to a tick.
 /// Longer ones gain nothing for exec and little for walks (under emulation: 50
@@ -105,7 +111,7 @@ impl<F> Guard<F> {
             inner,
             known: Mutex::new(HashMap::new()),
             handles: AtomicUsize::new(0),
-            crowd: usize::try_from(descriptors / 2).unwrap_or(usize::MAX),
+            crowd: usize::try_from(descriptors / 2).map_or(MAX_IDLE, |half| half.min(MAX_IDLE)),
         }
     }
 
@@ -255,8 +261,14 @@ where
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<Opened<F>> {
-        let (handle, mut options) = self.inner.open(ctx, inode, kill_priv, flags)?;
+        let (handle, mut options) = {
+            let _privileges = WithoutFsetid::when(kill_priv)?;
+            self.inner.open(ctx, inode, false, flags)?
+        };
         self.handles.fetch_add(1, Ordering::Relaxed);
+        // Closing a file that was only read has nothing to report.
+        let reads_only = flags & libc::O_ACCMODE as u32 == libc::O_RDONLY as u32;
+        options.set(OpenOptions::NOFLUSH, reads_only);
         // Without attributes the pages are dropped, which is always right.
         if let Ok((attr, _)) = self.inner.getattr(ctx, inode, handle)
             && self.note_open(inode, Changed::of(&attr), SystemTime::now())
@@ -284,6 +296,38 @@ where
         let (entry, handle, options) = created;
         self.handles.fetch_add(1, Ordering::Relaxed);
         Ok((self.named(parent, entry), handle, options))
+    }
+
+    fn setattr(
+        &self,
+        ctx: Context,
+        inode: Ino<F>,
+        attr: fuse::SetattrIn,
+        handle: Option<Fh<F>>,
+        mut valid: SetattrValid,
+    ) -> io::Result<Stat> {
+        let _privileges = WithoutFsetid::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
+        valid.remove(SetattrValid::KILL_SUIDGID);
+        self.inner.setattr(ctx, inode, attr, handle, valid)
+    }
+
+    fn write<R: ZeroCopyReader>(
+        &self,
+        ctx: Context,
+        inode: Ino<F>,
+        handle: Fh<F>,
+        from: R,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        delayed: bool,
+        kill_priv: bool,
+        flags: u32,
+    ) -> io::Result<usize> {
+        let _privileges = WithoutFsetid::when(kill_priv)?;
+        self.inner.write(
+            ctx, inode, handle, from, size, offset, lock_owner, delayed, false, flags,
+        )
     }
 
     fn release(
@@ -326,8 +370,6 @@ where
 
     pass! {
         [] fn destroy();
-        [] fn setattr(ctx: Context, inode: Ino<F>, attr: fuse::SetattrIn, handle: Option<Fh<F>>,
-            valid: SetattrValid) -> io::Result<Stat>;
         [] fn readlink(ctx: Context, inode: Ino<F>) -> io::Result<Vec<u8>>;
         [name] fn unlink(ctx: Context, parent: Ino<F>, name: &CStr) -> io::Result<()>;
         [name] fn rmdir(ctx: Context, parent: Ino<F>, name: &CStr) -> io::Result<()>;
@@ -335,9 +377,6 @@ where
             flags: u32) -> io::Result<()>;
         [] fn read<W: ZeroCopyWriter>(ctx: Context, inode: Ino<F>, handle: Fh<F>, to: W,
             size: u32, offset: u64, lock_owner: Option<u64>, flags: u32) -> io::Result<usize>;
-        [] fn write<R: ZeroCopyReader>(ctx: Context, inode: Ino<F>, handle: Fh<F>, from: R,
-            size: u32, offset: u64, lock_owner: Option<u64>, delayed: bool, kill_priv: bool,
-            flags: u32) -> io::Result<usize>;
         [] fn flush(ctx: Context, inode: Ino<F>, handle: Fh<F>, lock_owner: u64)
             -> io::Result<()>;
         [] fn fsync(ctx: Context, inode: Ino<F>, data_only: bool, handle: Fh<F>)

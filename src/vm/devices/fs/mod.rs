@@ -28,12 +28,16 @@
 //! Not passed on to the host: file locks (they hold within the guest) and
 //! `O_TMPFILE`. Changes by the host raise no inotify events in the guest.
 //!
+//! - [`device`]: requests in, answers out
 //! - [`guard`]: checks requests and decides what the guest may trust
+//! - [`privileges`]: what the thread does without when it acts for a user
 //! - [`config`]: the server's own options
 //! - [`vhost_user`]: the glue towards an external VMM
 
 mod config;
+mod device;
 mod guard;
+mod privileges;
 #[cfg(test)]
 mod tests;
 mod vhost_user;
@@ -43,14 +47,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 use virtiofsd::passthrough::PassthroughFs;
-use virtiofsd::server::Server;
 
+use self::device::Device;
 use self::guard::Guard;
 use self::vhost_user::Backend;
 use super::vhost_user::{Error, Handle, serve};
-
-/// Answers FUSE requests.
-type FileServer = Server<Guard<PassthroughFs>>;
 
 /// Serves `shared` to the VMM that connects to `listener`.
 ///
@@ -62,15 +63,15 @@ type FileServer = Server<Guard<PassthroughFs>>;
 /// see [`Handle`].
 pub fn spawn(listener: UnixListener, shared: OwnedFd) -> io::Result<Handle> {
     Handle::spawn("fs", move |control| {
-        let server = confine(&shared).map_err(Error::Start)?;
+        let device = confine(&shared).map_err(Error::Start)?;
         drop(shared);
-        let backend = Backend::new(server, control.failed()).map_err(Error::Start)?;
+        let backend = Backend::new(device, control.status()).map_err(Error::Start)?;
         serve("fs-control", listener, backend, &[], control)
     })
 }
 
 /// Confines the calling thread, and those it will start, to the directory.
-fn confine(shared: &OwnedFd) -> io::Result<FileServer> {
+fn confine(shared: &OwnedFd) -> io::Result<Device> {
     // From here on, working directory, root and umask are this thread's own.
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
     let config = config::config()?;
@@ -79,5 +80,5 @@ fn confine(shared: &OwnedFd) -> io::Result<FileServer> {
     nix::unistd::chroot(".")?;
     nix::unistd::chdir("/")?;
     let files = PassthroughFs::new(config)?;
-    Ok(Server::new(Guard::new(files, descriptors)))
+    Ok(Device::new(Guard::new(files, descriptors)))
 }

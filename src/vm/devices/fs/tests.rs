@@ -3,15 +3,12 @@
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
-use vhost_user_backend::bitmap::BitmapMmapRegion;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::confine;
-use super::vhost_user::Backend;
+use super::device::{Device, GuestMemory};
 
 const REQUEST: u64 = 0x1_0000;
 const REPLY: u64 = 0x20_0000;
@@ -35,8 +32,8 @@ const SUBMOUNTS: u32 = 1 << 27;
 
 /// A guest that talks FUSE to the server of a directory.
 struct Guest {
-    memory: GuestMemoryMmap<BitmapMmapRegion>,
-    backend: Arc<Backend>,
+    memory: GuestMemory,
+    device: Device,
 }
 
 /// Runs `test` on a thread of its own, because the server takes over a thread's
@@ -51,12 +48,9 @@ fn with_guest(test: impl FnOnce(&Guest) + Send) {
     let dir = File::open(&shared).unwrap().into();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let server = confine(&dir).unwrap();
-            let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap();
-            let guest = Guest {
-                memory,
-                backend: Backend::new(server, Arc::new(AtomicBool::new(false))).unwrap(),
-            };
+            let device = confine(&dir).unwrap();
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap();
+            let guest = Guest { memory, device };
             test(&guest);
         });
     });
@@ -86,8 +80,9 @@ impl Guest {
         queue.set_avail_ring_address(Some(avail as u32), None);
         queue.set_used_ring_address(Some(0x8000), None);
         queue.set_ready(true);
-        let chain = queue.iter(mem).unwrap().next().unwrap();
-        let len = self.backend.answer(mem, chain);
+        mem.write_obj(0u16, GuestAddress(0x8002)).unwrap();
+        assert!(self.device.answer_next(mem, &mut queue).unwrap());
+        let len: u32 = mem.read_obj(GuestAddress(0x8008)).unwrap();
         let mut reply = vec![0; len.min(REPLY_LEN) as usize];
         mem.read_slice(&mut reply, GuestAddress(REPLY)).unwrap();
         reply

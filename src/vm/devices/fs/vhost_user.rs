@@ -1,8 +1,6 @@
 //! The file system device as a vhost-user back end.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -12,19 +10,14 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use virtio_queue::{DescriptorChain, Error as QueueError, QueueOwnedT};
-use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::fuse::{InHeader, Opcode, OutHeader};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use virtio_queue::Error as QueueError;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
-use super::FileServer;
-use crate::vm::devices::throttle::Throttle;
-use crate::vm::devices::vhost_user::{ExitEvent, Ring, guarded, is_running, lock, panic_text};
+use super::device::{Device, GuestMemory};
+use crate::vm::devices::vhost_user::{ExitEvent, Ring, Status, guarded, is_running, lock};
 
-/// The bitmap is the file server's choice; nothing is ever logged in it.
-type GuestMemory = GuestMemoryMmap<BitmapMmapRegion>;
 type Memory = GuestMemoryAtomic<GuestMemory>;
 
 /// One for urgent requests, one for the others.
@@ -34,25 +27,23 @@ const QUEUE_SIZE: usize = 1024;
 /// Requests answered before the ring is let go for a moment.
 const BATCH: usize = 64;
 
-/// The file server and what the worker needs to run it.
+/// The device and what the worker needs to run it.
 pub struct Backend {
-    server: FileServer,
+    device: Device,
     exit: ExitEvent,
-    failed: Arc<AtomicBool>,
+    status: Arc<Status>,
     memory: Mutex<Option<Memory>>,
-    noise: Mutex<Throttle>,
 }
 
 impl Backend {
     /// # Errors
     /// No descriptor is to be had.
-    pub fn new(server: FileServer, failed: Arc<AtomicBool>) -> io::Result<Arc<Self>> {
+    pub fn new(device: Device, status: Arc<Status>) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            server,
+            device,
             exit: ExitEvent::new()?,
-            failed,
+            status,
             memory: Mutex::new(None),
-            noise: Mutex::new(Throttle::default()),
         }))
     }
 
@@ -69,45 +60,13 @@ impl Backend {
             return Ok(false);
         }
         for _ in 0..BATCH {
-            let Some(chain) = state.get_queue_mut().iter(memory)?.next() else {
+            if !self.device.answer_next(memory, state.get_queue_mut())? {
                 // `true` if the guest added something before it was told to kick.
                 return state.enable_notification();
-            };
-            let head = chain.head_index();
-            let len = self.answer(memory, chain);
-            state.add_used(head, len)?;
+            }
             self.signal(&mut state);
         }
         Ok(true)
-    }
-
-    /// Answers a request and returns how many bytes of its buffers were written.
-    pub(super) fn answer(&self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> u32 {
-        // A request the server cannot understand is returned unanswered, which
-        // the guest's driver takes as an I/O error.
-        let answer = || -> Result<usize, Box<dyn std::error::Error>> {
-            let reader = Reader::new(memory, chain.clone())?;
-            let writer = Writer::new(memory, chain)?;
-            if writer.available_bytes() < size_of::<OutHeader>() && expects_answer(&reader)? {
-                return Err("no room for the answer".into());
-            }
-            Ok(self
-                .server
-                .handle_message(reader, writer, None::<&mut ()>)?)
-        };
-        // The server checks most of what the guest says, but not all of it; a
-        // panic must cost the guest its request and not the VM its device.
-        match catch_unwind(AssertUnwindSafe(answer)) {
-            Ok(Ok(len)) => u32::try_from(len).unwrap_or(0),
-            Ok(Err(e)) => {
-                self.complain(&e);
-                0
-            }
-            Err(panic) => {
-                self.complain(&panic_text(&*panic));
-                0
-            }
-        }
     }
 
     /// Interrupts the guest, if it wants to hear about the used buffers.
@@ -116,25 +75,9 @@ impl Backend {
         if state.needs_notification().unwrap_or(true)
             && let Err(e) = state.signal_used_queue()
         {
-            self.complain(&e);
+            self.device.complain(&e);
         }
     }
-
-    fn complain(&self, what: &dyn std::fmt::Display) {
-        let mut noise = lock(&self.noise);
-        if let Some(suppressed) = noise.admit() {
-            log::warn!("fs: request: {what} ({suppressed} similar lines suppressed)");
-        }
-    }
-}
-
-/// Whether a request is of a kind that is answered.
-fn expects_answer(request: &Reader<'_>) -> io::Result<bool> {
-    let header: InHeader = request.clone().read_obj()?;
-    Ok(!matches!(
-        Opcode::try_from(header.opcode),
-        Ok(Opcode::Forget | Opcode::BatchForget | Opcode::Interrupt | Opcode::Destroy)
-    ))
 }
 
 impl VhostUserBackend for Backend {
@@ -183,13 +126,13 @@ impl VhostUserBackend for Backend {
         rings: &[Ring<Memory>],
         _thread: usize,
     ) -> io::Result<()> {
-        guarded(&self.failed, || {
+        guarded(&self.status, || {
             let memory = lock(&self.memory).as_ref().map(GuestAddressSpace::memory);
             let (Some(memory), Some(ring)) = (memory, rings.get(usize::from(event))) else {
                 return;
             };
             if let Err(e) = self.pump(ring, &memory) {
-                self.complain(&e);
+                self.device.complain(&e);
             }
         });
         Ok(())

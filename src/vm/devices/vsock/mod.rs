@@ -56,7 +56,7 @@ pub fn spawn(listener: UnixListener, dir: OwnedFd, guest_cid: u64) -> io::Result
     let device = Device::new(guest_cid, dir)?;
     let host = device.poll_fd();
     Handle::spawn("vsock", move |control| {
-        let backend = Backend::new(device, control.failed()).map_err(Error::Start)?;
+        let backend = Backend::new(device, control.status()).map_err(Error::Start)?;
         let extra = [
             (host, HOST_EVENT),
             (backend.unfinished.as_raw_fd(), CONTINUE_EVENT),

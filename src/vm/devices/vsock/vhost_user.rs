@@ -1,7 +1,6 @@
 //! The socket device as a vhost-user back end.
 
 use std::io;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -18,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Device, Progress};
 use crate::vm::devices::throttle::Throttle;
-use crate::vm::devices::vhost_user::{ExitEvent, Memory, Ring, guarded, is_running, lock};
+use crate::vm::devices::vhost_user::{ExitEvent, Memory, Ring, Status, guarded, is_running, lock};
 
 /// Receive and transmit; the VMM keeps the event queue to itself.
 const QUEUES: usize = 2;
@@ -36,7 +35,7 @@ const STEPS: usize = 32;
 pub struct Backend {
     inner: Mutex<Inner>,
     exit: ExitEvent,
-    failed: Arc<AtomicBool>,
+    status: Arc<Status>,
     /// Set when work is left that no event will announce.
     pub unfinished: EventFd,
 }
@@ -52,10 +51,10 @@ struct Inner {
 impl Backend {
     /// # Errors
     /// No descriptor is to be had.
-    pub fn new(device: Device, failed: Arc<AtomicBool>) -> io::Result<Arc<Self>> {
+    pub fn new(device: Device, status: Arc<Status>) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             exit: ExitEvent::new()?,
-            failed,
+            status,
             inner: Mutex::new(Inner {
                 device,
                 memory: None,
@@ -193,7 +192,7 @@ impl VhostUserBackend for Backend {
         rings: &[Ring],
         _thread: usize,
     ) -> io::Result<()> {
-        guarded(&self.failed, || {
+        guarded(&self.status, || {
             let mut inner = lock(&self.inner);
             match u64::from(event) {
                 HOST_EVENT => inner.device.host_events(),

@@ -211,3 +211,16 @@ fn a_change_within_the_granularity_of_time_is_not_missed() {
     assert!(!guard.note_open(inode, changed, written - SETTLED));
     assert!(!guard.note_open(inode, changed, written + SETTLED));
 }
+
+#[test]
+fn only_writers_ask_when_they_close() {
+    let guard = guard();
+    for (flags, asks) in [
+        (libc::O_RDONLY, false),
+        (libc::O_WRONLY, true),
+        (libc::O_RDWR | libc::O_APPEND, true),
+    ] {
+        let (_, options) = guard.open(context(), 1, false, flags as u32).unwrap();
+        assert_eq!(!options.contains(OpenOptions::NOFLUSH), asks);
+    }
+}
