@@ -89,7 +89,7 @@ kernel_make() {
 # prepare_headers TREE: sets up the cc wrapper. Its options are those with which
 # the kernel's makefiles compile a plain file.
 prepare_headers() {
-  local tree=$1 command word options=()
+  local tree=$1 command word after='' options=() included=() compared=()
   kernel_make "$tree" lib/bcd.o
   command=$(sed -n 's/^savedcmd_[^=]*:= [^ ]* *//p' "$tree/lib/.bcd.o.cmd")
   for word in ${command%% ; *}; do
@@ -99,10 +99,18 @@ prepare_headers() {
     esac
   done
   mkdir -p "$KUASAR_PCH"
+  for word in "${options[@]}"; do
+    case $after$word in
+      -include) after=-include/ ;;
+      -include/*) included+=("$word") && after='' ;;
+      -I* | -D*) ;;
+      *) compared+=("$word") ;;
+    esac
+  done
   # Found when gcc refuses the precompiled copy, and then harmless.
-  printf '#include <linux/%s.h>\n' compiler-version kconfig compiler_types >"$KUASAR_PCH/common.h"
+  printf '#include "%s"\n' "${included[@]}" >"$KUASAR_PCH/common.h"
   (cd "$tree" && gcc "${options[@]}" -x c-header "$headers" -o "$KUASAR_PCH/common.h.gch")
-  printf '%s' "${options[*]}" >"$KUASAR_PCH/options"
+  printf '%s' "${included[*]} ${compared[*]}" >"$KUASAR_PCH/options"
 }
 
 # compile TREE LOG: like step, with a line every 15 seconds.
@@ -119,7 +127,10 @@ compile() {
     grep -E -B 2 -A 12 'error:|Error [0-9]|undefined reference' "$log" | tail -n 60 >&2
     die "the kernel did not compile; the whole output is in $log"
   }
-  say "compiling: done in $((SECONDS - begin)) s, with $(times | tail -n 1) of CPU time so far"
+  # The second line is the time of the children; a pipe would show that of a subshell.
+  times >"$tree/times"
+  say "$(wc -l <"$KUASAR_PCH/used") of $(grep -c '^  CC ' "$log") files took the precompiled header"
+  say "compiling: done in $((SECONDS - begin)) s; user and system time so far: $(tail -n 1 "$tree/times")"
 }
 
 recipe_build() {

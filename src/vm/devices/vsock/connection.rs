@@ -22,7 +22,7 @@ use std::time::Instant;
 
 use vm_memory::GuestMemory;
 
-use super::packet::{HEADER_LEN, HOST_CID, Header, Slices, TYPE_STREAM, shutdown};
+use super::packet::{HEADER_LEN, HOST_CID, Header, Slices, TYPE_STREAM, op, shutdown};
 
 /// Least and most bytes that one transfer towards the guest tries to move. It
 /// adapts in between, because preparing many buffers for a short message costs
@@ -141,11 +141,10 @@ impl Connection {
         self.socket.as_ref()
     }
 
-    /// Header of the next packet of this connection towards the guest.
+    /// Header of the next packet of this connection towards the guest. Once the
+    /// packet has really been sent, [`Connection::has_sent`] must hear of it.
     #[must_use]
-    pub fn header(&mut self, guest_cid: u64, op: u16) -> Header {
-        self.announced = self.forwarded;
-        self.credit_asked = false;
+    pub fn header(&self, guest_cid: u64, op: u16) -> Header {
         Header {
             src_cid: HOST_CID,
             dst_cid: guest_cid,
@@ -156,6 +155,18 @@ impl Connection {
             buf_alloc: self.buf_alloc,
             fwd_cnt: self.forwarded,
             ..Header::default()
+        }
+    }
+
+    /// The guest has been sent a packet with this header.
+    pub fn has_sent(&mut self, header: &Header) {
+        self.announced = header.fwd_cnt;
+        self.credit_asked = false;
+        match header.op {
+            op::REQUEST => self.phase = Phase::Requested { sent: true },
+            op::RESPONSE => self.response_due = false,
+            op::SHUTDOWN => self.told |= header.flags,
+            _ => {}
         }
     }
 
@@ -422,11 +433,6 @@ impl Connection {
             flags = shutdown::BOTH;
         }
         (flags & !self.told != 0).then_some(flags)
-    }
-
-    /// The guest has been told `flags`.
-    pub fn shutdown_told(&mut self, flags: u32) {
-        self.told |= flags;
     }
 
     /// Closes the host socket.

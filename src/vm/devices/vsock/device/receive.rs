@@ -57,7 +57,7 @@ impl Device {
     ) -> Result<bool, virtio_queue::Error> {
         let guest_cid = self.guest_cid;
         // What made it ready may have passed meanwhile.
-        let Some(connection) = self.table.get_mut(token).filter(|c| c.has_work()) else {
+        let Some(connection) = self.table.get(token).filter(|c| c.has_work()) else {
             return Ok(true);
         };
         let opening = match connection.phase {
@@ -67,15 +67,14 @@ impl Device {
         };
         if let Some(op) = opening {
             let header = connection.header(guest_cid, op);
-            if !self.put(mem, queue, slices, &header)? {
+            if !self.put_for(mem, queue, slices, token, &header)? {
                 return Ok(false);
             }
-            self.opened(token);
         }
         if !self.send_data(mem, queue, slices, token)? {
             return Ok(false);
         }
-        let Some(connection) = self.table.get_mut(token).filter(|c| c.has_work()) else {
+        let Some(connection) = self.table.get(token).filter(|c| c.has_work()) else {
             return Ok(true);
         };
         let (op, flags) = match connection.shutdown_due() {
@@ -85,24 +84,23 @@ impl Device {
         };
         let mut header = connection.header(guest_cid, op);
         header.flags = flags;
-        if !self.put(mem, queue, slices, &header)? {
-            return Ok(false);
-        }
-        if let Some(connection) = self.table.get_mut(token) {
-            connection.shutdown_told(flags);
-        }
-        Ok(true)
+        self.put_for(mem, queue, slices, token, &header)
     }
 
-    /// The REQUEST or RESPONSE of a connection has been sent.
-    fn opened(&mut self, token: Token) {
-        let Some(connection) = self.table.get_mut(token) else {
-            return;
-        };
-        if let Phase::Requested { sent } = &mut connection.phase {
-            *sent = true;
+    /// As [`Device::put`], for a packet of a connection.
+    fn put_for<'m, M: GuestMemory>(
+        &mut self,
+        mem: &'m M,
+        queue: &mut Queue,
+        slices: &mut Slices<'m, M>,
+        token: Token,
+        header: &Header,
+    ) -> Result<bool, virtio_queue::Error> {
+        let sent = self.put(mem, queue, slices, header)?;
+        if let Some(connection) = self.table.get_mut(token) {
+            connection.has_sent(header);
         }
-        connection.response_due = false;
+        Ok(sent)
     }
 
     /// Sends one packet without payload; `false` if there is no buffer for it.
@@ -188,6 +186,7 @@ impl Device {
             slices.write_header(buffer.slices.clone(), &header);
             slices.mark_dirty(buffer.slices, HEADER_LEN, len as usize);
             queue.add_used(mem, buffer.head, HEADER_LEN as u32 + len)?;
+            connection.has_sent(&header);
         }
         Ok(true)
     }

@@ -285,3 +285,26 @@ fn a_client_that_takes_nothing_does_not_hold_up_the_end() {
     vm.device.finish();
     assert!(start.elapsed() < std::time::Duration::from_secs(5));
 }
+
+#[test]
+fn no_news_is_lost_while_the_guest_provides_no_buffers() {
+    // Just enough for the requests of two connections.
+    let mut vm = Vm::without_buffers();
+    vm.refill = false;
+    vm.post_buffers(2);
+    let (mut reader, peer) = vm.connected();
+    let (writer, _) = vm.connected();
+    // Now there is credit to grant, and the end of a stream to report.
+    send_all(&mut vm, peer, &pattern(200_000));
+    reader.read_exact(&mut vec![0; 200_000]).unwrap();
+    drop(writer);
+    vm.expect_nothing();
+    vm.refill = true;
+    vm.post_buffers(64);
+    let mut got = Vec::new();
+    while let Some((header, _)) = vm.packet() {
+        got.push((header.op, header.fwd_cnt));
+    }
+    assert!(got.contains(&(op::CREDIT_UPDATE, 200_000)), "{got:?}");
+    assert!(got.iter().any(|(op, _)| *op == op::SHUTDOWN), "{got:?}");
+}
