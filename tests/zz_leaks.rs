@@ -2,7 +2,7 @@
 //!
 //! Every test checks its own world. This one looks again for what may have appeared
 //! later, or escaped by having no name of a world: cargo runs test targets in
-//! alphabetical order. Worlds of another test run that is still going on are its own.
+//! alphabetical order.
 
 // The lints keep panics out of the product; a test fails by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -12,24 +12,10 @@ use std::fs;
 use kuasar_runv_test_harness::process::Process;
 use kuasar_runv_test_harness::{Runtime, leaks, process};
 
-/// Whether this text names a world whose test process is still running.
-fn is_in_use(text: &str) -> bool {
-    let Some((_, rest)) = text.split_once(leaks::PREFIX) else {
-        return false;
-    };
-    let pid = rest.split('-').next().and_then(|pid| pid.parse().ok());
-    pid.is_some_and(process::is_alive)
-}
-
-/// What is left, without what another run still uses.
-fn left(found: impl IntoIterator<Item = String>) -> Vec<String> {
-    found.into_iter().filter(|text| !is_in_use(text)).collect()
-}
-
 #[test]
 fn no_process_is_left() {
     let ours = Runtime::built().binary;
-    let mut left: Vec<_> = leaks::processes(leaks::PREFIX);
+    let mut left: Vec<_> = leaks::processes(&leaks::prefix());
     let by_program = process::all_pids().into_iter().filter(|pid| {
         fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| {
             exe.to_string_lossy().trim_end_matches(" (deleted)") == ours.to_string_lossy()
@@ -40,21 +26,20 @@ fn no_process_is_left() {
             .filter_map(Process::read)
             .filter(Process::is_alive),
     );
-    let left = self::left(left.iter().map(Process::describe));
+    let left: Vec<_> = left.iter().map(Process::describe).collect();
     assert!(left.is_empty(), "{}", left.join("\n"));
 }
 
 #[test]
 fn no_mount_is_left() {
-    let left = left(leaks::mounts(leaks::PREFIX));
+    let left = leaks::mounts(&leaks::prefix());
     assert!(left.is_empty(), "{}", left.join("\n"));
 }
 
 #[test]
 fn no_cgroup_is_left() {
-    let cgroups = leaks::cgroups(leaks::PREFIX);
-    let left = left(cgroups.iter().map(|c| c.display().to_string()));
-    assert!(left.is_empty(), "{}", left.join("\n"));
+    let left = leaks::cgroups(&leaks::prefix());
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]
@@ -78,11 +63,11 @@ fn no_network_device_or_namespace_is_left() {
 
 #[test]
 fn no_file_is_left() {
-    let worlds = fs::read_dir(std::env::temp_dir())
+    let left: Vec<_> = fs::read_dir(std::env::temp_dir())
         .unwrap()
         .flatten()
         .map(|e| e.file_name().to_string_lossy().into_owned())
-        .filter(|name| name.starts_with(leaks::PREFIX));
-    let left = left(worlds);
+        .filter(|name| name.starts_with(&leaks::prefix()))
+        .collect();
     assert!(left.is_empty(), "{}", left.join("\n"));
 }

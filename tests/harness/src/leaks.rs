@@ -8,8 +8,12 @@ use std::path::{Path, PathBuf};
 
 use crate::process::{self, Process};
 
-/// Prefix of the name of every world.
-pub const PREFIX: &str = "krt-";
+/// Prefix of the name of every world of this test run: cargo is the parent of all
+/// test processes of a run. What another run has left, or still uses, is its own.
+#[must_use]
+pub fn prefix() -> String {
+    format!("krt-{}-", std::os::unix::process::parent_id())
+}
 /// Environment variable that carries the name of the world into every process a
 /// call of the runtime starts.
 pub const MARKER: &str = "KUASAR_RUNV_TEST_WORLD";

@@ -2,7 +2,7 @@
 //! commands with deadlines, and a check that nothing is left behind.
 //!
 //! ```text
-//!  test ── World ──── /tmp/krt-<pid>-<n>x/   root, bundles, output files
+//!  test ── World ──── /tmp/krt-<run>-<pid>-<n>x/   root, bundles, output files
 //!            │
 //!            ├─ Bundle      rootfs of busybox links + config.json built as JSON
 //!            ├─ Invocation  one call of the runtime under test, never longer than its deadline
@@ -14,7 +14,7 @@
 //! container's. One thread ([`reaper`]) collects every child, so nothing else in a
 //! test may wait for a process itself.
 //!
-//! The name of a world (`krt-<pid>-<n>x`) is in the path of everything a test
+//! The name of a world (`krt-<run>-<pid>-<n>x`) is in the path of everything a test
 //! makes, in every container id, and in the environment of every call. Whatever
 //! carries it after the test is a leak ([`leaks`]): dropping the world deletes its
 //! containers, looks for processes, mounts, cgroups and files, and fails the test

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::container::Container;
 use crate::invocation::{Invocation, Output};
-use crate::leaks::{self, MARKER, PREFIX};
+use crate::leaks::{self, MARKER};
 use crate::process;
 use crate::runtime::{Flavour, Runtime};
 use crate::wait::{SHORT, holds_within};
@@ -46,7 +46,7 @@ impl World {
         reaper::install();
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         // The closing letter keeps -1 from being a prefix of -11.
-        let name = format!("{PREFIX}{}-{number}x", std::process::id());
+        let name = format!("{}{}-{number}x", leaks::prefix(), std::process::id());
         let dir = std::env::temp_dir().join(&name);
         fs::create_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
         let mut world = World {
