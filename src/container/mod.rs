@@ -14,6 +14,7 @@ pub mod run;
 pub mod signal;
 pub mod start;
 pub mod state;
+pub mod terminal;
 
 use std::io;
 use std::path::PathBuf;

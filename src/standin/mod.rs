@@ -14,6 +14,7 @@
 mod end;
 pub mod relay;
 pub mod spawn;
+mod terminal;
 mod trim;
 
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -36,6 +37,9 @@ pub const HAS_STDIN: u8 = 1;
 pub const HAS_STDOUT: u8 = 2;
 pub const HAS_STDERR: u8 = 4;
 pub const TERMINAL: u8 = 8;
+/// Message bit: the command stays as long as the process does (`run`), and the
+/// channel with it.
+pub const ATTACHED: u8 = 16;
 
 /// Runs a stand-in. The return value is the exit code for a process that could
 /// not even start; else it ends as its guest process did.

@@ -24,6 +24,7 @@ mod standin;
 mod start;
 mod state;
 mod stdio;
+mod terminal;
 mod tty;
 
 mod probe {

@@ -11,5 +11,6 @@ mod faults_in_between;
 mod flavours;
 mod guest;
 mod sizes;
+mod terminal;
 mod unsupported;
 mod victims;
