@@ -65,16 +65,28 @@ impl Screen {
     /// When there is none to be had.
     #[must_use]
     pub fn open(rows: u16, cols: u16) -> (Screen, File) {
+        let (master, slave) = Screen::pair(rows, cols);
+        (Screen::new(master), slave)
+    }
+
+    /// A new terminal of this size: the bare master, and the slave.
+    ///
+    /// # Panics
+    /// When there is none to be had.
+    #[must_use]
+    pub fn pair(rows: u16, cols: u16) -> (File, File) {
         let (mut master, mut slave) = (0, 0);
         let none = std::ptr::null_mut();
-        // SAFETY: openpty writes two descriptors, which are nobody else's.
+        let mut size = winsize(rows, cols);
+        // SAFETY: openpty reads a size and writes two descriptors, which are nobody
+        // else's.
         let (master, slave) = unsafe {
             let rc = libc::openpty(
                 &raw mut master,
                 &raw mut slave,
                 none,
                 none.cast(),
-                none.cast(),
+                &raw mut size,
             );
             assert_eq!(rc, 0, "openpty: {}", io::Error::last_os_error());
             (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave))
@@ -83,9 +95,7 @@ impl Screen {
             // SAFETY: fcntl takes integers.
             unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
         }
-        let screen = Screen::new(master.into());
-        screen.resize(rows, cols);
-        (screen, slave.into())
+        (master.into(), slave.into())
     }
 
     /// Types this.
@@ -130,15 +140,19 @@ impl Screen {
     /// # Panics
     /// When the terminal is gone.
     pub fn resize(&self, rows: u16, cols: u16) {
-        let size = libc::winsize {
-            ws_row: rows,
-            ws_col: cols,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
+        let size = winsize(rows, cols);
         // SAFETY: TIOCSWINSZ reads a winsize that outlives the call.
         let rc = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size) };
         assert_eq!(rc, 0, "TIOCSWINSZ: {}", io::Error::last_os_error());
+    }
+}
+
+fn winsize(rows: u16, cols: u16) -> libc::winsize {
+    libc::winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
     }
 }
 
