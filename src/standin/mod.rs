@@ -8,11 +8,13 @@
 //! and the agent kills the guest process.
 //!
 //! It gets everything it needs as descriptors from the command that made it,
-//! follows no path and opens no file, has no capability, and is small: no
-//! runtime, no threads, no allocation beyond the relay's buffers.
+//! follows no path and opens no file, has no capability and only the system calls
+//! of its loop ([`seccomp`]), and is small: no runtime, no threads, no allocation
+//! beyond the relay's buffers.
 
 mod end;
 pub mod relay;
+mod seccomp;
 pub mod spawn;
 mod terminal;
 mod trim;
@@ -53,7 +55,7 @@ pub fn main() -> u8 {
     let Ok(relay) = relay::Relay::new(flags, streams) else {
         return 1;
     };
-    if channel.send(b"attached", &[]).is_err() {
+    if seccomp::confine().is_err() || channel.send(b"attached", &[]).is_err() {
         return 1;
     }
     trim::code_and_constants();

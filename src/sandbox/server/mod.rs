@@ -11,6 +11,7 @@
 mod agent;
 mod clients;
 mod machine;
+mod privileges;
 mod spawn;
 
 use std::io;
@@ -66,7 +67,10 @@ pub fn main() -> u8 {
         _ => return 1,
     };
     crate::logging::init_sandboxer(config.debug);
-    match Sandboxer::start(&config, start_us) {
+    let started = privileges::start()
+        .map_err(context("giving up capabilities"))
+        .and_then(|()| Sandboxer::start(&config, start_us));
+    match started {
         Ok(sandboxer) => sandboxer.run(channel),
         Err(e) => {
             log::error!("{e}");
@@ -149,8 +153,9 @@ impl Sandboxer {
         let fs_vhost = bind(FS_VHOST_SOCKET)?;
         let event_listener = bind(&format!("{VSOCK_SOCKET}_{EVENT_PORT}"))?;
         let known = Root::of_machine().map_err(context("the directory for what is detected"))?;
+        let share = Share::create(dir.join("share"), &[&known, &dir])
+            .map_err(context("the shared directory"))?;
         let mut machine = vm::create(&config.config, machine::vm_config(config, &dir), &known)?;
-        let share = Share::create(dir.join("share")).map_err(context("the shared directory"))?;
 
         let vmm_start_us = monotonic_us();
         let mut record = SandboxRecord::read(&root, &config.id)?;
@@ -164,6 +169,7 @@ impl Sandboxer {
             Listener::bind(dir_fd.as_fd(), CONTROL_SOCKET).map_err(context("making a socket"))?;
         let vsock = vsock::spawn(vsock_vhost, dir_fd, u64::from(GUEST_CID))
             .map_err(context("the vsock device"))?;
+        privileges::keep_running().map_err(context("giving up capabilities"))?;
         let timeout = config.config.timeouts.boot(machine.capabilities().emulated);
         Ok(Sandboxer {
             vm: machine,

@@ -141,6 +141,7 @@ impl QemuVm {
             working_dir: sandbox_dir.as_fd(),
             output: messages_sink.as_fd(),
             fds: &fds,
+            read_only: self.qemu.sandbox,
         };
         let process = Process::spawn(&spawn, on_spawn)?;
         let running = Running {
