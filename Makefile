@@ -91,6 +91,11 @@ lint: ## formatting, clippy and, when installed, shellcheck
 	  shellcheck -x scripts/* rootfs-builder/build-* rootfs-builder/kernel/*.sh; \
 	else echo 'lint: shellcheck is not installed, scripts were not checked'; fi
 
+.PHONY: man
+man: build ## write the manual into target/man
+	@rm -rf target/man
+	@$(HOST_BINARY) man target/man
+
 .PHONY: install
 install: ## install into PREFIX (default /usr/local), below DESTDIR; needs make image
 	@scripts/install-files "$(BIN)" "$(LIB)" "$(ETC)" "$(MAN)" "$(PREFIX)"

@@ -175,6 +175,15 @@ impl Config {
             None => load::load(Path::new(DEFAULT_PATH), load::Missing::MeansDefaults),
         }
     }
+
+    /// The files [`load`](Self::load) reads.
+    ///
+    /// # Errors
+    /// A directory that cannot be read.
+    pub fn files() -> Result<Vec<PathBuf>, Error> {
+        let main = std::env::var_os(CONFIG_ENV).map_or_else(|| DEFAULT_PATH.into(), PathBuf::from);
+        load::files(&main)
+    }
 }
 
 impl Timeouts {

@@ -109,3 +109,35 @@ fn plain(name: &str) -> io::Result<&str> {
     }
     Ok(name)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn what_the_guest_has_put_there_leads_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let (inside, outside) = (dir.path().join("share"), dir.path().join("outside"));
+        fs::create_dir_all(inside.join("c2")).unwrap();
+        fs::create_dir(&outside).unwrap();
+        symlink(&outside, inside.join("c1")).unwrap();
+        symlink(outside.join("made"), inside.join("c2/rootfs")).unwrap();
+        let share = Share { dir: inside };
+        let tree = crate::sys::unix_socket::open_dir(dir.path()).unwrap();
+        let file: OwnedFd = fs::File::open("/dev/null").unwrap().into();
+        for (container, errno) in [("c1", libc::ELOOP), ("c2", libc::EEXIST)] {
+            for what in [&tree, &file] {
+                let error = share.attach(container, "rootfs", what.as_fd()).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(errno), "{container}");
+            }
+        }
+        for name in ["", ".", "..", "a/b"] {
+            let error = share.attach("c2", name, tree.as_fd()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name:?}");
+        }
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+    }
+}

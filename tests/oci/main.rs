@@ -10,6 +10,7 @@ mod config_spec;
 mod create;
 mod delete;
 mod features;
+mod hostile_image;
 mod kill;
 mod list;
 mod log;
