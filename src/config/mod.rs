@@ -68,8 +68,9 @@ pub struct Qemu {
     #[serde(deserialize_with = "values::absolute_path")]
     pub firmware: PathBuf,
     pub accel: Accel,
-    /// Confines QEMU with its own seccomp filter. To be switched off only for a
-    /// QEMU that was built without seccomp.
+    /// Confines QEMU with its own seccomp filter, and to read-only file systems. To
+    /// be switched off only for a QEMU that was built without seccomp, or arguments
+    /// that make it write to files.
     pub sandbox: bool,
     /// Appended to QEMU's command line as they are.
     pub extra_args: Vec<String>,
