@@ -66,13 +66,15 @@ pub struct Created {
     standin: StandIn,
     standin_ref: ProcessRef,
     undo: Undo,
+    // Behind `undo`: who is interrupted cleans up first.
+    interrupt: Interrupt,
 }
 
 impl Created {
     /// Lets the container outlive this process.
     ///
     /// # Errors
-    /// When its processes have ended meanwhile.
+    /// When its processes have ended meanwhile, or this one was interrupted.
     pub fn keep(self) -> Result<(), Error> {
         self.keep_attached().map(drop)
     }
@@ -83,9 +85,14 @@ impl Created {
     /// # Errors
     /// As [`keep`](Self::keep).
     pub fn keep_attached(self) -> Result<StandIn, Error> {
+        if self.interrupt.has_come() {
+            return Err(Error::Interrupted);
+        }
         self.sandbox.commit()?;
         self.standin.commit()?;
         self.undo.disarm();
+        // What comes now comes too late: the container exists.
+        self.interrupt.ignore();
         Ok(self.standin)
     }
 
@@ -207,6 +214,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         standin,
         standin_ref,
         undo,
+        interrupt,
     };
     created.record_phase(Phase::Created)?;
     trace("create-end");

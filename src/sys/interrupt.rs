@@ -2,9 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::seqpacket::wait_readable;
 
 /// Holds SIGINT, SIGTERM and SIGHUP back, so that a command that is interrupted
 /// can undo what it did. When dropped, a signal that has come takes its effect,
@@ -24,6 +27,20 @@ impl Interrupt {
         let before = set.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?;
         Ok(Interrupt { signals, before })
+    }
+}
+
+impl Interrupt {
+    /// Whether a signal has come.
+    #[must_use]
+    pub fn has_come(&self) -> bool {
+        wait_readable(self.as_fd(), Duration::ZERO).unwrap_or(false)
+    }
+
+    /// Holds the signals back for the rest of the process, because there is nothing
+    /// to undo any more.
+    pub fn ignore(self) {
+        std::mem::forget(self);
     }
 }
 
