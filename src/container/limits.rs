@@ -132,14 +132,14 @@ fn memory(
             });
         }
     }
-    if change.memory.limit.is_some() || change.memory.swap.is_some() {
-        if let Some(swap) = swap(all)? {
-            settings.push(CgroupSetting {
-                // A kernel without it has no swap.
-                optional: true,
-                ..setting("memory.swap.max", swap)
-            });
-        }
+    if (change.memory.limit.is_some() || change.memory.swap.is_some())
+        && let Some(swap) = swap(all)?
+    {
+        settings.push(CgroupSetting {
+            // A kernel without it has no swap.
+            optional: true,
+            ..setting("memory.swap.max", swap)
+        });
     }
     settings.extend(max.map(|max| setting("memory.max", max)));
     let low = limit("memory-reservation", change.memory.reservation)?;
