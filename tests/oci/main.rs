@@ -6,15 +6,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bad_input;
+mod checkpoint;
 mod config_spec;
 mod create;
 mod delete;
+mod events;
 mod features;
 mod kill;
 mod list;
 mod log;
 mod mounts;
 mod parallel;
+mod pause;
 mod resources;
 mod rootfs;
 mod run;
@@ -25,6 +28,7 @@ mod start;
 mod state;
 mod stdio;
 mod tty;
+mod update;
 
 mod probe {
     #[test]
