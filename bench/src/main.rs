@@ -5,6 +5,7 @@
 //!  commands    state and list of kuasar-runv | runc | crun
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
+//!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
 //! Things that are compared run in turn within one round, so that a busy machine is
@@ -21,6 +22,7 @@
 
 mod commands;
 mod floor;
+mod keys;
 mod machine;
 mod memory;
 mod report;
@@ -44,6 +46,9 @@ struct Options {
     /// Rounds of the measurements of milliseconds
     #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..))]
     command_rounds: u32,
+    /// Keys that are typed
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    keys: u32,
     /// Also write the result as Markdown
     #[arg(long)]
     markdown: Option<PathBuf>,
@@ -58,6 +63,7 @@ enum Part {
     Commands,
     Memory,
     Throughput,
+    Keys,
 }
 
 fn main() {
@@ -79,6 +85,9 @@ fn main() {
     }
     if wanted(Part::Throughput) {
         report.add(throughput::measure(options.rounds));
+    }
+    if wanted(Part::Keys) {
+        report.add(keys::measure(options.keys));
     }
     if let Some(path) = options.markdown {
         std::fs::write(&path, report.markdown())

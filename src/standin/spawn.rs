@@ -3,7 +3,8 @@
 //!
 //! The child waits until its pid is recorded, enters namespaces of its own,
 //! makes the container's rootfs and volumes its root, gives up every
-//! capability, and executes this binary anew for a small address space. It
+//! capability, and executes this binary anew, through a read-only mount of it
+//! ([`own_binary`](crate::sys::own_binary)), for a small address space. It
 //! resolves every path of the container inside the container's root.
 
 use std::collections::VecDeque;
@@ -19,8 +20,10 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{ForkResult, chdir, dup2, fchdir, fork, pivot_root, setsid};
 use rustix::fs::{Mode, OFlags, mkdirat, openat, readlinkat};
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 
 use super::{CHANNEL_FD, COMMAND};
+use crate::sys::capabilities;
 use crate::sys::mount as mounts;
 use crate::sys::seqpacket::Channel;
 
@@ -74,7 +77,7 @@ pub struct StandIn {
 /// As fork(2).
 pub fn spawn(plan: Plan<'_>) -> Result<StandIn, Error> {
     let (ours, theirs) = Channel::pair()?;
-    let exe = std::fs::File::open("/proc/self/exe")?;
+    let exe = crate::sys::own_binary::read_only()?;
     // SAFETY: this process has one thread, so the child may allocate and do
     // everything else that is not async-signal-safe.
     match unsafe { fork() }.map_err(io::Error::from)? {
@@ -164,8 +167,7 @@ fn child(plan: Plan<'_>, channel: &Channel, exe: BorrowedFd<'_>) -> Result<Never
     }
     enter_namespaces(&plan).map_err(step("entering namespaces"))?;
     enter_rootfs(&plan)?;
-    rustix::thread::set_no_new_privs(true).map_err(io::Error::from)?;
-    drop_capabilities().map_err(step("dropping capabilities"))?;
+    capabilities::limit_to(CapabilitySet::empty()).map_err(step("dropping capabilities"))?;
     channel.send(b"ready", &[])?;
     exec(plan.label, channel.as_fd(), exe).map_err(step("executing the runtime's binary"))
 }
@@ -295,20 +297,6 @@ fn make(parent: &OwnedFd, name: &OsStr, is_dir: bool) -> io::Result<()> {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(e) => Err(e.into()),
     }
-}
-
-fn drop_capabilities() -> io::Result<()> {
-    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
-    let none = CapabilitySet::empty();
-    set_capabilities(
-        None,
-        CapabilitySets {
-            effective: none,
-            permitted: none,
-            inheritable: none,
-        },
-    )?;
-    Ok(())
 }
 
 fn exec(label: &str, channel: BorrowedFd<'_>, exe: BorrowedFd<'_>) -> io::Result<Never> {

@@ -12,6 +12,7 @@ mod create;
 mod delete;
 mod events;
 mod features;
+mod hostile_image;
 mod kill;
 mod list;
 mod log;
@@ -27,6 +28,7 @@ mod standin;
 mod start;
 mod state;
 mod stdio;
+mod terminal;
 mod tty;
 mod update;
 

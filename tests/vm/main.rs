@@ -4,13 +4,16 @@
 // The lints keep panics out of the product; a test fails by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod comforts;
 mod concurrency;
 mod config_file;
+mod confinement;
 mod faults;
 mod faults_in_between;
 mod flavours;
 mod guest;
 mod limits;
 mod sizes;
+mod terminal;
 mod unsupported;
 mod victims;

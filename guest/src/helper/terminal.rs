@@ -49,13 +49,7 @@ pub fn finish(master: &OwnedFd, process: &Process, uid: u32) -> Result<(), Failu
         set_size(master, cells(size.height()), cells(size.width()))
             .map_err(Failure::io("setting the terminal's size"))?;
     }
-    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
-    // SAFETY: TIOCGPTPEER takes open flags and returns a descriptor.
-    let slave =
-        sys::check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
-            .map_err(Failure::io("opening the terminal"))?;
-    // SAFETY: just made for us; descriptors fit an int.
-    let slave = unsafe { OwnedFd::from_raw_fd(slave as RawFd) };
+    let slave = open_slave(master).map_err(Failure::io("opening the terminal"))?;
     give_to(&slave, uid).map_err(Failure::io("giving the terminal to the user"))
 }
 
@@ -77,4 +71,27 @@ pub fn set_size(master: &OwnedFd, rows: u16, cols: u16) -> io::Result<()> {
     let set = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
     sys::check(set.into())?;
     Ok(())
+}
+
+/// Hangs the terminal up as the end of its last master would.
+///
+/// # Errors
+/// Of the ioctls.
+pub fn hang_up(master: &OwnedFd) -> io::Result<()> {
+    let slave = open_slave(master)?;
+    // SAFETY: TIOCVHANGUP takes no argument.
+    sys::check(unsafe { libc::ioctl(slave.as_raw_fd(), TIOCVHANGUP) }.into())?;
+    Ok(())
+}
+
+/// `include/uapi/asm-generic/ioctls.h`.
+const TIOCVHANGUP: libc::Ioctl = 0x5437;
+
+fn open_slave(master: &OwnedFd) -> io::Result<OwnedFd> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes open flags and returns a descriptor.
+    let slave =
+        sys::check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())?;
+    // SAFETY: just made for us; descriptors fit an int.
+    Ok(unsafe { OwnedFd::from_raw_fd(slave as RawFd) })
 }
