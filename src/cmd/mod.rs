@@ -2,18 +2,25 @@
 //! Nothing here decides anything; it parses, calls, prints.
 
 mod check;
+mod checkpoint;
 mod completion;
 mod create;
 mod delete;
 mod env;
+mod events;
 mod features;
 mod kill;
 mod list;
 mod man;
+mod pause;
+mod restore;
+mod resume;
 mod run;
 mod spec;
 mod start;
 mod state;
+mod update;
+mod values;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -86,18 +93,24 @@ enum Rootless {
 #[derive(Subcommand)]
 enum Command {
     Check(check::Args),
+    Checkpoint(checkpoint::Args),
     Completion(completion::Args),
     Create(create::Args),
     Delete(delete::Args),
     Env(env::Args),
+    Events(events::Args),
     Features(features::Args),
     Kill(kill::Args),
     List(list::Args),
     Man(man::Args),
+    Pause(pause::Args),
+    Restore(restore::Args),
+    Resume(resume::Args),
     Run(run::Args),
     Spec(spec::Args),
     Start(start::Args),
     State(state::Args),
+    Update(update::Args),
 }
 
 /// What every command knows besides its own arguments.
@@ -164,18 +177,24 @@ pub fn run() -> u8 {
     };
     let done = match cli.command {
         Command::Check(args) => check::run(&context, &args),
+        Command::Checkpoint(args) => checkpoint::run(&context, &args),
         Command::Completion(args) => completion::run(&args),
         Command::Create(args) => create::run(&context, args),
         Command::Delete(args) => delete::run(&context, &args),
         Command::Env(args) => env::run(&context, &args),
+        Command::Events(args) => events::run(&context, &args),
         Command::Features(args) => features::run(&context, &args),
         Command::Kill(args) => kill::run(&context, &args),
         Command::List(args) => list::run(&context, &args),
         Command::Man(args) => man::run(&args),
+        Command::Pause(args) => pause::run(&context, &args),
+        Command::Restore(args) => restore::run(&context, &args),
+        Command::Resume(args) => resume::run(&context, &args),
         Command::Run(args) => run::run(&context, args),
         Command::Spec(args) => spec::run(&context, &args),
         Command::Start(args) => start::run(&context, &args),
         Command::State(args) => state::run(&context, &args),
+        Command::Update(args) => update::run(&context, &args),
     };
     match done {
         Ok(code) => code,

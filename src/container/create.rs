@@ -17,6 +17,7 @@ use serde_json::json;
 use super::bundle::Bundle;
 use super::console::Console;
 use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
+use super::resources::Resources;
 use super::state::{ContainerRecord, Phase};
 use super::terminal::CallersTerminal;
 use super::{Error, cgroup, check_id, context, delete};
@@ -303,6 +304,7 @@ fn begin(
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     record.cgroups = cgroups;
+    record.resources = Resources::of_config(&bundle.json).map_err(super::bundle::Error::Json)?;
     let undo = Undo {
         root: root.clone(),
         id: options.id.clone(),

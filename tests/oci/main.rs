@@ -6,9 +6,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bad_input;
+mod checkpoint;
 mod config_spec;
 mod create;
 mod delete;
+mod events;
 mod features;
 mod hostile_image;
 mod kill;
@@ -16,6 +18,7 @@ mod list;
 mod log;
 mod mounts;
 mod parallel;
+mod pause;
 mod resources;
 mod rootfs;
 mod run;
@@ -27,6 +30,7 @@ mod state;
 mod stdio;
 mod terminal;
 mod tty;
+mod update;
 
 mod probe {
     #[test]

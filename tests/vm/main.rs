@@ -12,6 +12,7 @@ mod faults;
 mod faults_in_between;
 mod flavours;
 mod guest;
+mod limits;
 mod sizes;
 mod terminal;
 mod unsupported;

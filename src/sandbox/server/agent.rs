@@ -9,7 +9,7 @@ use kuasar_runv_protocol::{EVENT_PORT, PROTOCOL_VERSION};
 
 use super::{Boot, End, Sandboxer};
 use crate::sandbox::VSOCK_SOCKET;
-use crate::sandbox::control::{ReadyInfo, Reply, monotonic_us};
+use crate::sandbox::control::{Notice, ReadyInfo, Reply, monotonic_us};
 
 /// The agent's event connection, read without blocking and with a bound.
 pub(super) struct AgentEvents {
@@ -91,6 +91,10 @@ impl Sandboxer {
         for event in events {
             if event.has_ready() && matches!(self.boot, Boot::Running { .. }) {
                 self.agent_is_ready(event.ready())?;
+            } else if event.has_oom() {
+                self.notify(&event.oom().container_id, Notice::Oom);
+            } else if event.has_exited() && event.exited().exec_id.is_empty() {
+                self.notify(&event.exited().container_id, Notice::Ended);
             }
         }
         Ok(())

@@ -17,6 +17,8 @@ pub(super) struct Client {
     /// It boots this VM: until it commits, its end is the end of the VM.
     pub is_creator: bool,
     pub waits_for_boot: bool,
+    /// The container whose notices it gets.
+    pub listens_to: Option<String>,
 }
 
 impl Sandboxer {
@@ -36,6 +38,7 @@ impl Sandboxer {
                 channel,
                 is_creator: false,
                 waits_for_boot: false,
+                listens_to: None,
             }),
             Err(e) => log::warn!("accepting a command: {e}"),
         }
@@ -95,6 +98,7 @@ impl Sandboxer {
                 self.clients[index].is_creator = false;
                 Ok(Some(Reply::default()))
             }
+            Request::Subscribe { container } => self.subscribe(index, container).map(Some),
         }
     }
 }

@@ -13,6 +13,7 @@ mod clients;
 mod machine;
 mod privileges;
 mod spawn;
+mod subscribers;
 
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -204,6 +205,7 @@ impl Sandboxer {
             channel: creator,
             is_creator: true,
             waits_for_boot: false,
+            listens_to: None,
         });
         let code = loop {
             match self.step() {
