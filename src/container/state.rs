@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::hooks::LateHooks;
 use crate::root::Root;
 use crate::sandbox::record::SandboxRecord;
 use crate::sys::atomic_file;
@@ -76,6 +77,9 @@ pub struct ContainerRecord {
     pub standin: Option<ProcessRef>,
     /// Host cgroup directories made for it, to be removed with it.
     pub cgroups: Vec<PathBuf>,
+    /// What runs when the bundle may be gone.
+    #[serde(default, skip_serializing_if = "LateHooks::is_empty")]
+    pub hooks: LateHooks,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -163,6 +167,7 @@ impl ContainerRecord {
             creator: ProcessRef::current()?,
             standin: None,
             cgroups: Vec::new(),
+            hooks: LateHooks::default(),
         })
     }
 

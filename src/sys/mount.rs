@@ -41,17 +41,29 @@ pub fn attach(tree: BorrowedFd<'_>, dir: BorrowedFd<'_>, path: &Path) -> io::Res
     Ok(move_mount(tree, "", dir, path, flags)?)
 }
 
-/// Makes a mount read-only; mounts below it stay as they are.
+/// Makes a mount read-only, and the mounts below it where `recursive`.
 ///
 /// # Errors
 /// As mount_setattr(2).
-pub fn set_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
-    const MOUNT_ATTR_RDONLY: u64 = 1;
+pub fn set_read_only(mount: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
     let read_only = MountAttr {
-        attr_set: MOUNT_ATTR_RDONLY,
+        attr_set: libc::MOUNT_ATTR_RDONLY,
         ..MountAttr::default()
     };
-    mount_setattr(mount, 0, &read_only)
+    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+    mount_setattr(mount, flags, &read_only)
+}
+
+/// Cuts a cloned tree off from later mounts of the original.
+///
+/// # Errors
+/// As mount_setattr(2).
+pub fn set_private(mount: BorrowedFd<'_>) -> io::Result<()> {
+    let private = MountAttr {
+        propagation: libc::MS_PRIVATE,
+        ..MountAttr::default()
+    };
+    mount_setattr(mount, libc::AT_RECURSIVE, &private)
 }
 
 /// `struct mount_attr` of mount_setattr(2).
