@@ -36,6 +36,8 @@ pub struct Hook<'a> {
     /// `NAME=value`; the hook has no other environment.
     pub env: &'a [String],
     pub timeout: Option<Duration>,
+    /// Working directory; the caller's by default.
+    pub dir: Option<&'a Path>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -90,9 +92,8 @@ fn words(error: &io::Error) -> String {
     text[..end].to_lowercase()
 }
 
-/// Runs a hook to its end with `state` on its standard input. Its working
-/// directory is the caller's. A hook that takes too long, or during which `stop`
-/// becomes readable or hangs up, is killed.
+/// Runs a hook to its end with `state` on its standard input. A hook that takes too long, or during which `stop`
+/// becomes readable or hangs up, is killed, as it is at the end of the caller.
 ///
 /// # Errors
 /// See [`Error`].
@@ -121,6 +122,9 @@ fn command(hook: &Hook<'_>) -> Command {
     if let Some((name, args)) = hook.args.split_first() {
         command.arg0(name).args(args);
     }
+    if let Some(dir) = hook.dir {
+        command.current_dir(dir);
+    }
     command
         .env_clear()
         .envs(hook.env.iter().filter_map(|entry| entry.split_once('=')))
@@ -134,6 +138,8 @@ fn command(hook: &Hook<'_>) -> Command {
             libc::sigemptyset(&raw mut none);
             libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+            // Nobody wants its result when the caller is killed.
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
             let rest = libc::CLOSE_RANGE_CLOEXEC;
             libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, rest);
             Ok(())
@@ -355,6 +361,7 @@ mod tests {
             args: &args,
             env: &["A=1".to_owned()],
             timeout: timeout.map(Duration::from_millis),
+            dir: None,
         };
         run(&hook, b"state", None)
     }
@@ -380,6 +387,7 @@ mod tests {
             args: &[],
             env: &[],
             timeout: None,
+            dir: None,
         };
         let missing = run(&hook, b"", None).unwrap_err().to_string();
         assert_eq!(missing, "fork/exec /no/such: no such file or directory");
@@ -401,6 +409,7 @@ mod tests {
             args: &args,
             env: &[],
             timeout: None,
+            dir: None,
         };
         let Err(Error::Failed { stdout, .. }) = run(&hook, &vec![b'x'; 1 << 20], None) else {
             panic!("the hook succeeded");
@@ -425,6 +434,7 @@ mod tests {
             args: &args,
             env: &[],
             timeout: None,
+            dir: None,
         };
         let stopped = run(&hook, b"", Some(read.as_fd()));
         assert!(matches!(stopped, Err(Error::Stopped)));

@@ -86,7 +86,7 @@ impl Created {
     /// Of the first that fails; the container is to be dropped then.
     pub fn poststart(&self) -> Result<(), Error> {
         let state = hooks::State::of(&self.record, Status::Running);
-        hooks::run(&self.record.hooks.poststart, &state, None).map_err(Error::Hook)
+        hooks::run(&self.record.hooks.poststart, &state, None, None).map_err(Error::Hook)
     }
 
     #[must_use]
@@ -329,7 +329,7 @@ fn spawn_standin(
     }
     let create_container = |pid: i32, stop: BorrowedFd<'_>| {
         let state = hooks::State::of(record, Status::Creating).with_pid(pid);
-        hooks::run(&hooks.create_container, &state, Some(stop)).map_err(|e| e.to_string())
+        hooks::run(&hooks.create_container, &state, None, Some(stop)).map_err(|e| e.to_string())
     };
     let has_hooks = !hooks.create_container.is_empty();
     let state_dir = root.container(&record.id);
@@ -355,7 +355,7 @@ fn run_hooks(
 ) -> Result<(), Error> {
     let state = hooks::State::of(record, Status::Creating);
     for list in [&hooks.prestart, &hooks.create_runtime] {
-        hooks::run(list, &state, Some(interrupt)).map_err(|e| match e.source {
+        hooks::run(list, &state, Some(&record.bundle), Some(interrupt)).map_err(|e| match e.source {
             hook::Error::Stopped => Error::Interrupted,
             _ => Error::InitHook(e.to_string()),
         })?;

@@ -131,12 +131,17 @@ fn timeout(hook: &Hook) -> Option<Duration> {
         .map(|seconds| Duration::from_secs(seconds.unsigned_abs()))
 }
 
-/// Runs hooks one after the other, in the caller's working directory. `stop`
-/// ends the one that runs when it becomes readable or hangs up.
+/// Runs hooks one after the other, in `dir` or else in the caller's working
+/// directory. `stop` ends the one that runs when it becomes readable or hangs up.
 ///
 /// # Errors
 /// Of the first that fails.
-pub fn run(list: &[Hook], state: &State<'_>, stop: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+pub fn run(
+    list: &[Hook],
+    state: &State<'_>,
+    dir: Option<&Path>,
+    stop: Option<BorrowedFd<'_>>,
+) -> Result<(), Error> {
     if list.is_empty() {
         return Ok(());
     }
@@ -150,6 +155,7 @@ pub fn run(list: &[Hook], state: &State<'_>, stop: Option<BorrowedFd<'_>>) -> Re
             args: each.args().as_deref().unwrap_or_default(),
             env: each.env().as_deref().unwrap_or_default(),
             timeout: timeout(each),
+            dir,
         };
         hook::run(&hook, &json, stop).map_err(failed(index))?;
     }
@@ -160,7 +166,7 @@ pub fn run(list: &[Hook], state: &State<'_>, stop: Option<BorrowedFd<'_>>) -> Re
 /// warning for each that fails.
 pub fn run_all(list: &[Hook], state: &State<'_>) {
     for (index, each) in list.iter().enumerate() {
-        if let Err(e) = run(std::slice::from_ref(each), state, None) {
+        if let Err(e) = run(std::slice::from_ref(each), state, None, None) {
             log::warn!("{}", Error { index, ..e });
         }
     }
@@ -205,7 +211,7 @@ mod tests {
         let list = hooks(json!([mark("0"), {"path": "/bin/false"}, mark("2")]));
         let record = record();
         let state = State::of(&record, Status::Creating);
-        let message = run(&list, &state, None).unwrap_err().to_string();
+        let message = run(&list, &state, None, None).unwrap_err().to_string();
         assert_eq!(
             message,
             "error running hook #1: error running hook: exit status 1, stdout: , stderr: "

@@ -27,7 +27,7 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
     }
     started?;
     let state = hooks::State::of(&record, Status::Running);
-    if let Err(e) = hooks::run(&record.hooks.poststart, &state, None) {
+    if let Err(e) = hooks::run(&record.hooks.poststart, &state, None, None) {
         // The error to report is the hook's; the process may have ended.
         if let Err(left) = kill::kill(root, id, libc::SIGKILL, true) {
             log::warn!("killing the container after a failed hook: {left}");

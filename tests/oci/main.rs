@@ -10,14 +10,17 @@ mod config_spec;
 mod create;
 mod delete;
 mod features;
+mod hooks;
 mod kill;
 mod list;
 mod log;
 mod mounts;
 mod parallel;
+mod process;
 mod resources;
 mod rootfs;
 mod run;
+mod seccomp;
 mod signals;
 mod spec;
 mod standin;
@@ -25,6 +28,7 @@ mod start;
 mod state;
 mod stdio;
 mod tty;
+mod userns;
 
 mod probe {
     #[test]

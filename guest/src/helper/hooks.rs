@@ -60,6 +60,7 @@ impl StartHooks {
                 timeout: each
                     .timeout()
                     .map(|seconds| Duration::from_secs(seconds.unsigned_abs())),
+                dir: None,
             };
             self.state()
                 .map_err(hook::Error::Io)
