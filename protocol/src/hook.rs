@@ -85,8 +85,10 @@ fn signal_words(signal: i32) -> String {
     text.to_string_lossy().to_lowercase()
 }
 
-/// An error of the system in Go's words, without its number.
-fn words(error: &io::Error) -> String {
+/// An error of the system in Go's words, which are runc's: lower case, and without
+/// its number.
+#[must_use]
+pub fn words(error: &io::Error) -> String {
     let text = error.to_string();
     let end = text.find(" (os error").unwrap_or(text.len());
     text[..end].to_lowercase()

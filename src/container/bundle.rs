@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use kuasar_runv_protocol::hook::words;
 use oci_spec::runtime::{Capability, Spec};
 use serde::Deserialize;
 use serde_json::Value;
@@ -14,7 +15,7 @@ const MAX_CONFIG: u64 = 3 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("chdir {}: {source}", path.display())]
+    #[error("chdir {}: {}", path.display(), words(source))]
     NoBundle { path: PathBuf, source: io::Error },
     #[error("JSON specification file config.json not found")]
     NoConfig,
@@ -28,7 +29,7 @@ pub enum Error {
     Invalid(&'static str),
     #[error("config.json: unsupported ociVersion {0:?}, only 1.x is supported")]
     Version(String),
-    #[error("invalid rootfs: stat {}: {source}", path.display())]
+    #[error("invalid rootfs: stat {}: {}", path.display(), words(source))]
     NoRootfs { path: PathBuf, source: io::Error },
     #[error("invalid rootfs: {} is not a directory", .0.display())]
     RootfsNotDirectory(PathBuf),

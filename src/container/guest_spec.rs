@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use kuasar_runv_protocol::hook::words;
 use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR};
 use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use serde_json::{Value, json};
@@ -24,8 +25,8 @@ pub enum Error {
     #[error("config.json: {0}")]
     Unsupported(String),
     #[error(
-        "error mounting \"{}\" to rootfs at \"{}\": stat {}: {source}",
-        .path.display(), .destination.display(), .path.display()
+        "error mounting \"{}\" to rootfs at \"{}\": stat {}: {}",
+        .path.display(), .destination.display(), .path.display(), words(source)
     )]
     NoSource {
         path: PathBuf,
@@ -81,6 +82,10 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
         guest["type"] = json!("bind");
         guest["options"] = json!(bind.options);
         binds.push(bind);
+    }
+    if let Some(linux) = json["linux"].as_object_mut() {
+        // An empty one, or it would have been refused.
+        linux.remove("intelRdt");
     }
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
     keep_guest_hooks(&mut json, bundle);
@@ -309,7 +314,9 @@ mod tests {
             ("\"rshared\"", |c| {
                 c["mounts"][1]["options"] = json!(["rbind", "rshared"]);
             }),
-            ("\"ext4\"", |c| c["mounts"][0]["type"] = json!("ext4")),
+            ("\"ext4\"", |c| {
+                c["mounts"][0] = json!({"destination": "/x", "type": "ext4"});
+            }),
         ];
         for (expected, change) in cases {
             let message = bundle(change).unwrap_err().to_string();

@@ -5,6 +5,7 @@
 //! Reference: the runtime specification, config.md and config-linux.md.
 
 use std::collections::HashSet;
+use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{
     Hook, Linux, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, Process,
@@ -29,6 +30,7 @@ fn invalid<T>(message: impl Into<String>) -> std::result::Result<T, Invalid> {
 /// [`Invalid`], for the first rule that is broken.
 pub fn check(spec: &Spec) -> Result {
     check_hooks(spec)?;
+    check_mounts(spec)?;
     if let Some(process) = spec.process() {
         check_process(process)?;
     }
@@ -77,6 +79,44 @@ fn check_hook(hook: &Hook) -> std::result::Result<(), &'static str> {
     }
     if hook.timeout().is_some_and(|seconds| seconds <= 0) {
         return Err("the timeout must be greater than zero");
+    }
+    Ok(())
+}
+
+/// Nothing may cover the file system that tells the container's processes about
+/// themselves, except what reports numbers of the machine (runc's list).
+fn check_mounts(spec: &Spec) -> Result {
+    const NUMBERS: [&str; 11] = [
+        "cpuinfo",
+        "diskstats",
+        "loadavg",
+        "meminfo",
+        "net/dev",
+        "slabinfo",
+        "stat",
+        "swaps",
+        "sys/kernel/ns_last_pid",
+        "sys/crypto/fips_enabled",
+        "uptime",
+    ];
+    for mount in spec.mounts().iter().flatten() {
+        let path = mount.destination();
+        let normal = path.components().filter(|c| matches!(c, Component::Normal(_)));
+        let normal: PathBuf = normal.collect();
+        let Ok(below) = normal.strip_prefix("proc") else {
+            continue;
+        };
+        if below.as_os_str().is_empty() {
+            if mount.typ().as_deref() != Some("proc") {
+                return invalid(format!(
+                    "{path:?} cannot be mounted because it is not of type proc"
+                ));
+            }
+        } else if !NUMBERS.iter().any(|allowed| Path::new(allowed) == below) {
+            return invalid(format!(
+                "{path:?} cannot be mounted because it is inside /proc"
+            ));
+        }
     }
     Ok(())
 }
@@ -305,6 +345,11 @@ mod tests {
             c["process"]["oomScoreAdj"] = json!(-1000);
             c["linux"]["intelRdt"] = json!({});
             c["linux"]["rootfsPropagation"] = json!("rshared");
+            c["mounts"] = json!([
+                {"destination": "/proc", "type": "proc"},
+                {"destination": "/proc/./meminfo", "type": "bind"},
+                {"destination": "/process", "type": "tmpfs"},
+            ]);
             c["linux"]["sysctl"] = json!({
                 "net.ipv4.ip_forward": "1", "net/ipv4/ip_forward": "1", "kernel.msgmax": "1",
                 "fs.mqueue.msg_max": "1", "kernel.domainname": "x",
@@ -316,7 +361,13 @@ mod tests {
     #[test]
     fn each_broken_rule_is_named() {
         type Case = (&'static str, fn(&mut Value));
-        let cases: [Case; 19] = [
+        let cases: [Case; 21] = [
+            ("\"/proc/version\" cannot be mounted because it is inside /proc", |c| {
+                c["mounts"] = json!([{"destination": "/proc/version", "type": "tmpfs"}]);
+            }),
+            ("cannot be mounted because it is not of type proc", |c| {
+                c["mounts"] = json!([{"destination": "/proc/", "type": "tmpfs"}]);
+            }),
             ("uids and gids must be in range 0-2147483647", |c| {
                 c["process"]["user"]["uid"] = json!(u32::MAX);
             }),

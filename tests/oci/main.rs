@@ -6,14 +6,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bad_input;
+mod cgroups;
 mod config_spec;
 mod create;
 mod delete;
+mod devices;
 mod features;
 mod hooks;
 mod kill;
 mod list;
 mod log;
+mod mount_options;
 mod mounts;
 mod parallel;
 mod process;

@@ -171,6 +171,8 @@ fn complete_capabilities(given: Option<&LinuxCapabilities>) -> LinuxCapabilities
 fn normalise_linux(linux: &mut Linux) -> Result<()> {
     normalise_namespaces(linux)?;
     refuse_label("linux.mountLabel", linux.mount_label().as_deref())?;
+    // An empty one would become a mount option.
+    linux.set_mount_label(None);
     if linux.intel_rdt().is_some() {
         return unsupported("linux.intelRdt", "it belongs to the host's processor");
     }
