@@ -370,7 +370,11 @@ mod tests {
 
     #[test]
     fn a_hook_gets_the_state_and_only_its_environment() {
-        sh("[ \"$(cat)\" = state ] && [ \"$A\" = 1 ] && [ -z \"$HOME$CARGO\" ]", None).unwrap();
+        sh(
+            "[ \"$(cat)\" = state ] && [ \"$A\" = 1 ] && [ -z \"$HOME$CARGO\" ]",
+            None,
+        )
+        .unwrap();
     }
 
     #[test]

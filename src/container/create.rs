@@ -17,9 +17,9 @@ use nix::pty::Winsize;
 use super::bundle::Bundle;
 use super::console::Console;
 use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
+use super::hooks::{self, Hooks};
 use super::mount_options::Depth;
 use super::state::{ContainerRecord, Phase, Status};
-use super::hooks::{self, Hooks};
 use super::{Error, cgroup, check_id, context, delete};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
@@ -336,7 +336,11 @@ fn spawn_standin(
     let standin = spawn::spawn(Plan {
         label: &record.id,
         // Hooks look for the container's mounts where its rootfs is.
-        mount_point: if has_hooks { &bundle.rootfs } else { &state_dir },
+        mount_point: if has_hooks {
+            &bundle.rootfs
+        } else {
+            &state_dir
+        },
         rootfs: clone_rootfs(bundle)?,
         volumes,
         hostname: bundle.spec.hostname().clone(),
@@ -355,9 +359,11 @@ fn run_hooks(
 ) -> Result<(), Error> {
     let state = hooks::State::of(record, Status::Creating);
     for list in [&hooks.prestart, &hooks.create_runtime] {
-        hooks::run(list, &state, Some(&record.bundle), Some(interrupt)).map_err(|e| match e.source {
-            hook::Error::Stopped => Error::Interrupted,
-            _ => Error::InitHook(e.to_string()),
+        hooks::run(list, &state, Some(&record.bundle), Some(interrupt)).map_err(|e| {
+            match e.source {
+                hook::Error::Stopped => Error::Interrupted,
+                _ => Error::InitHook(e.to_string()),
+            }
         })?;
     }
     Ok(())

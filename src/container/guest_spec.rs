@@ -116,10 +116,7 @@ fn keep_guest_hooks(json: &mut Value, bundle: &Bundle) {
 fn destination(mount: &Mount) -> PathBuf {
     let path = mount.destination();
     if !path.is_absolute() {
-        log::warn!(
-            "mount destination {} is not absolute",
-            path.display()
-        );
+        log::warn!("mount destination {} is not absolute", path.display());
     }
     Path::new("/").join(path)
 }
@@ -301,7 +298,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
-        let cases: [(&str, fn(&mut Value)); 5] = [
+        type Case = (&'static str, fn(&mut Value));
+        let cases: [Case; 5] = [
             ("network", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "mount"}]);
             }),

@@ -195,7 +195,9 @@ mod tests {
         let pid = record.creator.pid;
         assert_eq!(
             creating,
-            format!(r#"{{"ociVersion":"1.2.0","id":"c1","status":"creating","pid":{pid},"bundle":"/b"}}"#)
+            format!(
+                r#"{{"ociVersion":"1.2.0","id":"c1","status":"creating","pid":{pid},"bundle":"/b"}}"#
+            )
         );
         let stopped = serde_json::to_value(State::of(&record, Status::Stopped)).unwrap();
         assert_eq!(
@@ -228,7 +230,10 @@ mod tests {
             ..Hooks::default()
         };
         let bounded = list(json!([{"path": "/a", "timeout": 2}, {"path": "/b", "timeout": 3}]));
-        assert_eq!(bounded.create_container_time(), Some(Duration::from_secs(5)));
+        assert_eq!(
+            bounded.create_container_time(),
+            Some(Duration::from_secs(5))
+        );
         let unbounded = list(json!([{"path": "/a", "timeout": 2}, {"path": "/b"}]));
         assert_eq!(unbounded.create_container_time(), None);
     }

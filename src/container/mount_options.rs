@@ -13,14 +13,63 @@ use rustix::fs::{StatVfsMountFlags, statvfs};
 /// Every option that runc or the runtime specification knows, in alphabetical
 /// order. The others are data for a file system, which a bind mount has none of.
 const KNOWN: &[&str] = &[
-    "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "iversion",
-    "lazytime", "loud", "mand", "noatime", "nodev", "nodiratime", "noexec", "noiversion",
-    "nolazytime", "nomand", "norelatime", "nostrictatime", "nosuid", "nosymfollow", "private",
-    "ratime", "rbind", "rdev", "rdiratime", "relatime", "rexec", "rnoatime", "rnodev",
-    "rnodiratime", "rnoexec", "rnorelatime", "rnostrictatime", "rnosuid", "rnosymfollow", "ro",
-    "rprivate", "rrelatime", "rro", "rrw", "rslave", "rstrictatime", "rsuid", "rsymfollow",
-    "runbindable", "rw", "silent", "slave", "strictatime", "suid", "symfollow", "sync",
-    "tmpcopyup", "unbindable",
+    "async",
+    "atime",
+    "bind",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "iversion",
+    "lazytime",
+    "loud",
+    "mand",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "noiversion",
+    "nolazytime",
+    "nomand",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "nosymfollow",
+    "private",
+    "ratime",
+    "rbind",
+    "rdev",
+    "rdiratime",
+    "relatime",
+    "rexec",
+    "rnoatime",
+    "rnodev",
+    "rnodiratime",
+    "rnoexec",
+    "rnorelatime",
+    "rnostrictatime",
+    "rnosuid",
+    "rnosymfollow",
+    "ro",
+    "rprivate",
+    "rrelatime",
+    "rro",
+    "rrw",
+    "rslave",
+    "rstrictatime",
+    "rsuid",
+    "rsymfollow",
+    "runbindable",
+    "rw",
+    "silent",
+    "slave",
+    "strictatime",
+    "suid",
+    "symfollow",
+    "sync",
+    "tmpcopyup",
+    "unbindable",
 ];
 
 /// How far down a property of a mount reaches.
@@ -143,7 +192,9 @@ mod tests {
         assert!(!options.recursive && parsed(&[]).recursive);
         for option in ["shared", "rshared", "idmap", "ridmap", "remount"] {
             assert_eq!(
-                bind(&["rbind", option], Path::new("/x")).unwrap_err().option,
+                bind(&["rbind", option], Path::new("/x"))
+                    .unwrap_err()
+                    .option,
                 option
             );
         }
@@ -153,7 +204,11 @@ mod tests {
     fn what_the_source_forbids_is_forbidden_unless_it_is_allowed() {
         // A file system that is nosuid, nodev and noexec wherever it is mounted so.
         let source = Path::new("/proc");
-        if !statvfs(source).unwrap().f_flag.contains(StatVfsMountFlags::NOSUID) {
+        if !statvfs(source)
+            .unwrap()
+            .f_flag
+            .contains(StatVfsMountFlags::NOSUID)
+        {
             return;
         }
         let mut options = vec!["bind".to_owned()];

@@ -101,7 +101,9 @@ fn check_mounts(spec: &Spec) -> Result {
     ];
     for mount in spec.mounts().iter().flatten() {
         let path = mount.destination();
-        let normal = path.components().filter(|c| matches!(c, Component::Normal(_)));
+        let normal = path
+            .components()
+            .filter(|c| matches!(c, Component::Normal(_)));
         let normal: PathBuf = normal.collect();
         let Ok(below) = normal.strip_prefix("proc") else {
             continue;
@@ -124,7 +126,10 @@ fn check_mounts(spec: &Spec) -> Result {
 fn check_process(process: &Process) -> Result {
     check_user(process.user())?;
     check_rlimits(process)?;
-    if process.oom_score_adj().is_some_and(|adj| !(-1000..=1000).contains(&adj)) {
+    if process
+        .oom_score_adj()
+        .is_some_and(|adj| !(-1000..=1000).contains(&adj))
+    {
         return invalid("failed to update /proc/self/oom_score_adj: invalid argument");
     }
     refuse_selinux(process.selinux_label().as_deref())?;
@@ -204,10 +209,7 @@ fn check_namespaces(spec: &Spec, linux: &Linux) -> Result {
 }
 
 fn check_id_mappings(linux: &Linux) -> Result {
-    let lists = [
-        ("uid", linux.uid_mappings()),
-        ("gid", linux.gid_mappings()),
-    ];
+    let lists = [("uid", linux.uid_mappings()), ("gid", linux.gid_mappings())];
     let in_namespace = has(linux, LinuxNamespaceType::User);
     for (kind, list) in lists {
         let mapped = list.as_ref().is_some_and(|list| !list.is_empty());
@@ -251,7 +253,9 @@ fn check_sysctls(linux: &Linux) -> Result {
             }
         } else if name.starts_with("net.") {
             if !has(linux, LinuxNamespaceType::Network) {
-                return invalid(format!("sysctl {key:?} not allowed in host network namespace"));
+                return invalid(format!(
+                    "sysctl {key:?} not allowed in host network namespace"
+                ));
             }
         } else if name == "kernel.hostname" {
             return invalid(format!(
@@ -280,13 +284,17 @@ fn check_linux(linux: &Linux) -> Result {
     refuse_selinux(linux.mount_label().as_deref())?;
     // runc accepts an empty one as well.
     if json!(linux.intel_rdt()).as_object().is_some_and(|rdt| {
-        rdt.values().any(|v| !v.is_null() && *v != Value::Bool(false))
+        rdt.values()
+            .any(|v| !v.is_null() && *v != Value::Bool(false))
     }) {
         return invalid(
             "intelRdt is specified in config, but Intel RDT is not available in a virtual machine",
         );
     }
-    let flags = linux.personality().as_ref().and_then(|p| p.flags().as_ref());
+    let flags = linux
+        .personality()
+        .as_ref()
+        .and_then(|p| p.flags().as_ref());
     if flags.is_some_and(|flags| !flags.is_empty()) {
         return invalid("additional flags not supported by personality");
     }
@@ -295,8 +303,15 @@ fn check_linux(linux: &Linux) -> Result {
             "linux.netDevices is not supported: a device of the host cannot be moved into a virtual machine",
         );
     }
-    let unified = linux.resources().as_ref().and_then(|r| r.unified().as_ref());
-    if let Some(key) = unified.iter().flat_map(|map| map.keys()).find(|k| k.contains('/')) {
+    let unified = linux
+        .resources()
+        .as_ref()
+        .and_then(|r| r.unified().as_ref());
+    if let Some(key) = unified
+        .iter()
+        .flat_map(|map| map.keys())
+        .find(|k| k.contains('/'))
+    {
         return invalid(format!(
             "unified resource {key:?} must be a file name (no slashes)"
         ));
@@ -362,9 +377,12 @@ mod tests {
     fn each_broken_rule_is_named() {
         type Case = (&'static str, fn(&mut Value));
         let cases: [Case; 21] = [
-            ("\"/proc/version\" cannot be mounted because it is inside /proc", |c| {
-                c["mounts"] = json!([{"destination": "/proc/version", "type": "tmpfs"}]);
-            }),
+            (
+                "\"/proc/version\" cannot be mounted because it is inside /proc",
+                |c| {
+                    c["mounts"] = json!([{"destination": "/proc/version", "type": "tmpfs"}]);
+                },
+            ),
             ("cannot be mounted because it is not of type proc", |c| {
                 c["mounts"] = json!([{"destination": "/proc/", "type": "tmpfs"}]);
             }),
@@ -381,26 +399,41 @@ mod tests {
                 let limit = json!({"type": "RLIMIT_CORE", "soft": 1, "hard": 1});
                 c["process"]["rlimits"] = json!([limit, limit]);
             }),
-            ("oom_score_adj", |c| c["process"]["oomScoreAdj"] = json!(1001)),
-            ("selinux is disabled", |c| c["process"]["selinuxLabel"] = json!("x")),
-            ("selinux is disabled", |c| c["linux"]["mountLabel"] = json!("x")),
-            ("unable to apply apparmor profile: \"docker-default\"", |c| {
-                c["process"]["apparmorProfile"] = json!("docker-default");
+            ("oom_score_adj", |c| {
+                c["process"]["oomScoreAdj"] = json!(1001)
             }),
+            ("selinux is disabled", |c| {
+                c["process"]["selinuxLabel"] = json!("x")
+            }),
+            ("selinux is disabled", |c| {
+                c["linux"]["mountLabel"] = json!("x")
+            }),
+            (
+                "unable to apply apparmor profile: \"docker-default\"",
+                |c| {
+                    c["process"]["apparmorProfile"] = json!("docker-default");
+                },
+            ),
             ("duplicated ns {\"ipc\" \"\"}", |c| {
                 let list = c["linux"]["namespaces"].as_array_mut().unwrap();
                 list.push(json!({"type": "ipc"}));
             }),
-            ("unable to set hostname without a private UTS namespace", |c| {
-                c["linux"]["namespaces"] = json!([{"type": "mount"}]);
-            }),
+            (
+                "unable to set hostname without a private UTS namespace",
+                |c| {
+                    c["linux"]["namespaces"] = json!([{"type": "mount"}]);
+                },
+            ),
             ("User namespaces enabled, but no uid mappings found.", |c| {
                 let list = c["linux"]["namespaces"].as_array_mut().unwrap();
                 list.push(json!({"type": "user"}));
             }),
-            ("sysctl \"vm.swappiness\" is not in a separate kernel namespace", |c| {
-                c["linux"]["sysctl"] = json!({"vm.swappiness": "1"});
-            }),
+            (
+                "sysctl \"vm.swappiness\" is not in a separate kernel namespace",
+                |c| {
+                    c["linux"]["sysctl"] = json!({"vm.swappiness": "1"});
+                },
+            ),
             ("conflicts with the OCI \"hostname\" field", |c| {
                 c["linux"]["sysctl"] = json!({"kernel.hostname": "x"});
             }),
@@ -420,9 +453,13 @@ mod tests {
             ("hooks.poststop[0]: the path must be absolute", |c| {
                 c["hooks"] = json!({"poststop": [{"path": "x"}]});
             }),
-            ("hooks.prestart[1]: the timeout must be greater than zero", |c| {
-                c["hooks"] = json!({"prestart": [{"path": "/x"}, {"path": "/x", "timeout": 0}]});
-            }),
+            (
+                "hooks.prestart[1]: the timeout must be greater than zero",
+                |c| {
+                    c["hooks"] =
+                        json!({"prestart": [{"path": "/x"}, {"path": "/x", "timeout": 0}]});
+                },
+            ),
         ];
         for (expected, change) in cases {
             let message = checked(change).unwrap_err().to_string();

@@ -33,7 +33,11 @@ struct Tracer<'f> {
 
 impl Tracer<'_> {
     fn below(&mut self, part: &str) -> Tracer<'_> {
-        let dot = if self.path.is_empty() || part.starts_with('[') { "" } else { "." };
+        let dot = if self.path.is_empty() || part.starts_with('[') {
+            ""
+        } else {
+            "."
+        };
         Tracer {
             path: format!("{}{dot}{part}", self.path),
             found: self.found,
@@ -78,11 +82,17 @@ impl<'de> Deserializer<'de> for Tracer<'_> {
     }
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        visitor.visit_seq(One { of: self, left: true })
+        visitor.visit_seq(One {
+            of: self,
+            left: true,
+        })
     }
 
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        visitor.visit_map(One { of: self, left: true })
+        visitor.visit_map(One {
+            of: self,
+            left: true,
+        })
     }
 
     fn deserialize_enum<V: Visitor<'de>>(
@@ -150,7 +160,10 @@ struct Fields<'f> {
 impl<'de> MapAccess<'de> for Fields<'_> {
     type Error = Error;
 
-    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
+    fn next_key_seed<K: DeserializeSeed<'de>>(
+        &mut self,
+        seed: K,
+    ) -> Result<Option<K::Value>, Error> {
         self.now = self.left.next().copied();
         self.now
             .map(|name| seed.deserialize(StrDeserializer::new(name)))
@@ -186,7 +199,10 @@ impl<'de> SeqAccess<'de> for One<'_> {
 impl<'de> MapAccess<'de> for One<'_> {
     type Error = Error;
 
-    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
+    fn next_key_seed<K: DeserializeSeed<'de>>(
+        &mut self,
+        seed: K,
+    ) -> Result<Option<K::Value>, Error> {
         std::mem::take(&mut self.left)
             .then(|| seed.deserialize(StrDeserializer::new("0")))
             .transpose()

@@ -18,23 +18,45 @@ const RUNC: &[(&str, &[&str])] = &[
     (
         "",
         &[
-            "--debug", "--log", "--log-format", "--root", "--criu", "--systemd-cgroup",
-            "--rootless", "--help -h", "--version -v",
+            "--debug",
+            "--log",
+            "--log-format",
+            "--root",
+            "--criu",
+            "--systemd-cgroup",
+            "--rootless",
+            "--help -h",
+            "--version -v",
         ],
     ),
     (
         "checkpoint",
         &[
-            "--image-path", "--work-path", "--parent-path", "--leave-running",
-            "--tcp-established", "--ext-unix-sk", "--shell-job", "--lazy-pages", "--status-fd",
-            "--page-server", "--file-locks", "--pre-dump", "--manage-cgroups-mode", "--empty-ns",
+            "--image-path",
+            "--work-path",
+            "--parent-path",
+            "--leave-running",
+            "--tcp-established",
+            "--ext-unix-sk",
+            "--shell-job",
+            "--lazy-pages",
+            "--status-fd",
+            "--page-server",
+            "--file-locks",
+            "--pre-dump",
+            "--manage-cgroups-mode",
+            "--empty-ns",
             "--auto-dedup",
         ],
     ),
     (
         "create",
         &[
-            "--bundle -b", "--console-socket", "--pid-file", "--no-pivot", "--no-new-keyring",
+            "--bundle -b",
+            "--console-socket",
+            "--pid-file",
+            "--no-pivot",
+            "--no-new-keyring",
             "--preserve-fds",
         ],
     ),
@@ -43,10 +65,22 @@ const RUNC: &[(&str, &[&str])] = &[
     (
         "exec",
         &[
-            "--console-socket", "--cwd", "--env -e", "--tty -t", "--user -u",
-            "--additional-gids -g", "--process -p", "--detach -d", "--pid-file",
-            "--process-label", "--apparmor", "--no-new-privs", "--cap -c", "--preserve-fds",
-            "--cgroup", "--ignore-paused",
+            "--console-socket",
+            "--cwd",
+            "--env -e",
+            "--tty -t",
+            "--user -u",
+            "--additional-gids -g",
+            "--process -p",
+            "--detach -d",
+            "--pid-file",
+            "--process-label",
+            "--apparmor",
+            "--no-new-privs",
+            "--cap -c",
+            "--preserve-fds",
+            "--cgroup",
+            "--ignore-paused",
         ],
     ),
     ("features", &[]),
@@ -57,18 +91,39 @@ const RUNC: &[(&str, &[&str])] = &[
     (
         "restore",
         &[
-            "--console-socket", "--image-path", "--work-path", "--tcp-established",
-            "--ext-unix-sk", "--shell-job", "--file-locks", "--manage-cgroups-mode",
-            "--bundle -b", "--detach -d", "--pid-file", "--no-subreaper", "--no-pivot",
-            "--empty-ns", "--auto-dedup", "--lazy-pages", "--lsm-profile", "--lsm-mount-context",
+            "--console-socket",
+            "--image-path",
+            "--work-path",
+            "--tcp-established",
+            "--ext-unix-sk",
+            "--shell-job",
+            "--file-locks",
+            "--manage-cgroups-mode",
+            "--bundle -b",
+            "--detach -d",
+            "--pid-file",
+            "--no-subreaper",
+            "--no-pivot",
+            "--empty-ns",
+            "--auto-dedup",
+            "--lazy-pages",
+            "--lsm-profile",
+            "--lsm-mount-context",
         ],
     ),
     ("resume", &[]),
     (
         "run",
         &[
-            "--bundle -b", "--console-socket", "--detach -d", "--keep", "--pid-file",
-            "--no-subreaper", "--no-pivot", "--no-new-keyring", "--preserve-fds",
+            "--bundle -b",
+            "--console-socket",
+            "--detach -d",
+            "--keep",
+            "--pid-file",
+            "--no-subreaper",
+            "--no-pivot",
+            "--no-new-keyring",
+            "--preserve-fds",
         ],
     ),
     ("spec", &["--bundle -b", "--rootless"]),
@@ -77,9 +132,20 @@ const RUNC: &[(&str, &[&str])] = &[
     (
         "update",
         &[
-            "--resources -r", "--blkio-weight", "--cpu-period", "--cpu-quota", "--cpu-share",
-            "--cpu-rt-period", "--cpu-rt-runtime", "--cpuset-cpus", "--cpuset-mems", "--memory",
-            "--memory-reservation", "--memory-swap", "--pids-limit", "--l3-cache-schema",
+            "--resources -r",
+            "--blkio-weight",
+            "--cpu-period",
+            "--cpu-quota",
+            "--cpu-share",
+            "--cpu-rt-period",
+            "--cpu-rt-runtime",
+            "--cpuset-cpus",
+            "--cpuset-mems",
+            "--memory",
+            "--memory-reservation",
+            "--memory-swap",
+            "--pids-limit",
+            "--l3-cache-schema",
             "--mem-bw-schema",
         ],
     ),
@@ -100,7 +166,10 @@ fn rows() -> BTreeMap<String, (String, String)> {
         assert!(VERDICTS.contains(&verdict), "{verdict:?} in {line}");
         for name in names.split('`').skip(1).step_by(2) {
             let row = (verdict.to_owned(), remark.to_owned());
-            assert!(rows.insert(name.to_owned(), row).is_none(), "{name} comes twice");
+            assert!(
+                rows.insert(name.to_owned(), row).is_none(),
+                "{name} comes twice"
+            );
         }
     }
     rows
@@ -111,7 +180,10 @@ fn every_field_of_the_configuration_is_in_the_table() {
     let rows = rows();
     let fields = fields::of::<Spec>();
     let missing: Vec<_> = fields.iter().filter(|f| !rows.contains_key(*f)).collect();
-    assert!(missing.is_empty(), "not in docs/conformance.md: {missing:#?}");
+    assert!(
+        missing.is_empty(),
+        "not in docs/conformance.md: {missing:#?}"
+    );
     let is_field = |name: &&String| !name.contains(' ') && !name.starts_with("--");
     let commands: Vec<_> = RUNC.iter().map(|(name, _)| *name).collect();
     let unknown: Vec<_> = rows
@@ -126,7 +198,10 @@ fn every_field_of_the_configuration_is_in_the_table() {
 fn every_command_and_flag_of_runc_is_in_the_table() {
     let rows = rows();
     for (command, flags) in RUNC {
-        assert!(command.is_empty() || rows.contains_key(*command), "{command}");
+        assert!(
+            command.is_empty() || rows.contains_key(*command),
+            "{command}"
+        );
         for flag in *flags {
             let long = flag.split(' ').next().unwrap();
             let name = format!("{command} {long}");

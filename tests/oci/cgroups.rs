@@ -34,8 +34,14 @@ fn limits_become_those_of_cgroup_v2() {
         return;
     }
     let files = [
-        "cpu.max", "cpu.max.burst", "cpu.idle", "memory.max", "memory.low", "memory.swap.max",
-        "pids.max", "hugetlb.2MB.max",
+        "cpu.max",
+        "cpu.max.burst",
+        "cpu.idle",
+        "memory.max",
+        "memory.low",
+        "memory.swap.max",
+        "pids.max",
+        "hugetlb.2MB.max",
     ];
     let out = show(
         &world,
@@ -83,9 +89,15 @@ fn limits_that_cannot_be_are_refused() {
         return;
     }
     for (resources, words) in [
-        (json!({ "unified": { "../x": "1" } }), "must be a file name (no slashes)"),
+        (
+            json!({ "unified": { "../x": "1" } }),
+            "must be a file name (no slashes)",
+        ),
         (json!({ "unified": { "nope.max": "1" } }), "nope"),
-        (json!({ "hugepageLimits": [{ "pageSize": "3MB", "limit": 1 }] }), "page size"),
+        (
+            json!({ "hugepageLimits": [{ "pageSize": "3MB", "limit": 1 }] }),
+            "page size",
+        ),
         (json!({ "memory": { "swap": 1 << 20 } }), "swap"),
     ] {
         let bundle = world.bundle().sh("exit 0").with(|c| {
@@ -107,7 +119,11 @@ fn processors_that_do_not_exist_are_refused() {
         let bundle = bundle.with(|c| c["linux"]["resources"]["cpu"] = json!({ "cpus": cpus }));
         let out = world.try_create(&bundle, "c").fails_with(1, cpus);
         if world.runtime.is_ours {
-            assert!(out.stderr().contains("resources.cpu.cpus"), "{}", out.stderr());
+            assert!(
+                out.stderr().contains("resources.cpu.cpus"),
+                "{}",
+                out.stderr()
+            );
         }
         world.assert_clean();
     }

@@ -26,18 +26,28 @@ fn devices_of_every_type_are_made() {
         ]);
     });
     let out = world.run(&bundle, "c").ok();
-    assert_eq!(out.fact("/dev/null2"), "character special file 1:3 640 12:34");
-    assert_eq!(out.fact("/dev/sub/unbuffered"), "character special file 1:5 666 0:0");
+    assert_eq!(
+        out.fact("/dev/null2"),
+        "character special file 1:3 640 12:34"
+    );
+    assert_eq!(
+        out.fact("/dev/sub/unbuffered"),
+        "character special file 1:5 666 0:0"
+    );
     assert_eq!(out.fact("/dev/disk"), "block special file 7:1 600 0:0");
     assert_eq!(out.fact("/dev/fifo"), "fifo 0:0 622 0:0");
-    assert_eq!(out.fact("/elsewhere/null"), "character special file 1:3 666 0:0");
+    assert_eq!(
+        out.fact("/elsewhere/null"),
+        "character special file 1:3 666 0:0"
+    );
     assert_eq!(out.fact("default"), "444");
 }
 
 #[test]
 fn every_container_has_the_devices_and_links_of_the_specification() {
     let world = World::new();
-    let script = "for d in null zero full random urandom tty; do stat -c \"$d=%t:%T %a\" /dev/$d; done
+    let script =
+        "for d in null zero full random urandom tty; do stat -c \"$d=%t:%T %a\" /dev/$d; done
         for l in fd stdin stdout stderr ptmx; do echo $l=$(readlink /dev/$l); done
         echo pts=$(stat -c %t:%T /dev/pts/ptmx); echo text | cat /dev/stdin
         echo out >/dev/stdout; echo err >/dev/stderr";
@@ -86,9 +96,21 @@ fn device_rules_hold_for_each_access() {
     let kmsg = |access: &str| json!({ "type": "c", "major": 1, "minor": 11, "access": access });
     for (name, rules, expected) in [
         ("none", json!([deny]), ["1", "1", "1"]),
-        ("read", json!([deny, rule(true, kmsg("r"))]), ["0", "1", "1"]),
-        ("write", json!([deny, rule(true, kmsg("w"))]), ["1", "0", "1"]),
-        ("both", json!([deny, rule(true, kmsg("rw"))]), ["0", "0", "0"]),
+        (
+            "read",
+            json!([deny, rule(true, kmsg("r"))]),
+            ["0", "1", "1"],
+        ),
+        (
+            "write",
+            json!([deny, rule(true, kmsg("w"))]),
+            ["1", "0", "1"],
+        ),
+        (
+            "both",
+            json!([deny, rule(true, kmsg("rw"))]),
+            ["0", "0", "0"],
+        ),
     ] {
         assert_eq!(attempts(&world, name, rules), expected, "{name}");
     }
@@ -99,17 +121,22 @@ fn wildcards_in_device_rules() {
     let world = World::new();
     let deny = rule(false, json!({ "access": "rwm" }));
     let minor = rule(true, json!({ "type": "c", "major": 1, "access": "rwm" }));
-    assert_eq!(attempts(&world, "minor", json!([deny, minor])), ["0", "0", "0"]);
+    assert_eq!(
+        attempts(&world, "minor", json!([deny, minor])),
+        ["0", "0", "0"]
+    );
     let other = rule(true, json!({ "type": "b", "major": 1, "access": "rwm" }));
-    assert_eq!(attempts(&world, "type", json!([deny, other])), ["1", "1", "1"]);
+    assert_eq!(
+        attempts(&world, "type", json!([deny, other])),
+        ["1", "1", "1"]
+    );
 }
 
 #[test]
 fn an_unknown_type_of_device_is_refused() {
     let world = World::new();
     let bundle = world.bundle().sh("exit 0").with(|c| {
-        c["linux"]["devices"] =
-            json!([{ "path": "/dev/x", "type": "z", "major": 1, "minor": 3 }]);
+        c["linux"]["devices"] = json!([{ "path": "/dev/x", "type": "z", "major": 1, "minor": 3 }]);
     });
     let _ = world.try_create(&bundle, "c").fails_with(1, "z");
     world.assert_clean();

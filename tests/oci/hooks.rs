@@ -32,10 +32,18 @@ fn logging(world: &World, log: &Path) -> Bundle {
     let mut bundle = world.bundle().sh("sleep 1000").with(|c| {
         c["annotations"] = json!({ "krt.test": "one" });
     });
-    for kind in ["prestart", "createRuntime", "createContainer", "poststart", "poststop"] {
+    for kind in [
+        "prestart",
+        "createRuntime",
+        "createContainer",
+        "poststart",
+        "poststop",
+    ] {
         let log = log.display();
-        let script = format!("echo {kind} $(cat) >>{log}; echo {kind}-env $(env) >>{log}
-            echo {kind}-cwd $(pwd) >>{log}");
+        let script = format!(
+            "echo {kind} $(cat) >>{log}; echo {kind}-env $(env) >>{log}
+            echo {kind}-cwd $(pwd) >>{log}"
+        );
         bundle = with_hook(bundle, kind, sh(&script));
     }
     bundle
@@ -65,7 +73,10 @@ fn check_state(log: &Path, kind: &str, status: &str, container: &Container, bund
     assert!(state["ociVersion"].is_string(), "{kind}");
     let env = entry(log, &format!("{kind}-env")).unwrap();
     // The shell adds PWD and its like.
-    assert!(env.contains("KEY=value") && !env.contains("KRT"), "{kind}: {env}");
+    assert!(
+        env.contains("KEY=value") && !env.contains("KRT"),
+        "{kind}: {env}"
+    );
 }
 
 #[test]
@@ -155,7 +166,10 @@ fn create_container_hooks_run_in_the_containers_mount_namespace() {
         let standin = fs::read_link(format!("/proc/{}/ns/{kind}", container.pid)).unwrap();
         assert_eq!(Path::new(line), standin);
     }
-    assert!(!bundle.rootfs().join("mnt/x").exists(), "the host sees the mount");
+    assert!(
+        !bundle.rootfs().join("mnt/x").exists(),
+        "the host sees the mount"
+    );
     container.start();
     assert_eq!(container.exit_code(), 0);
     assert_eq!(container.stdout(), "hello\n");
@@ -176,11 +190,17 @@ fn start_container_hooks_run_in_the_container_before_the_program() {
     });
     let bundle = with_hook(bundle, "startContainer", hook);
     let container = world.create(&bundle, "c");
-    assert!(!bundle.rootfs().join("tmp/hook").exists(), "it ran before start");
+    assert!(
+        !bundle.rootfs().join("tmp/hook").exists(),
+        "it ran before start"
+    );
     container.start();
     assert_eq!(container.exit_code(), 0);
     let text = container.stdout();
-    assert!(text.starts_with("hook pid=") && text.contains(" this"), "{text}");
+    assert!(
+        text.starts_with("hook pid=") && text.contains(" this"),
+        "{text}"
+    );
     assert!(text.ends_with("program\n"), "{text}");
     let state = fs::read_to_string(bundle.rootfs().join("tmp/state")).unwrap();
     let state = serde_json_from(&state);
@@ -196,7 +216,11 @@ fn a_hook_that_fails_before_the_start_fails_create_and_undoes_it() {
     for kind in ["prestart", "createRuntime", "createContainer"] {
         let log = world.path(kind);
         let failing = "cat >/dev/null; echo to stdout; echo to stderr >&2; exit 3";
-        let bundle = with_hook(world.bundle().sh("exit 0"), kind, json!({ "path": "/bin/true" }));
+        let bundle = with_hook(
+            world.bundle().sh("exit 0"),
+            kind,
+            json!({ "path": "/bin/true" }),
+        );
         let bundle = with_hook(bundle, kind, sh(failing));
         let never = world.path("never");
         let bundle = with_hook(bundle, kind, sh(&format!("touch {}", never.display())));
@@ -222,7 +246,9 @@ fn a_start_container_hook_that_fails_ends_the_container_without_its_program() {
     let out = world.run(&bundle, "c").exits_with(1);
     assert_eq!(out.stdout(), "");
     assert!(
-        out.stderr().contains("error running hook #0: error running hook: exit status 7, stdout: , stderr: why"),
+        out.stderr().contains(
+            "error running hook #0: error running hook: exit status 7, stdout: , stderr: why"
+        ),
         "{}",
         out.stderr()
     );
@@ -240,9 +266,10 @@ fn a_hook_that_takes_too_long_is_killed() {
         hook["timeout"] = json!(1);
         let bundle = with_hook(world.bundle().sh("exit 0"), kind, hook);
         let started = Instant::now();
-        let _ = world
-            .try_create(&bundle, kind)
-            .fails_with(1, "error running hook #0: hook ran past specified timeout of 1.0s");
+        let _ = world.try_create(&bundle, kind).fails_with(
+            1,
+            "error running hook #0: hook ran past specified timeout of 1.0s",
+        );
         assert!(started.elapsed() < Duration::from_secs(30), "{kind}");
         world.assert_clean();
     }
@@ -294,7 +321,11 @@ fn a_failing_poststop_hook_does_not_keep_the_container() {
     assert_eq!(container.exit_code(), 0);
     container.wait_for_status("stopped");
     let out = container.delete();
-    assert!(out.stderr().contains("error running hook #0"), "{}", out.stderr());
+    assert!(
+        out.stderr().contains("error running hook #0"),
+        "{}",
+        out.stderr()
+    );
     if world.runtime.is_ours {
         let _ = out.ok();
         assert!(mark.exists(), "the hooks behind it run all the same");

@@ -46,18 +46,40 @@ fn flags_of_bind_mounts() {
     let volume = directory(&world, "volume");
     let cases: [(&[&str], &[&str], &[&str]); 5] = [
         (
-            &["bind", "ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime"],
+            &[
+                "bind",
+                "ro",
+                "nosuid",
+                "nodev",
+                "noexec",
+                "noatime",
+                "nodiratime",
+            ],
             &["ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime"],
             &["rw"],
         ),
         (
-            &["bind", "ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec"],
+            &[
+                "bind", "ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec",
+            ],
             &["rw"],
             &["ro", "nosuid", "nodev", "noexec"],
         ),
-        (&["rbind", "strictatime", "sync", "dirsync"], &["rw"], &["relatime", "noatime"]),
-        (&["bind", "relatime", "nosymfollow"], &["relatime", "nosymfollow"], &["ro"]),
-        (&["bind", "rprivate", "mand", "lazytime", "silent"], &["rw"], &["ro"]),
+        (
+            &["rbind", "strictatime", "sync", "dirsync"],
+            &["rw"],
+            &["relatime", "noatime"],
+        ),
+        (
+            &["bind", "relatime", "nosymfollow"],
+            &["relatime", "nosymfollow"],
+            &["ro"],
+        ),
+        (
+            &["bind", "rprivate", "mand", "lazytime", "silent"],
+            &["rw"],
+            &["ro"],
+        ),
     ];
     for (number, (options, present, absent)) in cases.into_iter().enumerate() {
         let bundle = shown(world.bundle(), "bind", &volume, options);
@@ -79,7 +101,9 @@ fn unknown_options() {
     let bundle = shown(world.bundle(), "bind", &volume, &["bind", "bogus"]);
     let _ = world.run(&bundle, "bind").ok();
     let bundle = shown(world.bundle(), "tmpfs", Path::new("tmpfs"), &["bogus"]);
-    let _ = world.try_create(&bundle, "tmpfs").fails_about(1, "invalid argument");
+    let _ = world
+        .try_create(&bundle, "tmpfs")
+        .fails_about(1, "invalid argument");
     world.assert_clean();
 }
 
@@ -87,7 +111,15 @@ fn unknown_options() {
 fn recursive_flags_reach_the_mounts_below() {
     let world = World::new();
     let volume = directory(&world, "volume");
-    let options = ["rbind", "rro", "rnosuid", "rnodev", "rnoexec", "rnoatime", "rnosymfollow"];
+    let options = [
+        "rbind",
+        "rro",
+        "rnosuid",
+        "rnodev",
+        "rnoexec",
+        "rnoatime",
+        "rnosymfollow",
+    ];
     let bundle = shown(world.bundle(), "bind", &volume, &options);
     let (mount, _, _) = flags(&world.run(&bundle, "c").ok());
     for flag in ["ro", "nosuid", "nodev", "noexec", "noatime", "nosymfollow"] {
@@ -99,7 +131,11 @@ fn recursive_flags_reach_the_mounts_below() {
     let out = world.run(&bundle, "below").ok();
     assert_eq!(out.fact("top"), "1");
     assert_eq!(out.fact("sub"), "1");
-    assert!(out.stderr().contains("Read-only file system"), "{}", out.stderr());
+    assert!(
+        out.stderr().contains("Read-only file system"),
+        "{}",
+        out.stderr()
+    );
     drop(sub);
 }
 
@@ -133,10 +169,7 @@ impl Drop for HostTmpfs {
 fn a_bind_mount_inherits_the_flags_of_its_source() {
     let world = World::new();
     let volume = world.path("volume");
-    let mount = HostTmpfs::with_flags(
-        &volume,
-        libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
-    );
+    let mount = HostTmpfs::with_flags(&volume, libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC);
     let bundle = shown(world.bundle(), "bind", &volume, &["bind"]);
     let (flags, _, _) = flags(&world.run(&bundle, "c").ok());
     for flag in ["nosuid", "nodev", "noexec"] {
@@ -148,14 +181,34 @@ fn a_bind_mount_inherits_the_flags_of_its_source() {
 #[test]
 fn options_of_file_systems() {
     let world = World::new();
-    let options = ["nosuid", "sync", "dirsync", "size=2m", "mode=1750", "nr_inodes=100", "uid=3"];
+    let options = [
+        "nosuid",
+        "sync",
+        "dirsync",
+        "size=2m",
+        "mode=1750",
+        "nr_inodes=100",
+        "uid=3",
+    ];
     let bundle = shown(world.bundle(), "tmpfs", Path::new("tmpfs"), &options);
     let (mount, filesystem, _) = flags(&world.run(&bundle, "c").ok());
     assert!(has(&mount, "nosuid"), "{mount}");
-    for option in ["sync", "dirsync", "size=2048k", "mode=1750", "nr_inodes=100", "uid=3"] {
+    for option in [
+        "sync",
+        "dirsync",
+        "size=2048k",
+        "mode=1750",
+        "nr_inodes=100",
+        "uid=3",
+    ] {
         assert!(has(&filesystem, option), "{filesystem}");
     }
-    let bundle = shown(world.bundle(), "tmpfs", Path::new("tmpfs"), &["ro", "noatime"]);
+    let bundle = shown(
+        world.bundle(),
+        "tmpfs",
+        Path::new("tmpfs"),
+        &["ro", "noatime"],
+    );
     let (mount, _, _) = flags(&world.run(&bundle, "ro").ok());
     assert!(has(&mount, "ro") && has(&mount, "noatime"), "{mount}");
     let bundle = shown(world.bundle(), "proc", Path::new("proc"), &["hidepid=2"]);
@@ -182,7 +235,9 @@ fn a_mount_of_no_type_with_a_bind_option_is_a_bind_mount() {
 #[test]
 fn a_relative_destination_starts_at_the_root() {
     let world = World::new();
-    let bundle = world.bundle().sh("cd /; grep ' /rel/x ' /proc/mounts | cut -d' ' -f3");
+    let bundle = world
+        .bundle()
+        .sh("cd /; grep ' /rel/x ' /proc/mounts | cut -d' ' -f3");
     let bundle = bundle.mount(json!({ "destination": "rel/x", "type": "tmpfs", "source": "t" }));
     let out = world.run(&bundle, "c").ok();
     assert_eq!(out.stdout(), "tmpfs\n");
@@ -287,8 +342,14 @@ fn a_tmpfs_that_starts_with_a_copy_of_what_it_covers() {
     let text = out.stdout();
     assert!(text.starts_with("original\nsub/file\n"), "{text}");
     assert_eq!(out.fact("mode"), "604 33");
-    assert!(text.contains("changed\n") && text.contains("tmpfs /data tmpfs"), "{text}");
-    assert_eq!(fs::read_to_string(data.join("sub/file")).unwrap(), "original\n");
+    assert!(
+        text.contains("changed\n") && text.contains("tmpfs /data tmpfs"),
+        "{text}"
+    );
+    assert_eq!(
+        fs::read_to_string(data.join("sub/file")).unwrap(),
+        "original\n"
+    );
 }
 
 #[test]
@@ -296,7 +357,10 @@ fn the_proc_file_system_cannot_be_covered_except_for_what_reports_numbers() {
     let world = World::new();
     let file = world.path("meminfo");
     fs::write(&file, "made up\n").unwrap();
-    let bundle = world.bundle().sh("cat /proc/meminfo").bind(&file, "/proc/meminfo");
+    let bundle = world
+        .bundle()
+        .sh("cat /proc/meminfo")
+        .bind(&file, "/proc/meminfo");
     assert_eq!(world.run(&bundle, "c").ok().stdout(), "made up\n");
     let bundle = world.bundle().sh("exit 0").bind(&file, "/proc/version");
     let _ = world.try_create(&bundle, "c").exits_with(1);

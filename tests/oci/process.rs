@@ -27,19 +27,35 @@ fn the_rules_of_the_configuration_are_runcs_in_runcs_words() {
     refused(&world, "uids and gids must be in range 0-2147483647", |c| {
         c["process"]["user"]["uid"] = json!(u32::MAX);
     });
-    refused(&world, "malformed spec file: duplicated ns {\"ipc\" \"\"}", |c| {
-        let list = c["linux"]["namespaces"].as_array_mut().unwrap();
-        list.push(json!({ "type": "ipc" }));
+    refused(
+        &world,
+        "malformed spec file: duplicated ns {\"ipc\" \"\"}",
+        |c| {
+            let list = c["linux"]["namespaces"].as_array_mut().unwrap();
+            list.push(json!({ "type": "ipc" }));
+        },
+    );
+    refused(
+        &world,
+        "unable to set hostname without a private UTS namespace",
+        |c| {
+            let list = c["linux"]["namespaces"].as_array_mut().unwrap();
+            list.retain(|n| n["type"] != "uts");
+        },
+    );
+    refused(&world, "args must not be empty", |c| {
+        c["process"]["args"] = json!([])
     });
-    refused(&world, "unable to set hostname without a private UTS namespace", |c| {
-        let list = c["linux"]["namespaces"].as_array_mut().unwrap();
-        list.retain(|n| n["type"] != "uts");
+    refused(&world, "process property must not be empty", |c| {
+        c["process"] = Value::Null
     });
-    refused(&world, "args must not be empty", |c| c["process"]["args"] = json!([]));
-    refused(&world, "process property must not be empty", |c| c["process"] = Value::Null);
-    refused(&world, "invalid rootfs: stat /no/such: no such file or directory", |c| {
-        c["root"]["path"] = json!("/no/such");
-    });
+    refused(
+        &world,
+        "invalid rootfs: stat /no/such: no such file or directory",
+        |c| {
+            c["root"]["path"] = json!("/no/such");
+        },
+    );
     refused(&world, "invalid environment variable: \"JUNK\"", |c| {
         c["process"]["env"] = json!(["JUNK"]);
     });
@@ -52,7 +68,9 @@ fn the_rules_of_the_configuration_are_runcs_in_runcs_words() {
     refused(&world, "invalid argument", |c| {
         c["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": 9, "hard": 8 }]);
     });
-    refused(&world, "/proc/self/oom_score_adj", |c| c["process"]["oomScoreAdj"] = json!(2000));
+    refused(&world, "/proc/self/oom_score_adj", |c| {
+        c["process"]["oomScoreAdj"] = json!(2000)
+    });
     refused(&world, "mappings found", |c| {
         let list = c["linux"]["namespaces"].as_array_mut().unwrap();
         list.push(json!({ "type": "user" }));
@@ -138,9 +156,14 @@ fn unknown_capabilities_are_ignored_with_a_warning() {
     let bundle = world.bundle().sh("grep CapBnd /proc/self/status");
     let bundle = bundle.capabilities(&["CAP_KILL", "CAP_FROM_THE_FUTURE"]);
     let out = world.run(&bundle, "c").ok();
-    assert!(out.stdout().contains("0000000000000020"), "{}", out.stdout());
     assert!(
-        out.stderr().contains("ignoring unknown or unavailable capabilities: [CAP_FROM_THE_FUTURE]"),
+        out.stdout().contains("0000000000000020"),
+        "{}",
+        out.stdout()
+    );
+    assert!(
+        out.stderr()
+            .contains("ignoring unknown or unavailable capabilities: [CAP_FROM_THE_FUTURE]"),
         "{}",
         out.stderr()
     );
@@ -150,7 +173,9 @@ fn unknown_capabilities_are_ignored_with_a_warning() {
 fn a_capability_that_is_effective_has_to_be_permitted() {
     let world = World::new();
     refused(&world, "ermitted", |c| {
-        let set = c["process"]["capabilities"]["effective"].as_array_mut().unwrap();
+        let set = c["process"]["capabilities"]["effective"]
+            .as_array_mut()
+            .unwrap();
         set.push(json!("CAP_CHOWN"));
     });
 }
@@ -165,7 +190,10 @@ fn the_search_for_the_program_is_that_of_runc() {
         })
     };
     let runs = |args: &[&str], path: &str, cwd: &str| {
-        assert_eq!(world.run(&bundle(args, path, cwd), "c").ok().stdout(), "x\n");
+        assert_eq!(
+            world.run(&bundle(args, path, cwd), "c").ok().stdout(),
+            "x\n"
+        );
     };
     runs(&["echo", "x"], "/nope:/etc/passwd:/bin", "/");
     runs(&["./busybox", "echo", "x"], "", "/bin");
@@ -178,8 +206,18 @@ fn the_search_for_the_program_is_that_of_runc() {
     let relative = "cannot run executable found relative to current directory";
     fails(&["echo"], ":/nope", "/bin", relative);
     fails(&["echo"], "bin", "/", relative);
-    fails(&[""], "/bin", "/", "exec: \"\": executable file not found in $PATH");
-    fails(&["passwd-not"], "/bin", "/", "executable file not found in $PATH");
+    fails(
+        &[""],
+        "/bin",
+        "/",
+        "exec: \"\": executable file not found in $PATH",
+    );
+    fails(
+        &["passwd-not"],
+        "/bin",
+        "/",
+        "executable file not found in $PATH",
+    );
     fails(&["/tmp"], "/bin", "/", "exec: \"/tmp\": permission denied");
     fails(&["/bin/busybox/x"], "/bin", "/", "not a directory");
     world.assert_clean();
@@ -238,7 +276,10 @@ fn hard_limits_can_be_raised() {
             { "type": "RLIMIT_MEMLOCK", "soft": u64::MAX, "hard": u64::MAX },
         ]);
     });
-    assert_eq!(world.run(&bundle, "c").ok().stdout(), "1000000\nunlimited\n");
+    assert_eq!(
+        world.run(&bundle, "c").ok().stdout(),
+        "1000000\nunlimited\n"
+    );
 }
 
 #[test]
@@ -304,7 +345,11 @@ fn a_time_namespace_has_its_offsets() {
         });
     let out = world.run(&bundle, "c").ok();
     assert!(out.stdout().starts_with("20000"), "{}", out.stdout());
-    assert!(out.stdout().contains("monotonic 1000000 0"), "{}", out.stdout());
+    assert!(
+        out.stdout().contains("monotonic 1000000 0"),
+        "{}",
+        out.stdout()
+    );
     refused(&world, "time", |c| {
         c["linux"]["timeOffsets"] = json!({ "monotonic": { "secs": 1 } });
     });

@@ -118,6 +118,10 @@ mod tests {
 
     #[test]
     fn no_hooks_cost_nothing() {
-        assert!(StartHooks::take(&mut spec(json!({})), "c1").unwrap().is_none());
+        assert!(
+            StartHooks::take(&mut spec(json!({})), "c1")
+                .unwrap()
+                .is_none()
+        );
     }
 }

@@ -50,7 +50,11 @@ pub fn take(spec: &mut Spec) -> Vec<LateMount> {
     if let Some(linux) = spec.linux_mut() {
         let given = linux.rootfs_propagation().as_deref();
         if let Some("shared" | "rshared") = given {
-            late.push(propagate(Path::new("/"), "shared", given == Some("rshared")));
+            late.push(propagate(
+                Path::new("/"),
+                "shared",
+                given == Some("rshared"),
+            ));
             linux.set_rootfs_propagation(None);
         }
     }
@@ -133,7 +137,11 @@ pub fn apply(pid: i32, late: &[LateMount]) -> Result<(), Failure> {
     for mount in late {
         let path = CString::new(mount.path.as_os_str().as_bytes())
             .map_err(|_| Failure::invalid("the destination of a mount has a NUL"))?;
-        let flags = if mount.recursive { libc::AT_RECURSIVE } else { 0 };
+        let flags = if mount.recursive {
+            libc::AT_RECURSIVE
+        } else {
+            0
+        };
         // SAFETY: the path is a C string, attr has the size that is given.
         sys::check(unsafe {
             libc::syscall(
@@ -190,8 +198,15 @@ mod tests {
 
     #[test]
     fn synchronous_is_the_file_systems() {
-        assert_eq!(taken("tmpfs", json!(["sync", "dirsync"])).1, ["sync=", "dirsync="]);
-        assert!(taken("bind", json!(["sync", "dirsync", "lazytime"])).1.is_empty());
+        assert_eq!(
+            taken("tmpfs", json!(["sync", "dirsync"])).1,
+            ["sync=", "dirsync="]
+        );
+        assert!(
+            taken("bind", json!(["sync", "dirsync", "lazytime"]))
+                .1
+                .is_empty()
+        );
     }
 
     #[test]
@@ -203,6 +218,12 @@ mod tests {
         .unwrap();
         let late = take(&mut spec);
         assert_eq!(late, [propagate(Path::new("/"), "shared", true)]);
-        assert!(spec.linux().as_ref().unwrap().rootfs_propagation().is_none());
+        assert!(
+            spec.linux()
+                .as_ref()
+                .unwrap()
+                .rootfs_propagation()
+                .is_none()
+        );
     }
 }

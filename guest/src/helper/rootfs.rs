@@ -108,7 +108,11 @@ pub fn make_outer_devices(spec: &mut Spec) -> Result<(), Failure> {
         .flatten()
         .map(|m| clean(m.destination()))
         .collect();
-    let Some(devices) = spec.linux_mut().as_mut().and_then(|l| l.devices_mut().as_mut()) else {
+    let Some(devices) = spec
+        .linux_mut()
+        .as_mut()
+        .and_then(|l| l.devices_mut().as_mut())
+    else {
         return Ok(());
     };
     let mut outer = Vec::new();
@@ -135,7 +139,8 @@ fn make_device(root: &Path, path: &Path, device: &LinuxDevice) -> io::Result<()>
     let mode = Permissions::from_mode(NEW_DIR_MODE);
     let dir = OwnedFd::from(root.mkdir_all(parent, &mode).map_err(io_error)?);
     let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
-    let number = nix::sys::stat::makedev(device.major().unsigned_abs(), device.minor().unsigned_abs());
+    let number =
+        nix::sys::stat::makedev(device.major().unsigned_abs(), device.minor().unsigned_abs());
     let kind = to_sflag(device.typ());
     let permissions = Mode::from_bits_truncate(mode);
     match mknodat(Some(dir.as_raw_fd()), name, kind, permissions, number) {
