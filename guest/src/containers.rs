@@ -5,12 +5,14 @@
 //! process, its private directory below [`STATE_DIR`] and its cgroup; the mounts
 //! go with the last process of its mount namespace.
 
+mod resources;
+
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +20,8 @@ use kuasar_runv_protocol::stream::{Kind, MAX_ID_LEN};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::Cgroup;
+use crate::cgroup::oom::OomWatch;
+use crate::cgroup::settings::SettingError;
 use crate::events::Events;
 use crate::helper::{NOTIFY_SOCKET, SPEC_FILE};
 use crate::process::{Process, SignalError};
@@ -53,10 +57,16 @@ pub enum ContainerError {
     AlreadyStarted,
     #[error("cannot start a container that has stopped")]
     Stopped,
+    #[error("cannot start a container in the paused state")]
+    Paused,
     #[error("another operation on the container is in progress")]
     Busy,
     #[error("the container's processes did not end after SIGKILL")]
     Unkillable,
+    #[error("the container's processes could not be frozen within {0:?}")]
+    Unfreezable(Duration),
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     #[error(transparent)]
     Helper(#[from] ZygoteError),
     #[error("{context}: {source}")]
@@ -92,6 +102,9 @@ struct Container {
     dir: PathBuf,
     cgroup: Cgroup,
     process: Arc<Process>,
+    /// Its processes are frozen, or about to be.
+    paused: AtomicBool,
+    oom: Arc<OomWatch>,
 }
 
 enum Entry {
@@ -174,6 +187,9 @@ impl Containers {
         let process = &container.process;
         if process.has_ended() {
             return Err(ContainerError::Stopped);
+        }
+        if container.is_paused() {
+            return Err(ContainerError::Paused);
         }
         if !process.note_start() {
             return Err(ContainerError::AlreadyStarted);
@@ -284,16 +300,19 @@ impl Containers {
             Some(_) => Pipes::default(),
             None => pipes,
         };
-        self.attach_streams(&new.id, &process, pipes);
+        let oom = OomWatch::new(&new.id, cgroup, &self.events);
+        self.attach_streams(&new.id, &process, pipes, &oom);
         Ok(Arc::new(Container {
             dir: dir.to_owned(),
             cgroup: cgroup.clone(),
             process,
+            paused: AtomicBool::new(false),
+            oom,
         }))
     }
 
     /// Starts the tasks that connect a process with its stand-in.
-    fn attach_streams(&self, id: &str, process: &Arc<Process>, pipes: Pipes) {
+    fn attach_streams(&self, id: &str, process: &Arc<Process>, pipes: Pipes, oom: &Arc<OomWatch>) {
         let stream = |kind| {
             let (streams, container_id) = (Arc::clone(&self.streams), id.to_owned());
             async move {
@@ -344,8 +363,10 @@ impl Containers {
             }
         });
         let (events, of, id) = (self.events.clone(), Arc::clone(process), id.to_owned());
+        let oom = Arc::clone(oom);
         sys::spawn(async move {
             let status = of.ended().await;
+            oom.report();
             log::debug!("{id}: {status:?}");
             events.exited(&id, status);
         });
@@ -449,6 +470,7 @@ impl ContainerError {
                     kind: FailureKind::InvalidSpec,
                     ..
                 })
+                | ContainerError::Setting(_)
         )
     }
 }

@@ -19,6 +19,7 @@ use super::console::Console;
 use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
 use super::hooks::{self, Hooks};
 use super::mount_options::Depth;
+use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::{Error, cgroup, check_id, context, delete};
 use crate::agent_client::streams::{self, Wanted};
@@ -279,6 +280,7 @@ fn begin(
         .collect();
     record.cgroups = cgroups;
     record.hooks = Hooks::of(&bundle.spec).late;
+    record.resources = Resources::of_config(&bundle.json).map_err(super::bundle::Error::Json)?;
     let undo = Undo {
         root: root.clone(),
         id: options.id.clone(),

@@ -1,21 +1,27 @@
 //! OCI containers on the host: bundle, record, life.
 //!
-//! [`create`], [`start`], [`kill`] and [`delete`] are what the commands of the
-//! same names do; [`state`] is what is on disk and what follows from it.
+//! [`create`], [`start`], [`kill`], [`delete`], [`pause`], [`update`] and
+//! [`events`] are what the commands of the same names do; [`state`] is what is on disk and what follows from it.
 
 pub mod bundle;
 pub mod cgroup;
 pub mod console;
 pub mod create;
 pub mod delete;
+pub mod events;
 pub mod guest_spec;
 pub mod hooks;
 pub mod kill;
+pub mod limits;
 mod mount_options;
+pub mod pause;
+pub mod resources;
 pub mod run;
 pub mod signal;
 pub mod start;
 pub mod state;
+pub mod stats;
+pub mod update;
 mod validate;
 
 use std::io;
@@ -46,6 +52,24 @@ pub enum Error {
     HasStopped,
     #[error("cannot start a container that is still being created")]
     StillCreating,
+    #[error("cannot start a container in the paused state")]
+    StartPaused,
+    #[error("container not paused")]
+    NotPaused,
+    #[error("container with id {0} is not running")]
+    NoEvents(String),
+    #[error(transparent)]
+    UnknownSignal(#[from] signal::UnknownSignal),
+    #[error("unable to signal init: invalid argument")]
+    InvalidSignal,
+    #[error(transparent)]
+    Limit(#[from] limits::Error),
+    #[error("the memory limit {limit} is below what the container uses ({usage})")]
+    UsageAboveLimit { limit: i64, usage: u64 },
+    #[error(
+        "a container in a virtual machine cannot be {0}: this version of kuasar-runv does not support checkpoints"
+    )]
+    Checkpoint(&'static str),
     #[error("cannot delete container {id} that is not stopped: {status}")]
     NotStopped { id: String, status: state::Status },
     #[error("another command is working on the container; try again when it has ended")]

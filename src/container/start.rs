@@ -15,6 +15,7 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
     let mut record = ContainerRecord::read(root, id)?;
     match record.status(root) {
         Status::Created => {}
+        Status::Paused => return Err(Error::StartPaused),
         Status::Running => return Err(Error::AlreadyRunning),
         Status::Stopped => return Err(Error::HasStopped),
         Status::Creating => return Err(Error::StillCreating),
@@ -29,7 +30,7 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
     let state = hooks::State::of(&record, Status::Running);
     if let Err(e) = hooks::run(&record.hooks.poststart, &state, None, None) {
         // The error to report is the hook's; the process may have ended.
-        if let Err(left) = kill::kill(root, id, libc::SIGKILL, true) {
+        if let Err(left) = kill::kill(root, id, "KILL", true) {
             log::warn!("killing the container after a failed hook: {left}");
         }
         return Err(Error::Hook(e));

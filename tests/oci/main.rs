@@ -7,10 +7,12 @@
 
 mod bad_input;
 mod cgroups;
+mod checkpoint;
 mod config_spec;
 mod create;
 mod delete;
 mod devices;
+mod events;
 mod features;
 mod hooks;
 mod kill;
@@ -19,6 +21,7 @@ mod log;
 mod mount_options;
 mod mounts;
 mod parallel;
+mod pause;
 mod process;
 mod resources;
 mod rootfs;
@@ -31,6 +34,7 @@ mod start;
 mod state;
 mod stdio;
 mod tty;
+mod update;
 mod userns;
 
 mod probe {

@@ -44,6 +44,7 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
     spec::normalise(&mut spec, &cgroup.path_in_hierarchy())?;
     Validator::validate_spec(&spec).map_err(|e| Failure::invalid(failure::chain(&e)))?;
 
+    rootfs::stage(&mut spec, &request.dir)?;
     rootfs::make_outer_devices(&mut spec)?;
     rootfs::clear_dev(&spec)?;
     rootfs::copy_up(&mut spec, &request.dir)?;
