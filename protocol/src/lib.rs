@@ -12,8 +12,11 @@
 //!
 //! Both sides are built from one commit; [`PROTOCOL_VERSION`] is checked in
 //! `Ready` so that a stale guest image is reported instead of misunderstood.
+//!
+//! [`hook`] is the one thing that both sides do instead of say.
 
 pub mod event;
+pub mod hook;
 pub mod stream;
 
 #[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]
@@ -36,6 +39,10 @@ pub const AGENT_PORT: u32 = 1024;
 pub const DEBUG_CONSOLE_PORT: u32 = 1025;
 pub const STREAM_PORT: u32 = 1026;
 pub const EVENT_PORT: u32 = 1027;
+
+/// Annotation of a config.json on its way to the guest: the bundle's path on the
+/// host, which the state of `startContainer` hooks names. The guest takes it out.
+pub const BUNDLE_ANNOTATION: &str = "io.kuasar.runv.bundle";
 
 /// virtio-fs tag of the pod's one shared directory and where the agent mounts it.
 pub const SHARE_TAG: &str = "kuasar-share";

@@ -4,7 +4,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::Spec;
+use kuasar_runv_protocol::hook::words;
+use oci_spec::runtime::{Capability, Spec};
+use serde::Deserialize;
 use serde_json::Value;
 
 /// Longest config.json that is read, in bytes. It travels to the guest in one
@@ -13,7 +15,7 @@ const MAX_CONFIG: u64 = 3 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("chdir {}: {source}", path.display())]
+    #[error("chdir {}: {}", path.display(), words(source))]
     NoBundle { path: PathBuf, source: io::Error },
     #[error("JSON specification file config.json not found")]
     NoConfig,
@@ -27,7 +29,7 @@ pub enum Error {
     Invalid(&'static str),
     #[error("config.json: unsupported ociVersion {0:?}, only 1.x is supported")]
     Version(String),
-    #[error("invalid rootfs: stat {}: {source}", path.display())]
+    #[error("invalid rootfs: stat {}: {}", path.display(), words(source))]
     NoRootfs { path: PathBuf, source: io::Error },
     #[error("invalid rootfs: {} is not a directory", .0.display())]
     RootfsNotDirectory(PathBuf),
@@ -60,9 +62,19 @@ impl Bundle {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::NoConfig),
             Err(e) => return Err(Error::Read(e)),
         };
-        let json: Value = serde_json::from_slice(&text).map_err(Error::Json)?;
-        // Again from the text, because only so an error names line and column.
-        let spec: Spec = serde_json::from_slice(&text).map_err(Error::Json)?;
+        let mut json: Value = serde_json::from_slice(&text).map_err(Error::Json)?;
+        let unknown = take_unknown_capabilities(&mut json);
+        let spec: Spec = if unknown.is_empty() {
+            // Again from the text, because only so an error names line and column.
+            serde_json::from_slice(&text).map_err(Error::Json)?
+        } else {
+            // As runc: newer kernels have more than this version knows.
+            log::warn!(
+                "ignoring unknown or unavailable capabilities: [{}]",
+                unknown.join(" ")
+            );
+            Spec::deserialize(&json).map_err(Error::Json)?
+        };
         check(&spec)?;
         let rootfs = rootfs(&path, &spec)?;
         Ok(Bundle {
@@ -91,12 +103,28 @@ fn check(spec: &Spec) -> Result<(), Error> {
     if spec.linux().is_none() {
         return Err(Error::Invalid("linux property must not be empty"));
     }
-    for mount in spec.mounts().iter().flatten() {
-        if !mount.destination().is_absolute() {
-            return Err(Error::Invalid("mount destination must be an absolute path"));
+    Ok(())
+}
+
+/// Takes the capabilities that do not exist out of a configuration, and names
+/// each once.
+fn take_unknown_capabilities(json: &mut Value) -> Vec<String> {
+    let mut unknown = Vec::new();
+    let sets = json.pointer_mut("/process/capabilities");
+    for set in sets.and_then(Value::as_object_mut).into_iter().flatten() {
+        if let Some(list) = set.1.as_array_mut() {
+            list.retain(|name| {
+                let known = !name.is_string() || Capability::deserialize(name).is_ok();
+                if let (false, Some(name)) = (known, name.as_str())
+                    && !unknown.iter().any(|seen| seen == name)
+                {
+                    unknown.push(name.to_owned());
+                }
+                known
+            });
         }
     }
-    Ok(())
+    unknown
 }
 
 fn rootfs(bundle: &Path, spec: &Spec) -> Result<PathBuf, Error> {
@@ -139,6 +167,18 @@ mod tests {
         let bundle = load(&config("rootfs", PROCESS)).unwrap();
         assert!(bundle.rootfs.ends_with("rootfs"));
         assert!(bundle.rootfs.is_absolute());
+    }
+
+    #[test]
+    fn capabilities_that_do_not_exist_are_left_out() {
+        let process = PROCESS.replace(
+            "}}",
+            r#"},"capabilities":{"bounding":["CAP_KILL","CAP_NOPE"],"effective":["CAP_NOPE"]}}"#,
+        );
+        let bundle = load(&config("rootfs", &process)).unwrap();
+        let sets = &bundle.json["process"]["capabilities"];
+        assert_eq!(sets["bounding"], serde_json::json!(["CAP_KILL"]));
+        assert_eq!(sets["effective"], serde_json::json!([]));
     }
 
     #[test]

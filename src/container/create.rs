@@ -6,19 +6,22 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_runv_protocol::agent::CreateContainerRequest;
+use kuasar_runv_protocol::hook;
 use nix::pty::Winsize;
 use serde_json::json;
 
 use super::bundle::Bundle;
 use super::console::Console;
 use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
+use super::hooks::{self, Hooks};
+use super::mount_options::Depth;
 use super::resources::Resources;
-use super::state::{ContainerRecord, Phase};
+use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::CallersTerminal;
 use super::{Error, cgroup, check_id, context, delete};
 use crate::agent_client::streams::{self, Wanted};
@@ -97,6 +100,15 @@ impl Created {
         Ok(self.standin)
     }
 
+    /// Runs the hooks that follow the start of the program.
+    ///
+    /// # Errors
+    /// Of the first that fails; the container is to be dropped then.
+    pub fn poststart(&self) -> Result<(), Error> {
+        let state = hooks::State::of(&self.record, Status::Running);
+        hooks::run(&self.record.hooks.poststart, &state, None, None).map_err(Error::Hook)
+    }
+
     #[must_use]
     pub fn standin(&self) -> ProcessRef {
         self.standin_ref
@@ -173,14 +185,17 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     )?;
     trace("sandboxer-spawned");
     let (console, slave) = open_console(options, &bundle)?;
-    let standin = spawn_standin(root, options, &bundle, &guest, slave)?;
+    let hooks = Hooks::of(&bundle.spec);
+    let standin = spawn_standin(&record, root, &bundle, &guest, &hooks, slave)?;
     let standin_ref = ProcessRef::of(standin.pid).map_err(context("the stand-in"))?;
     record.standin = Some(standin_ref);
     record.write(root)?;
     cgroup::join(&record.cgroups, standin.pid).map_err(context("the stand-in's cgroup"))?;
     standin.release()?;
     share(&sandbox, options, &bundle, &guest)?;
-    standin.wait_ready()?;
+    standin.wait_mounted()?;
+    run_hooks(&record, &hooks, interrupt.as_fd())?;
+    standin.enter_rootfs(hooks.create_container_time(), interrupt.as_fd())?;
     trace("host-ready");
 
     let boot_deadline = config.timeouts.boot(true) + SANDBOXER_MARGIN;
@@ -304,6 +319,7 @@ fn begin(
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     record.cgroups = cgroups;
+    record.hooks = Hooks::of(&bundle.spec).late;
     record.resources = Resources::of_config(&bundle.json).map_err(super::bundle::Error::Json)?;
     let undo = Undo {
         root: root.clone(),
@@ -339,10 +355,11 @@ fn console_size(bundle: &Bundle) -> Option<Winsize> {
 }
 
 fn spawn_standin(
+    record: &ContainerRecord,
     root: &Root,
-    options: &Options,
     bundle: &Bundle,
     guest: &GuestSpec,
+    hooks: &Hooks,
     terminal: Option<OwnedFd>,
 ) -> Result<StandIn, Error> {
     let mut volumes = Vec::new();
@@ -352,16 +369,46 @@ fn spawn_standin(
             tree: clone_bind(bind)?,
         });
     }
+    let create_container = |pid: i32, stop: BorrowedFd<'_>| {
+        let state = hooks::State::of(record, Status::Creating).with_pid(pid);
+        hooks::run(&hooks.create_container, &state, None, Some(stop)).map_err(|e| e.to_string())
+    };
+    let has_hooks = !hooks.create_container.is_empty();
+    let state_dir = root.container(&record.id);
     let standin = spawn::spawn(Plan {
-        label: &options.id,
-        mount_point: &root.container(&options.id),
+        label: &record.id,
+        // Hooks look for the container's mounts where its rootfs is.
+        mount_point: if has_hooks {
+            &bundle.rootfs
+        } else {
+            &state_dir
+        },
         rootfs: clone_rootfs(bundle)?,
         volumes,
         hostname: bundle.spec.hostname().clone(),
         domainname: bundle.spec.domainname().clone(),
         terminal,
+        in_rootfs: has_hooks.then_some(&create_container),
     })?;
     Ok(standin)
+}
+
+/// The hooks that run on the host while the container is created.
+fn run_hooks(
+    record: &ContainerRecord,
+    hooks: &Hooks,
+    interrupt: BorrowedFd<'_>,
+) -> Result<(), Error> {
+    let state = hooks::State::of(record, Status::Creating);
+    for list in [&hooks.prestart, &hooks.create_runtime] {
+        hooks::run(list, &state, Some(&record.bundle), Some(interrupt)).map_err(|e| {
+            match e.source {
+                hook::Error::Stopped => Error::Interrupted,
+                _ => Error::InitHook(e.to_string()),
+            }
+        })?;
+    }
+    Ok(())
 }
 
 fn clone_rootfs(bundle: &Bundle) -> Result<OwnedFd, Error> {
@@ -374,8 +421,11 @@ fn clone_rootfs(bundle: &Bundle) -> Result<OwnedFd, Error> {
 fn clone_bind(bind: &Bind) -> Result<OwnedFd, Error> {
     let failed = || context(format!("cloning the mount of {}", bind.source.display()));
     let tree = mounts::clone_path(&bind.source, bind.recursive).map_err(failed())?;
-    if bind.read_only {
-        mounts::set_read_only(tree.as_fd()).map_err(failed())?;
+    if bind.private {
+        mounts::set_private(tree.as_fd()).map_err(failed())?;
+    }
+    if let Some(depth) = bind.read_only {
+        mounts::set_read_only(tree.as_fd(), depth == Depth::All).map_err(failed())?;
     }
     Ok(tree)
 }

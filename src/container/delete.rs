@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::state::{ContainerRecord, RecordError, Status};
-use super::{Error, cgroup, check_id, context, lock};
+use super::{Error, cgroup, check_id, context, hooks, lock};
 use crate::root::{self, Root};
 use crate::sandbox;
 
@@ -69,6 +69,12 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
     sandbox::end(root, sandbox_id)?;
     if let Some(record) = &record {
         cgroup::remove(&record.cgroups).map_err(context("cleaning up"))?;
+        // Before the id is free: hooks undo by id, and a delete that is killed
+        // here is repeated as a whole.
+        hooks::run_all(
+            &record.hooks.poststop,
+            &hooks::State::of(record, Status::Stopped),
+        );
     }
     root::remove_private_dir(&root.container(id)).map_err(context(format!(
         "removing {}",

@@ -6,22 +6,27 @@
 
 use std::path::{Path, PathBuf};
 
-use kuasar_runv_protocol::GUEST_SHARE_DIR;
+use kuasar_runv_protocol::hook::words;
+use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR};
 use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use serde_json::{Value, json};
 
 use super::bundle::Bundle;
+use super::mount_options::{self, Depth};
+use super::validate;
 
 /// Name of the rootfs below the container's part of the shared directory.
 pub const ROOTFS: &str = "rootfs";
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    #[error(transparent)]
+    Invalid(#[from] validate::Invalid),
     #[error("config.json: {0}")]
     Unsupported(String),
     #[error(
-        "error mounting \"{}\" to rootfs at \"{}\": stat {}: {source}",
-        .path.display(), .destination.display(), .path.display()
+        "error mounting \"{}\" to rootfs at \"{}\": stat {}: {}",
+        .path.display(), .destination.display(), .path.display(), words(source)
     )]
     NoSource {
         path: PathBuf,
@@ -39,9 +44,13 @@ pub struct Bind {
     pub source: PathBuf,
     /// Path in the container.
     pub destination: PathBuf,
-    pub read_only: bool,
+    pub read_only: Option<Depth>,
+    /// Later mounts of the host do not appear in it.
+    pub private: bool,
     /// With the mounts below the source.
     pub recursive: bool,
+    /// The guest's options.
+    options: Vec<String>,
 }
 
 /// The guest's half of a container.
@@ -56,27 +65,60 @@ pub struct GuestSpec {
 /// # Errors
 /// See [`Error`].
 pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
+    validate::check(&bundle.spec)?;
     check_namespaces(bundle)?;
-    check_host_features(bundle)?;
     let mut json = bundle.json.clone();
     let share = Path::new(GUEST_SHARE_DIR).join(id);
     json["root"]["path"] = json!(share.join(ROOTFS));
     let mut binds = Vec::new();
     for (index, mount) in bundle.spec.mounts().iter().flatten().enumerate() {
-        let Some(bind) = bind(bundle, mount, index)? else {
+        let destination = destination(mount);
+        json["mounts"][index]["destination"] = json!(destination);
+        let Some(bind) = bind(bundle, mount, destination, index)? else {
             continue;
         };
         let guest = &mut json["mounts"][index];
         guest["source"] = json!(share.join(&bind.name));
         guest["type"] = json!("bind");
+        guest["options"] = json!(bind.options);
         binds.push(bind);
     }
-    json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
-    // Nothing of the host's runtime is left for the guest to do.
-    if let Some(spec) = json.as_object_mut() {
-        spec.remove("hooks");
+    if let Some(linux) = json["linux"].as_object_mut() {
+        // An empty one, or it would have been refused.
+        linux.remove("intelRdt");
     }
+    json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
+    keep_guest_hooks(&mut json, bundle);
     Ok(GuestSpec { json, binds })
+}
+
+/// Leaves the guest the hooks that run in the container, with the part of their
+/// state that only the host knows.
+fn keep_guest_hooks(json: &mut Value, bundle: &Bundle) {
+    let Some(spec) = json.as_object_mut() else {
+        return;
+    };
+    let hooks = spec.remove("hooks");
+    let start = hooks
+        .and_then(|mut hooks| hooks.get_mut("startContainer").map(Value::take))
+        .filter(|list| list.as_array().is_some_and(|list| !list.is_empty()));
+    if let Some(list) = start {
+        spec.insert("hooks".into(), json!({"startContainer": list}));
+        let annotations = spec.entry("annotations").or_insert(Value::Null);
+        if annotations.is_null() {
+            *annotations = json!({});
+        }
+        annotations[BUNDLE_ANNOTATION] = json!(bundle.path);
+    }
+}
+
+/// Where a mount goes; relative paths start at the root (config.md, mounts).
+fn destination(mount: &Mount) -> PathBuf {
+    let path = mount.destination();
+    if !path.is_absolute() {
+        log::warn!("mount destination {} is not absolute", path.display());
+    }
+    Path::new("/").join(path)
 }
 
 fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
@@ -92,7 +134,9 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
             .find(move |n| n.typ() == kind)
     };
     for namespace in namespaces.into_iter().flatten() {
-        if let Some(path) = namespace.path() {
+        // An empty path is a new namespace, as with runc.
+        let path = namespace.path().as_ref();
+        if let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) {
             return Err(Error::Unsupported(format!(
                 "joining the {} namespace {} is not supported: a container in a virtual machine has namespaces of its own",
                 json!(namespace.typ()).as_str().unwrap_or_default(),
@@ -115,70 +159,29 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses what no virtual machine and no agent of this version can provide.
-fn check_host_features(bundle: &Bundle) -> Result<(), Error> {
-    let refuse = |pointer: &str, why: &str| match bundle.json.pointer(pointer) {
-        None | Some(Value::Null) => Ok(()),
-        Some(Value::String(text)) if text.is_empty() => Ok(()),
-        Some(Value::Array(list)) if list.is_empty() => Ok(()),
-        Some(Value::Object(map)) if map.is_empty() => Ok(()),
-        Some(_) => Err(Error::Unsupported(format!(
-            "{} {why}",
-            pointer.trim_start_matches('/').replace('/', ".")
-        ))),
-    };
-    const LATER: &str = "is not supported yet";
-    for hook in [
-        "prestart",
-        "createRuntime",
-        "createContainer",
-        "startContainer",
-        "poststart",
-        "poststop",
-    ] {
-        refuse(&format!("/hooks/{hook}"), LATER)?;
-    }
-    refuse(
-        "/linux/intelRdt",
-        "cannot be used: a virtual machine has no resctrl",
-    )?;
-    refuse(
-        "/linux/seccomp/listenerPath",
-        "cannot be used: a notify descriptor cannot leave the virtual machine",
-    )?;
-    refuse(
-        "/linux/mountLabel",
-        "needs SELinux, which the guest does not have",
-    )?;
-    refuse(
-        "/process/selinuxLabel",
-        "needs SELinux, which the guest does not have",
-    )?;
-    refuse(
-        "/process/apparmorProfile",
-        "needs AppArmor, which the guest does not have",
-    )?;
-    refuse("/linux/netDevices", LATER)
-}
-
 /// The bind mount a mount of config.json is, if it is one.
-fn bind(bundle: &Bundle, mount: &Mount, index: usize) -> Result<Option<Bind>, Error> {
+fn bind(
+    bundle: &Bundle,
+    mount: &Mount,
+    destination: PathBuf,
+    index: usize,
+) -> Result<Option<Bind>, Error> {
     let options: Vec<&str> = mount
         .options()
         .iter()
         .flatten()
         .map(String::as_str)
         .collect();
-    let is_recursive = options.contains(&"rbind");
-    let is_bind =
-        is_recursive || options.contains(&"bind") || mount.typ().as_deref() == Some("bind");
+    let is_bind = options.contains(&"rbind")
+        || options.contains(&"bind")
+        || mount.typ().as_deref() == Some("bind");
     if !is_bind {
         return check_guest_mount(mount).map(|()| None);
     }
     let source = mount.source().as_ref().ok_or_else(|| {
         Error::Unsupported(format!(
             "the bind mount on {} has no source",
-            mount.destination().display()
+            destination.display()
         ))
     })?;
     // Relative sources are relative to the bundle (config.md, mounts).
@@ -186,22 +189,33 @@ fn bind(bundle: &Bundle, mount: &Mount, index: usize) -> Result<Option<Bind>, Er
     if let Err(e) = std::fs::metadata(&source) {
         return Err(Error::NoSource {
             path: source,
-            destination: mount.destination().clone(),
+            destination,
             source: e,
         });
     }
-    // The last of several wins, as with mount(8).
-    let read_only = options
-        .iter()
-        .rev()
-        .find(|option| matches!(**option, "ro" | "rw" | "rro" | "rrw"))
-        .is_some_and(|option| option.ends_with("ro"));
+    let mut parsed = mount_options::bind(&options, &destination).map_err(|refused| {
+        Error::Unsupported(format!(
+            "the option {:?} of the bind mount on {} is not supported: {}",
+            refused.option,
+            destination.display(),
+            refused.why
+        ))
+    })?;
+    if let Err(e) = mount_options::inherit(&mut parsed.guest, &source) {
+        return Err(Error::NoSource {
+            path: source,
+            destination,
+            source: e,
+        });
+    }
     Ok(Some(Bind {
         name: format!("mount-{index}"),
         source,
-        destination: mount.destination().clone(),
-        read_only,
-        recursive: is_recursive || !options.contains(&"bind"),
+        destination,
+        read_only: parsed.read_only,
+        private: parsed.private,
+        recursive: parsed.recursive,
+        options: parsed.guest,
     }))
 }
 
@@ -256,12 +270,36 @@ mod tests {
         let [bind] = guest.binds.as_slice() else {
             panic!("{:?}", guest.binds)
         };
-        assert!(bind.read_only && !bind.recursive && bind.source.is_absolute());
+        assert!(bind.read_only == Some(Depth::Top) && !bind.recursive);
+        assert!(bind.source.is_absolute());
+        assert_eq!(guest.json.get("hooks"), None);
+    }
+
+    #[test]
+    fn the_guest_gets_only_the_hooks_of_the_container() {
+        let guest = bundle(|c| {
+            let hook = json!([{"path": "/bin/true"}]);
+            c["hooks"] = json!({"startContainer": hook, "poststop": hook});
+        })
+        .unwrap();
+        assert_eq!(
+            guest.json["hooks"],
+            json!({"startContainer": [{"path": "/bin/true"}]})
+        );
+        assert!(guest.json["annotations"][BUNDLE_ANNOTATION].is_string());
+    }
+
+    #[test]
+    fn a_relative_destination_starts_at_the_root() {
+        let guest = bundle(|c| c["mounts"][1]["destination"] = json!("etc/hosts")).unwrap();
+        assert_eq!(guest.json["mounts"][1]["destination"], "/etc/hosts");
+        assert_eq!(guest.binds[0].destination, Path::new("/etc/hosts"));
     }
 
     #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
-        let cases: [(&str, fn(&mut Value)); 6] = [
+        type Case = (&'static str, fn(&mut Value));
+        let cases: [Case; 5] = [
             ("network", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "mount"}]);
             }),
@@ -271,13 +309,12 @@ mod tests {
             ("mount namespace", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "network"}]);
             }),
-            ("linux.intelRdt", |c| {
-                c["linux"]["intelRdt"] = json!({"closID": "a"})
+            ("\"rshared\"", |c| {
+                c["mounts"][1]["options"] = json!(["rbind", "rshared"]);
             }),
-            ("hooks.poststop", |c| {
-                c["hooks"] = json!({"poststop": [{"path": "/bin/true"}]});
+            ("\"ext4\"", |c| {
+                c["mounts"][0] = json!({"destination": "/x", "type": "ext4"});
             }),
-            ("\"ext4\"", |c| c["mounts"][0]["type"] = json!("ext4")),
         ];
         for (expected, change) in cases {
             let message = bundle(change).unwrap_err().to_string();

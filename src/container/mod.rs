@@ -10,8 +10,10 @@ pub mod create;
 pub mod delete;
 pub mod events;
 pub mod guest_spec;
+pub mod hooks;
 pub mod kill;
 pub mod limits;
+mod mount_options;
 pub mod pause;
 pub mod resources;
 pub mod run;
@@ -21,6 +23,7 @@ pub mod state;
 pub mod stats;
 pub mod terminal;
 pub mod update;
+mod validate;
 
 use std::io;
 use std::path::PathBuf;
@@ -81,7 +84,13 @@ pub enum Error {
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::Error),
     #[error(transparent)]
-    StandIn(#[from] crate::standin::spawn::Error),
+    StandIn(crate::standin::spawn::Error),
+    /// A hook of the container's set-up.
+    #[error("unable to start container process: error during container init: {0}")]
+    InitHook(String),
+    /// A hook that runs later.
+    #[error(transparent)]
+    Hook(hooks::Error),
     /// The agent's words.
     #[error("{0}")]
     Process(String),
@@ -104,6 +113,17 @@ impl From<state::RecordError> for Error {
         match error {
             state::RecordError::NotFound => Error::NotFound,
             other => Error::Record(other),
+        }
+    }
+}
+
+impl From<crate::standin::spawn::Error> for Error {
+    fn from(error: crate::standin::spawn::Error) -> Error {
+        use crate::standin::spawn;
+        match error {
+            spawn::Error::InRootfs(said) => Error::InitHook(said),
+            spawn::Error::Interrupted => Error::Interrupted,
+            other => Error::StandIn(other),
         }
     }
 }

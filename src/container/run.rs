@@ -36,6 +36,7 @@ pub fn run(root: &Root, options: &Options, keep: bool) -> Result<Outcome, Error>
         let mut created = create(root, options)?;
         start_in_guest(&created.agent, &options.id)?;
         created.record_phase(Phase::Started)?;
+        created.poststart()?;
         created.keep()?;
         return Ok(Outcome::Detached);
     }
@@ -49,6 +50,7 @@ pub fn run(root: &Root, options: &Options, keep: bool) -> Result<Outcome, Error>
     start_in_guest(&created.agent, &options.id)?;
     trace("started");
     created.record_phase(Phase::Started)?;
+    created.poststart()?;
     let standin = created.standin();
     // While it is open, the stand-in knows that somebody looks after the terminal.
     let attached = created.keep_attached()?;

@@ -1,7 +1,7 @@
 //! `start`: lets the waiting process execute its program.
 
 use super::state::{ContainerRecord, Phase, Status};
-use super::{Error, lock};
+use super::{Error, hooks, kill, lock};
 use crate::agent_client::{self, Agent};
 use crate::root::Root;
 use crate::sandbox::Sandbox;
@@ -26,7 +26,16 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
         record.phase = Phase::Started;
         record.write(root)?;
     }
-    started
+    started?;
+    let state = hooks::State::of(&record, Status::Running);
+    if let Err(e) = hooks::run(&record.hooks.poststart, &state, None, None) {
+        // The error to report is the hook's; the process may have ended.
+        if let Err(left) = kill::kill(root, id, "KILL", true) {
+            log::warn!("killing the container after a failed hook: {left}");
+        }
+        return Err(Error::Hook(e));
+    }
+    Ok(())
 }
 
 /// Asks the agent to start the container.

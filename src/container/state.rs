@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::hooks::LateHooks;
 use super::resources::Resources;
 use crate::root::Root;
 use crate::sandbox::record::SandboxRecord;
@@ -85,6 +86,9 @@ pub struct ContainerRecord {
     pub resources: Resources,
     /// Host cgroup directories made for it, to be removed with it.
     pub cgroups: Vec<PathBuf>,
+    /// What runs when the bundle may be gone.
+    #[serde(default, skip_serializing_if = "LateHooks::is_empty")]
+    pub hooks: LateHooks,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -174,6 +178,7 @@ impl ContainerRecord {
             paused: false,
             resources: Resources::default(),
             cgroups: Vec::new(),
+            hooks: LateHooks::default(),
         })
     }
 

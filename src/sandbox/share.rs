@@ -87,7 +87,7 @@ fn enter_namespace(writable: &[&Path]) -> io::Result<()> {
         .map(|path| mounts::clone_path(path, false))
         .collect::<io::Result<Vec<_>>>()?;
     let root = crate::sys::unix_socket::open_dir(Path::new("/"))?;
-    mounts::set_all_read_only(root.as_fd())?;
+    mounts::set_read_only(root.as_fd(), true)?;
     for (path, tree) in writable.iter().zip(trees) {
         let place = crate::sys::unix_socket::open_dir(path)?;
         mounts::attach(tree.as_fd(), place.as_fd(), Path::new(""))?;

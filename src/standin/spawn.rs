@@ -1,8 +1,9 @@
 //! Making a stand-in: the part that runs in the command, and in the child
 //! between fork and exec.
 //!
-//! The child waits until its pid is recorded, enters namespaces of its own,
-//! makes the container's rootfs and volumes its root, gives up every
+//! The child waits until its pid is recorded, enters namespaces of its own and
+//! mounts the container's rootfs and volumes there. When its creator has nothing
+//! more to do with it in that state, it makes them its root, gives up every
 //! capability, and executes this binary anew, through a read-only mount of it
 //! ([`own_binary`](crate::sys::own_binary)), for a small address space. It
 //! resolves every path of the container inside the container's root.
@@ -25,10 +26,13 @@ use rustix::thread::CapabilitySet;
 use super::{CHANNEL_FD, COMMAND};
 use crate::sys::capabilities;
 use crate::sys::mount as mounts;
-use crate::sys::seqpacket::Channel;
+use crate::sys::seqpacket::{Channel, wait_any_readable};
 
 /// How long each step of the set-up may take.
 const DEADLINE: Duration = Duration::from_secs(30);
+/// How long a step may take that waits for hooks without a timeout. The end of
+/// the other side, or of the command, ends it earlier.
+const UNBOUNDED: Duration = Duration::from_secs(u32::MAX as u64);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -37,7 +41,16 @@ pub enum Error {
     /// The child's own words.
     #[error("starting the stand-in: {0}")]
     Setup(String),
+    /// What [`Plan::in_rootfs`] said.
+    #[error("{0}")]
+    InRootfs(String),
+    #[error("interrupted")]
+    Interrupted,
 }
+
+/// Work for a process in the container's namespaces. Gets the pid of the
+/// stand-in and a descriptor that hangs up when nobody waits for it any more.
+pub type InRootfs<'a> = &'a dyn Fn(i32, BorrowedFd<'_>) -> Result<(), String>;
 
 /// A volume as the stand-in sees it.
 pub struct Volume {
@@ -61,6 +74,9 @@ pub struct Plan<'a> {
     /// Slave side of the container's terminal; becomes stdio and the
     /// controlling terminal. Without it stdio is inherited.
     pub terminal: Option<OwnedFd>,
+    /// Done in the stand-in when everything is mounted and the host's root is
+    /// still there, with the rootfs as working directory.
+    pub in_rootfs: Option<InRootfs<'a>>,
 }
 
 /// A child that is a stand-in, or about to become one.
@@ -91,8 +107,12 @@ pub fn spawn(plan: Plan<'_>) -> Result<StandIn, Error> {
                 Ok(never) => match never {},
                 Err(e) => e,
             };
+            let kind = match failed {
+                Error::InRootfs(_) => IN_ROOTFS,
+                _ => FAILED,
+            };
             // The parent is the only one who could tell; without it nobody asks.
-            let _ = theirs.send(format!("error: {failed}").as_bytes(), &[]);
+            let _ = theirs.send(format!("{kind}{failed}").as_bytes(), &[]);
             // SAFETY: ends the process without running the parent's destructors.
             unsafe { libc::_exit(1) }
         }
@@ -108,12 +128,32 @@ impl StandIn {
         Ok(self.channel.send(b"go", &[])?)
     }
 
-    /// Waits for the end of the set-up.
+    /// Waits until it has its namespaces, and the rootfs is mounted in them.
     ///
     /// # Errors
     /// [`Error::Setup`] with the child's reason.
-    pub fn wait_ready(&self) -> Result<(), Error> {
-        self.expect(b"ready")
+    pub fn wait_mounted(&self) -> Result<(), Error> {
+        self.expect(b"mounted", DEADLINE)
+    }
+
+    /// Lets it do what [`Plan::in_rootfs`] says, in `time` (`None`: as long as it
+    /// likes), and leave the host's root. Waits for the end of the set-up, or until
+    /// `interrupt` is readable.
+    ///
+    /// # Errors
+    /// [`Error::InRootfs`], [`Error::Interrupted`], [`Error::Setup`].
+    pub fn enter_rootfs(
+        &self,
+        time: Option<Duration>,
+        interrupt: BorrowedFd<'_>,
+    ) -> Result<(), Error> {
+        let deadline = time.map_or(UNBOUNDED, |time| DEADLINE.saturating_add(time));
+        self.channel.send(b"enter", &[])?;
+        let ready = wait_any_readable(&[self.channel.as_fd(), interrupt], deadline)?;
+        match ready[..] {
+            [false, true] => Err(Error::Interrupted),
+            _ => self.expect(b"ready", Duration::ZERO),
+        }
     }
 
     /// Hands over the control connection and the streams that `flags` announces.
@@ -123,7 +163,7 @@ impl StandIn {
     pub fn attach(&self, flags: u8, streams: &[OwnedFd]) -> Result<(), Error> {
         let fds: Vec<BorrowedFd<'_>> = streams.iter().map(AsFd::as_fd).collect();
         self.channel.send(&[flags], &fds)?;
-        self.expect(b"attached")
+        self.expect(b"attached", DEADLINE)
     }
 
     /// From now on it stays when this process ends.
@@ -138,20 +178,27 @@ impl StandIn {
         }
     }
 
-    fn expect(&self, wanted: &[u8]) -> Result<(), Error> {
+    fn expect(&self, wanted: &[u8], deadline: Duration) -> Result<(), Error> {
         let message = self
             .channel
-            .recv(DEADLINE)?
+            .recv(deadline)?
             .ok_or_else(|| Error::Setup("it ended unexpectedly".into()))?;
         if message.bytes == wanted {
             return Ok(());
         }
         let text = String::from_utf8_lossy(&message.bytes);
+        if let Some(said) = text.strip_prefix(IN_ROOTFS) {
+            return Err(Error::InRootfs(said.to_owned()));
+        }
         Err(Error::Setup(
-            text.strip_prefix("error: ").unwrap_or(&text).to_owned(),
+            text.strip_prefix(FAILED).unwrap_or(&text).to_owned(),
         ))
     }
 }
+
+/// What the child's messages about a failure start with.
+const FAILED: &str = "error: ";
+const IN_ROOTFS: &str = "in rootfs: ";
 
 enum Never {}
 
@@ -166,7 +213,18 @@ fn child(plan: Plan<'_>, channel: &Channel, exe: BorrowedFd<'_>) -> Result<Never
         use_terminal(terminal.as_fd()).map_err(step("setting up the terminal"))?;
     }
     enter_namespaces(&plan).map_err(step("entering namespaces"))?;
-    enter_rootfs(&plan)?;
+    mount_rootfs(&plan)?;
+    channel.send(b"mounted", &[])?;
+    match channel.recv(UNBOUNDED)? {
+        Some(message) if message.bytes == b"enter" => {}
+        _ => return Err(Error::Setup("its creator is gone".into())),
+    }
+    if let Some(work) = plan.in_rootfs {
+        // A pid fits into an i32 on Linux (PID_MAX_LIMIT is 2^22).
+        #[allow(clippy::cast_possible_wrap)]
+        work(std::process::id() as i32, channel.as_fd()).map_err(Error::InRootfs)?;
+    }
+    pivot()?;
     capabilities::limit_to(CapabilitySet::empty()).map_err(step("dropping capabilities"))?;
     channel.send(b"ready", &[])?;
     exec(plan.label, channel.as_fd(), exe).map_err(step("executing the runtime's binary"))
@@ -200,9 +258,9 @@ fn enter_namespaces(plan: &Plan<'_>) -> io::Result<()> {
     Ok(())
 }
 
-fn enter_rootfs(plan: &Plan<'_>) -> Result<(), Error> {
+/// Mounts the rootfs and the volumes in it, and enters it as working directory.
+fn mount_rootfs(plan: &Plan<'_>) -> Result<(), Error> {
     let step = |what: &'static str| move |e: io::Error| Error::Setup(format!("{what}: {e}"));
-    let nix_step = |what: &'static str| move |e: nix::Error| Error::Setup(format!("{what}: {e}"));
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
         .map_err(nix_step("separating mounts"))?;
@@ -210,11 +268,6 @@ fn enter_rootfs(plan: &Plan<'_>) -> Result<(), Error> {
         .map_err(step("opening the mount point"))?;
     mounts::attach(plan.rootfs.as_fd(), place.as_fd(), Path::new(""))
         .map_err(step("mounting the rootfs"))?;
-    fchdir(plan.rootfs.as_raw_fd()).map_err(nix_step("entering the rootfs"))?;
-    // pivot_root(2): with "." twice the old root ends up on top of the new one.
-    pivot_root(".", ".").map_err(nix_step("pivot_root"))?;
-    umount2(".", MntFlags::MNT_DETACH).map_err(nix_step("leaving the old root"))?;
-    chdir("/").map_err(nix_step("entering the new root"))?;
     for volume in &plan.volumes {
         attach_volume(plan.rootfs.as_fd(), volume).map_err(|e| {
             Error::Setup(format!(
@@ -223,7 +276,19 @@ fn enter_rootfs(plan: &Plan<'_>) -> Result<(), Error> {
             ))
         })?;
     }
-    Ok(())
+    fchdir(plan.rootfs.as_raw_fd()).map_err(nix_step("entering the rootfs"))
+}
+
+/// Makes the working directory the root.
+fn pivot() -> Result<(), Error> {
+    // pivot_root(2): with "." twice the old root ends up on top of the new one.
+    pivot_root(".", ".").map_err(nix_step("pivot_root"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(nix_step("leaving the old root"))?;
+    chdir("/").map_err(nix_step("entering the new root"))
+}
+
+fn nix_step(what: &'static str) -> impl FnOnce(nix::Error) -> Error {
+    move |e| Error::Setup(format!("{what}: {e}"))
 }
 
 fn attach_volume(root: BorrowedFd<'_>, volume: &Volume) -> io::Result<()> {

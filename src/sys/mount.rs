@@ -37,7 +37,7 @@ pub fn clone_path(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
 pub fn clone_read_only(path: &Path) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, path, flags)?;
-    set_read_only(tree.as_fd())?;
+    set_read_only(tree.as_fd(), false)?;
     Ok(tree)
 }
 
@@ -53,26 +53,30 @@ pub fn attach(tree: BorrowedFd<'_>, dir: BorrowedFd<'_>, path: &Path) -> io::Res
     Ok(move_mount(tree, "", dir, path, flags)?)
 }
 
-/// Makes a mount read-only; mounts below it stay as they are.
+/// Makes a mount read-only, and the mounts below it where `recursive`.
 ///
 /// # Errors
 /// As mount_setattr(2).
-pub fn set_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
-    mount_setattr(mount, 0, &READ_ONLY)
+pub fn set_read_only(mount: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+    mount_setattr(mount, flags, &READ_ONLY)
 }
 
-/// Makes a mount and all mounts below it read-only.
+/// Cuts a cloned tree off from later mounts of the original.
 ///
 /// # Errors
 /// As mount_setattr(2).
-pub fn set_all_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
-    mount_setattr(mount, libc::AT_RECURSIVE, &READ_ONLY)
+pub fn set_private(mount: BorrowedFd<'_>) -> io::Result<()> {
+    let private = MountAttr {
+        propagation: libc::MS_PRIVATE,
+        ..MountAttr::default()
+    };
+    mount_setattr(mount, libc::AT_RECURSIVE, &private)
 }
 
 /// For mount_setattr(2).
 pub static READ_ONLY: MountAttr = MountAttr {
-    // MOUNT_ATTR_RDONLY
-    attr_set: 1,
+    attr_set: libc::MOUNT_ATTR_RDONLY,
     attr_clr: 0,
     propagation: 0,
     userns_fd: 0,

@@ -6,22 +6,28 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bad_input;
+mod cgroups;
 mod checkpoint;
 mod config_spec;
 mod create;
 mod delete;
+mod devices;
 mod events;
 mod features;
+mod hooks;
 mod hostile_image;
 mod kill;
 mod list;
 mod log;
+mod mount_options;
 mod mounts;
 mod parallel;
 mod pause;
+mod process;
 mod resources;
 mod rootfs;
 mod run;
+mod seccomp;
 mod signals;
 mod spec;
 mod standin;
@@ -31,6 +37,7 @@ mod stdio;
 mod terminal;
 mod tty;
 mod update;
+mod userns;
 
 mod probe {
     #[test]

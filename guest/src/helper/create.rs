@@ -14,9 +14,10 @@ use oci_spec::runtime::{LinuxResources, Spec};
 
 use super::executor::Program;
 use super::failure::{self, Failure};
+use super::hooks::StartHooks;
 use super::namespaces::Network;
 use super::terminal::{self, ConsoleSocket};
-use super::{NOTIFY_SOCKET, SPEC_FILE, namespaces, rootfs, spec};
+use super::{NOTIFY_SOCKET, SPEC_FILE, late_mounts, namespaces, rlimits, rootfs, spec};
 use crate::cgroup::{Cgroup, devices};
 use crate::sys;
 use crate::zygote::CreateRequest;
@@ -39,10 +40,12 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
     failure::start_collecting().map_err(Failure::io("making a pipe"))?;
     let mut spec = spec::load(&request.dir.join(SPEC_FILE))?;
     let cgroup = Cgroup::of(&request.container_id);
+    let late_mounts = late_mounts::take(&mut spec);
     spec::normalise(&mut spec, &cgroup.path_in_hierarchy())?;
     Validator::validate_spec(&spec).map_err(|e| Failure::invalid(failure::chain(&e)))?;
 
     rootfs::stage(&mut spec, &request.dir)?;
+    rootfs::make_outer_devices(&mut spec)?;
     rootfs::clear_dev(&spec)?;
     rootfs::copy_up(&mut spec, &request.dir)?;
     let late_cwd = rootfs::make_cwd(&mut spec)?;
@@ -54,7 +57,10 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
         Some(linux) => namespaces::make_user_namespace(linux)?,
         None => None,
     };
-    let program = Program::new(given_env(&spec), late_cwd);
+    let limits = rlimits::take(&mut spec);
+    let program = Program::new(given_env(&spec), late_cwd)
+        .with_hooks(StartHooks::take(&mut spec, &request.container_id)?)
+        .with_limits(&limits);
     let terminal = spec.process().as_ref().and_then(|p| p.terminal()) == Some(true);
     let console = match terminal {
         true => Some(ConsoleSocket::new()?),
@@ -72,9 +78,8 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
         terminal::finish(master, process, uid)?;
     }
     network.bring_up_loopback(pid)?;
-    if namespaces::dev_is_read_only(&spec) {
-        namespaces::make_dev_read_only(pid)?;
-    }
+    rlimits::raise(pid, &limits)?;
+    late_mounts::apply(pid, &late_mounts)?;
     // This process is about to exit; taking the spec apart would be work for
     // nothing.
     std::mem::forget(spec);
@@ -126,17 +131,34 @@ fn build(
         as_sibling: false,
         pid_file: None,
     };
-    let pid = container_main_process(&args).map_err(|e| Failure::from_libcontainer(&e))?;
+    let pid = container_main_process(&args)
+        .map_err(|e| missing_sysctl(spec).unwrap_or_else(|| Failure::from_libcontainer(&e)))?;
     // As above.
     std::mem::forget(args);
     Ok(pid.as_raw())
 }
 
-/// What libcontainer tells hooks and seccomp listeners about the container, and
-/// asks for when there is either.
+/// A setting that does not exist, of which libcontainer's error tells no name.
+fn missing_sysctl(spec: &Spec) -> Option<Failure> {
+    let settings = spec.linux().as_ref()?.sysctl().as_ref()?;
+    settings.keys().find_map(|name| {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        // Seen from this process's network, which has no interface of the
+        // container's: those stay libcontainer's to report.
+        let is_missing = !path.contains("/conf/") && !std::path::Path::new(&path).exists();
+        is_missing.then(|| {
+            Failure::Other(format!(
+                "unable to start container process: error during container init: \
+                 open {path}: no such file or directory"
+            ))
+        })
+    })
+}
+
+/// What libcontainer tells seccomp listeners about the container, and asks for
+/// even when there is none.
 fn container(request: &CreateRequest, spec: &Spec) -> Result<Option<Container>, Failure> {
-    let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
-    if seccomp.is_none() && spec.hooks().is_none() {
+    if spec.linux().as_ref().is_none_or(|l| l.seccomp().is_none()) {
         return Ok(None);
     }
     Container::new(

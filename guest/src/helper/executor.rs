@@ -13,11 +13,13 @@ use std::path::PathBuf;
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{PosixRlimit, Spec};
 
 use super::failure::record_final;
+use super::hooks::StartHooks;
 use super::lookup::{look_path, words};
 use super::passwd::home_of;
+use super::rlimits;
 
 /// Exit code of a process whose program could not be executed (runc 1.1).
 const EXEC_FAILED: i32 = 1;
@@ -31,6 +33,8 @@ pub struct Program {
     home_missing: bool,
     /// A working directory that can only be made in the finished container.
     late_cwd: Option<PathBuf>,
+    hooks: Option<StartHooks>,
+    limits: Vec<PosixRlimit>,
     /// Path found by `validate`.
     found: RefCell<Option<String>>,
 }
@@ -57,7 +61,22 @@ impl Program {
             env: unique,
             home_missing,
             late_cwd,
+            hooks: None,
+            limits: Vec::new(),
             found: RefCell::new(None),
+        }
+    }
+
+    /// Runs hooks before the program.
+    pub fn with_hooks(self, hooks: Option<StartHooks>) -> Program {
+        Program { hooks, ..self }
+    }
+
+    /// Sets resource limits before the program.
+    pub fn with_limits(self, limits: &[PosixRlimit]) -> Program {
+        Program {
+            limits: limits.to_vec(),
+            ..self
         }
     }
 
@@ -91,24 +110,31 @@ impl Program {
         Ok(())
     }
 
-    /// Returns only when the program could not be executed.
-    fn execute(&self, spec: &Spec) -> io::Error {
-        let Some(path) = self.found.borrow().clone() else {
-            return io::Error::from_raw_os_error(libc::ENOENT);
-        };
+    /// The environment with the variables that only the container can tell.
+    fn complete_env(&self, spec: &Spec) -> Vec<String> {
         let mut env = self.env.clone();
         if self.home_missing {
             let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
             env.push(format!("HOME={}", home_of(uid)));
         }
+        env
+    }
+
+    /// Returns only when the program could not be executed.
+    fn execute(&self, spec: &Spec, env: &[String]) -> io::Error {
+        let Some(path) = self.found.borrow().clone() else {
+            return io::Error::from_raw_os_error(libc::ENOENT);
+        };
         let strings = |list: &[String]| -> Result<Vec<CString>, _> {
             list.iter().map(|s| CString::new(s.as_str())).collect()
         };
-        let (Ok(path), Ok(args), Ok(env)) =
-            (CString::new(path), strings(args(spec)), strings(&env))
+        let (Ok(path), Ok(args), Ok(env)) = (CString::new(path), strings(args(spec)), strings(env))
         else {
             return io::Error::from_raw_os_error(libc::EINVAL);
         };
+        if let Err(e) = rlimits::apply(&self.limits) {
+            return e;
+        }
         match nix::unistd::execve(&path, &args, &env) {
             Ok(never) => match never {},
             Err(e) => e.into(),
@@ -142,7 +168,13 @@ impl Executor for Program {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let error = self.execute(spec);
+        let env = self.complete_env(spec);
+        if let Some(Err(message)) = self.hooks.as_ref().map(|hooks| hooks.run(&env)) {
+            drop(writeln!(io::stderr(), "{message}"));
+            // SAFETY: as below.
+            unsafe { libc::_exit(EXEC_FAILED) }
+        }
+        let error = self.execute(spec, &env);
         let name = self.found.borrow().clone().unwrap_or_default();
         // As runc: on the container's own stderr, where its user looks.
         drop(writeln!(io::stderr(), "exec {name}: {}", words(&error)));

@@ -8,7 +8,8 @@
 //!    working directory, the terminal;
 //! 3. libcontainer builds the container, [`executor`] looks the program up and
 //!    executes it;
-//! 4. [`create`] brings up the loopback interface and answers.
+//! 4. [`create`] brings up the loopback interface, completes the mounts and the
+//!    limits from outside, and answers.
 //!
 //! The process is a copy of the zygote: one thread, no descriptors but its own,
 //! `/dev/null` as stdio.
@@ -16,9 +17,13 @@
 mod create;
 mod executor;
 mod failure;
+mod hooks;
+mod late_mounts;
 mod lookup;
 mod namespaces;
 mod passwd;
+mod resources;
+mod rlimits;
 mod rootfs;
 mod spec;
 mod terminal;

@@ -7,16 +7,15 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork};
-use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
 
 use super::Failure;
-use super::spec::options;
 use crate::sys;
 
 /// Makes the user namespace that `linux` asks for and has libcontainer join it.
@@ -152,50 +151,6 @@ impl Network {
             .and_then(|()| loopback_up())
             .map_err(Failure::io("bringing up the loopback interface"))
     }
-}
-
-/// Whether the spec wants `/dev` read-only. It has to be writable while
-/// libcontainer fills it, and libcontainer leaves it so.
-pub fn dev_is_read_only(spec: &Spec) -> bool {
-    spec.mounts().iter().flatten().any(|m| {
-        m.destination() == Path::new("/dev") && options(m).iter().any(|option| option == "ro")
-    })
-}
-
-/// Makes `/dev` of the container's process read-only. This process stays in the
-/// process's mount namespace.
-pub fn make_dev_read_only(pid: i32) -> Result<(), Failure> {
-    /// `struct mount_attr` of linux/mount.h.
-    #[repr(C)]
-    struct MountAttr {
-        set: u64,
-        clear: u64,
-        propagation: u64,
-        userns_fd: u64,
-    }
-    let attr = MountAttr {
-        set: libc::MOUNT_ATTR_RDONLY,
-        clear: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
-    let entered = sys::pidfd_open(pid).and_then(|p| Ok(setns(&p, CloneFlags::CLONE_NEWNS)?));
-    entered
-        .and_then(|()| {
-            // SAFETY: the path is a C string, attr has the size that is given.
-            sys::check(unsafe {
-                libc::syscall(
-                    libc::SYS_mount_setattr,
-                    libc::AT_FDCWD,
-                    c"/dev".as_ptr(),
-                    0,
-                    &raw const attr,
-                    std::mem::size_of::<MountAttr>(),
-                )
-            })
-        })
-        .map(drop)
-        .map_err(Failure::io("making /dev read-only"))
 }
 
 /// Brings `lo` up; the kernel gives it its addresses.

@@ -1,5 +1,6 @@
 //! The container's filesystem before libcontainer mounts it: where its root is
-//! found, the working directory and tmpfs mounts that start with a copy.
+//! found, the working directory, devices outside of `/dev`, and tmpfs mounts that
+//! start with a copy.
 //!
 //! What is mounted here is mounted in a mount namespace of this process, so it
 //! goes with the container.
@@ -10,10 +11,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
-use libcontainer::rootfs::utils::default_devices;
+use libcontainer::rootfs::utils::{default_devices, to_sflag};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use oci_spec::runtime::{Mount, Spec};
+use nix::sys::stat::{Mode, mknodat};
+use oci_spec::runtime::{LinuxDevice, Mount, Spec};
 use pathrs::Root;
 
 use super::Failure;
@@ -117,6 +119,66 @@ fn clean(path: &Path) -> PathBuf {
         }
     }
     clean
+}
+
+/// Makes the devices that do not lie in `/dev`, which libcontainer refuses. Those in
+/// a file system that does not exist yet stay in the spec.
+pub fn make_outer_devices(spec: &mut Spec) -> Result<(), Failure> {
+    let Some(root) = spec.root().as_ref().map(|r| r.path().clone()) else {
+        return Ok(());
+    };
+    let mounts: Vec<PathBuf> = spec
+        .mounts()
+        .iter()
+        .flatten()
+        .map(|m| clean(m.destination()))
+        .collect();
+    let Some(devices) = spec
+        .linux_mut()
+        .as_mut()
+        .and_then(|l| l.devices_mut().as_mut())
+    else {
+        return Ok(());
+    };
+    let mut outer = Vec::new();
+    devices.retain(|device| {
+        let path = clean(device.path());
+        let stays = path.starts_with("/dev") || mounts.iter().any(|m| path.starts_with(m));
+        if !stays {
+            outer.push((path, device.clone()));
+        }
+        stays
+    });
+    for (path, device) in outer {
+        make_device(&root, &path, &device)
+            .map_err(Failure::io(format!("making the device {}", path.display())))?;
+    }
+    Ok(())
+}
+
+fn make_device(root: &Path, path: &Path, device: &LinuxDevice) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let root = Root::open(root).map_err(io_error)?;
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let mode = Permissions::from_mode(NEW_DIR_MODE);
+    let dir = OwnedFd::from(root.mkdir_all(parent, &mode).map_err(io_error)?);
+    let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
+    let number =
+        nix::sys::stat::makedev(device.major().unsigned_abs(), device.minor().unsigned_abs());
+    let kind = to_sflag(device.typ());
+    let permissions = Mode::from_bits_truncate(mode);
+    match mknodat(Some(dir.as_raw_fd()), name, kind, permissions, number) {
+        // As runc: what an earlier container left there is used.
+        Err(nix::Error::EEXIST) => return Ok(()),
+        made => made?,
+    }
+    // The directory may be the image's, but the name in it is new.
+    let node = root.resolve_nofollow(path).map_err(io_error)?;
+    let node = OwnedFd::from(node);
+    let at = PathBuf::from(format!("/proc/self/fd/{}", node.as_raw_fd()));
+    std::os::unix::fs::chown(&at, device.uid(), device.gid())?;
+    fs::set_permissions(&at, Permissions::from_mode(mode))
 }
 
 /// Takes away what libcontainer is about to make in a `/dev` that is part of the

@@ -11,7 +11,7 @@
 //! | `HOME` absent | asks the container's nsswitch | placeholder, the executor fills it in |
 //! | mount without `source` | error | the type |
 //! | mount options it does not know, of a bind mount | ignored | refused |
-//! | propagation of a mount | ignored | private and slave are what it is anyway, shared is refused |
+//! | propagation of a mount, `sync` and others | ignored | see [`super::late_mounts`] |
 //! | `pids.limit: 0` | one process | no limit |
 //! | `rdma`, `network`, `swappiness`, `disableOOMKiller` | ignored | refused |
 //! | SELinux labels | ignored | refused |
@@ -171,6 +171,8 @@ fn complete_capabilities(given: Option<&LinuxCapabilities>) -> LinuxCapabilities
 fn normalise_linux(linux: &mut Linux) -> Result<()> {
     normalise_namespaces(linux)?;
     refuse_label("linux.mountLabel", linux.mount_label().as_deref())?;
+    // An empty one would become a mount option.
+    linux.set_mount_label(None);
     if linux.intel_rdt().is_some() {
         return unsupported("linux.intelRdt", "it belongs to the host's processor");
     }
@@ -193,6 +195,7 @@ fn normalise_linux(linux: &mut Linux) -> Result<()> {
     normalise_seccomp(linux)?;
     if let Some(resources) = linux.resources_mut() {
         check_resources(resources)?;
+        super::resources::check(resources)?;
         // runc leaves the number of processes alone at 0, libcgroups makes it 1.
         if let Some(pids) = resources.pids_mut().as_mut().filter(|p| p.limit() == 0) {
             pids.set_limit(-1);
@@ -299,9 +302,7 @@ fn normalise_mount(mount: &mut Mount) -> Result<()> {
                 option,
                 "mounts made in a virtual machine do not reach the host",
             )?,
-            "unbindable" | "runbindable" | "remount" | "mand" | "sync" | "dirsync" => {
-                refuse(option, "the guest does not implement it")?;
-            }
+            "remount" => refuse(option, "there is nothing mounted yet")?,
             "idmap" | "ridmap" => refuse(option, "the guest has no ID-mapped mounts")?,
             TMPCOPYUP if mount.typ().as_deref() == Some("tmpfs") => {}
             other if bind => {

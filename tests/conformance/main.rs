@@ -1,0 +1,253 @@
+//! docs/conformance.md is complete and true: it has every field of config.json and every
+//! command and flag of runc, and what it calls supported on the command line is there.
+
+// The lints keep panics out of the product; a test fails by panicking.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod fields;
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use kuasar_runv_test_harness::{Invocation, Runtime, runtime::repository};
+use oci_spec::runtime::Spec;
+
+/// Commands and flags of runc 1.1.5, from `runc --help` and `runc COMMAND --help`; a second
+/// name is the short form.
+const RUNC: &[(&str, &[&str])] = &[
+    (
+        "",
+        &[
+            "--debug",
+            "--log",
+            "--log-format",
+            "--root",
+            "--criu",
+            "--systemd-cgroup",
+            "--rootless",
+            "--help -h",
+            "--version -v",
+        ],
+    ),
+    (
+        "checkpoint",
+        &[
+            "--image-path",
+            "--work-path",
+            "--parent-path",
+            "--leave-running",
+            "--tcp-established",
+            "--ext-unix-sk",
+            "--shell-job",
+            "--lazy-pages",
+            "--status-fd",
+            "--page-server",
+            "--file-locks",
+            "--pre-dump",
+            "--manage-cgroups-mode",
+            "--empty-ns",
+            "--auto-dedup",
+        ],
+    ),
+    (
+        "create",
+        &[
+            "--bundle -b",
+            "--console-socket",
+            "--pid-file",
+            "--no-pivot",
+            "--no-new-keyring",
+            "--preserve-fds",
+        ],
+    ),
+    ("delete", &["--force -f"]),
+    ("events", &["--interval", "--stats"]),
+    (
+        "exec",
+        &[
+            "--console-socket",
+            "--cwd",
+            "--env -e",
+            "--tty -t",
+            "--user -u",
+            "--additional-gids -g",
+            "--process -p",
+            "--detach -d",
+            "--pid-file",
+            "--process-label",
+            "--apparmor",
+            "--no-new-privs",
+            "--cap -c",
+            "--preserve-fds",
+            "--cgroup",
+            "--ignore-paused",
+        ],
+    ),
+    ("features", &[]),
+    ("kill", &["--all -a"]),
+    ("list", &["--format -f", "--quiet -q"]),
+    ("pause", &[]),
+    ("ps", &["--format -f"]),
+    (
+        "restore",
+        &[
+            "--console-socket",
+            "--image-path",
+            "--work-path",
+            "--tcp-established",
+            "--ext-unix-sk",
+            "--shell-job",
+            "--file-locks",
+            "--manage-cgroups-mode",
+            "--bundle -b",
+            "--detach -d",
+            "--pid-file",
+            "--no-subreaper",
+            "--no-pivot",
+            "--empty-ns",
+            "--auto-dedup",
+            "--lazy-pages",
+            "--lsm-profile",
+            "--lsm-mount-context",
+        ],
+    ),
+    ("resume", &[]),
+    (
+        "run",
+        &[
+            "--bundle -b",
+            "--console-socket",
+            "--detach -d",
+            "--keep",
+            "--pid-file",
+            "--no-subreaper",
+            "--no-pivot",
+            "--no-new-keyring",
+            "--preserve-fds",
+        ],
+    ),
+    ("spec", &["--bundle -b", "--rootless"]),
+    ("start", &[]),
+    ("state", &[]),
+    (
+        "update",
+        &[
+            "--resources -r",
+            "--blkio-weight",
+            "--cpu-period",
+            "--cpu-quota",
+            "--cpu-share",
+            "--cpu-rt-period",
+            "--cpu-rt-runtime",
+            "--cpuset-cpus",
+            "--cpuset-mems",
+            "--memory",
+            "--memory-reservation",
+            "--memory-swap",
+            "--pids-limit",
+            "--l3-cache-schema",
+            "--mem-bw-schema",
+        ],
+    ),
+];
+
+/// What the second column of a table may start with.
+const VERDICTS: [&str; 4] = ["supported", "differs", "refused", "ignored"];
+
+/// Names in the first columns of the tables, with their second and third.
+fn rows() -> BTreeMap<String, (String, String)> {
+    let text = fs::read_to_string(repository().join("docs/conformance.md")).unwrap();
+    let mut rows = BTreeMap::new();
+    for line in text.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<_> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [names, verdict, remark] = cells[..] else {
+            panic!("not three columns: {line}");
+        };
+        assert!(VERDICTS.contains(&verdict), "{verdict:?} in {line}");
+        for name in names.split('`').skip(1).step_by(2) {
+            let row = (verdict.to_owned(), remark.to_owned());
+            assert!(
+                rows.insert(name.to_owned(), row).is_none(),
+                "{name} comes twice"
+            );
+        }
+    }
+    rows
+}
+
+#[test]
+fn every_field_of_the_configuration_is_in_the_table() {
+    let rows = rows();
+    let fields = fields::of::<Spec>();
+    let missing: Vec<_> = fields.iter().filter(|f| !rows.contains_key(*f)).collect();
+    assert!(
+        missing.is_empty(),
+        "not in docs/conformance.md: {missing:#?}"
+    );
+    let is_field = |name: &&String| !name.contains(' ') && !name.starts_with("--");
+    let commands: Vec<_> = RUNC.iter().map(|(name, _)| *name).collect();
+    let unknown: Vec<_> = rows
+        .keys()
+        .filter(is_field)
+        .filter(|name| !fields.contains(*name) && !commands.contains(&name.as_str()))
+        .collect();
+    assert!(unknown.is_empty(), "no such field or command: {unknown:?}");
+}
+
+#[test]
+fn every_command_and_flag_of_runc_is_in_the_table() {
+    let rows = rows();
+    for (command, flags) in RUNC {
+        assert!(
+            command.is_empty() || rows.contains_key(*command),
+            "{command}"
+        );
+        for flag in *flags {
+            let long = flag.split(' ').next().unwrap();
+            let name = format!("{command} {long}");
+            assert!(rows.contains_key(name.trim_start()), "{name}");
+        }
+    }
+}
+
+/// What does not work says how, or with which words it is refused.
+#[test]
+fn every_difference_is_explained() {
+    for (name, (verdict, remark)) in rows() {
+        assert!(verdict == "supported" || !remark.is_empty(), "{name}");
+    }
+}
+
+/// The help of a command; `None` when it does not exist.
+fn help(command: &str) -> Option<String> {
+    let mut call = Invocation::new(&Runtime::built().binary);
+    if !command.is_empty() {
+        call = call.arg(command);
+    }
+    let out = call.arg("--help").output();
+    (out.code() == 0).then(|| out.stdout())
+}
+
+#[test]
+fn what_is_supported_on_the_command_line_is_there() {
+    let rows = rows();
+    for (command, flags) in RUNC {
+        let Some(help) = help(command) else {
+            eprintln!("there is no command {command} yet");
+            continue;
+        };
+        for flag in *flags {
+            let mut forms = flag.split(' ');
+            let long = forms.next().unwrap();
+            let (verdict, _) = &rows[format!("{command} {long}").trim_start()];
+            if verdict != "supported" {
+                continue;
+            }
+            let words: Vec<_> = help.split([' ', ',', '\n', '=']).collect();
+            assert!(words.contains(&long), "{command} {long}");
+            if let Some(short) = forms.next() {
+                assert!(words.contains(&short), "{command} {short}");
+            }
+        }
+    }
+}
