@@ -4,11 +4,17 @@
 //! start of its creation to the end of its removal. What exists of it is its
 //! process, its private directory below [`STATE_DIR`] and its cgroup; the mounts
 //! go with the last process of its mount namespace.
+//!
+//! Its other processes ([`exec`]) are its own while they run; nothing of them is
+//! left when they have ended.
+
+mod exec;
+mod list;
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,7 +33,7 @@ use crate::streams::{
     relay_terminal_output, serve_control,
 };
 use crate::sys;
-use crate::zygote::{CreateRequest, FailureKind, Zygote, ZygoteError};
+use crate::zygote::{CreateRequest, Created, FailureKind, Request, Zygote, ZygoteError};
 
 /// Where the containers' private directories are; on the agent's tmpfs.
 pub const STATE_DIR: &str = "/run/kuasar/containers";
@@ -53,6 +59,12 @@ pub enum ContainerError {
     AlreadyStarted,
     #[error("cannot start a container that has stopped")]
     Stopped,
+    #[error("cannot exec in a stopped container")]
+    ExecStopped,
+    #[error("cannot exec in a paused container (use --ignore-paused to override)")]
+    ExecPaused,
+    #[error("process with given ID already exists")]
+    ExecExists,
     #[error("another operation on the container is in progress")]
     Busy,
     #[error("the container's processes did not end after SIGKILL")]
@@ -73,6 +85,8 @@ impl ContainerError {
     }
 }
 
+pub use exec::NewProcess;
+
 type Result<T> = std::result::Result<T, ContainerError>;
 
 /// What the host asks a container to be.
@@ -92,6 +106,9 @@ struct Container {
     dir: PathBuf,
     cgroup: Cgroup,
     process: Arc<Process>,
+    no_new_keyring: bool,
+    /// Its other processes by their exec ids; none while one is being started.
+    execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
 }
 
 enum Entry {
@@ -189,13 +206,16 @@ impl Containers {
         }
     }
 
-    /// Sends a signal to a container's process, or with `all` to every process
-    /// in its cgroup.
+    /// Sends a signal to a container's process, to the one named by a non-empty
+    /// `exec_id`, or with `all` to every process in its cgroup.
     ///
     /// # Errors
     /// `NotFound`, `NotRunning`.
-    pub fn signal(&self, id: &str, signal: i32, all: bool) -> Result<()> {
+    pub fn signal(&self, id: &str, exec_id: &str, signal: i32, all: bool) -> Result<()> {
         let container = self.get(id)?;
+        if !exec_id.is_empty() {
+            return Ok(container.exec_of(exec_id)?.signal(signal)?);
+        }
         if !all {
             return Ok(container.process.signal(signal)?);
         }
@@ -259,15 +279,30 @@ impl Containers {
             .map_err(ContainerError::io("writing the spec"))?;
         let announced = [new.stdin, new.stdout, new.stderr];
         let (pipes, theirs) = make_pipes(announced).map_err(ContainerError::io("making pipes"))?;
-        let request = CreateRequest {
+        let request = Request::Create(CreateRequest {
             container_id: new.id.clone(),
             dir: dir.to_owned(),
             stdio: announced,
             no_pivot: new.no_pivot,
             no_new_keyring: new.no_new_keyring,
-        };
-        let created = self.zygote.create(&request, &theirs).await?;
+        });
+        let with: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
+        let created = self.zygote.submit(&request, &with).await?;
         drop(theirs);
+        let process = self.adopt(created)?;
+        self.attach_streams(&new.id, "", &process, pipes);
+        self.report_end(&new.id, &process);
+        Ok(Arc::new(Container {
+            dir: dir.to_owned(),
+            cgroup: cgroup.clone(),
+            process,
+            no_new_keyring: new.no_new_keyring,
+            execs: Mutex::default(),
+        }))
+    }
+
+    /// Makes the agent the parent of a process that a helper has made.
+    fn adopt(&self, created: Created) -> Result<Arc<Process>> {
         let exit = self.reaper.watch(created.pid);
         let terminal = created
             .terminal
@@ -276,30 +311,25 @@ impl Containers {
             .map_err(ContainerError::io("terminal"))?;
         let process = Process::new(created.pid, exit, terminal)
             .map(Arc::new)
-            .map_err(ContainerError::io("opening the container's process"))?;
-        // From here on the agent is the parent of the process.
+            .map_err(ContainerError::io("opening the process"))?;
         drop(created.hold);
+        Ok(process)
+    }
+
+    /// Starts the tasks that connect a process with its stand-in.
+    fn attach_streams(&self, id: &str, exec_id: &str, process: &Arc<Process>, pipes: Pipes) {
         // Whether there is a terminal is in the spec, which the helper reads.
         let pipes = match process.terminal() {
             Some(_) => Pipes::default(),
             None => pipes,
         };
-        self.attach_streams(&new.id, &process, pipes);
-        Ok(Arc::new(Container {
-            dir: dir.to_owned(),
-            cgroup: cgroup.clone(),
-            process,
-        }))
-    }
-
-    /// Starts the tasks that connect a process with its stand-in.
-    fn attach_streams(&self, id: &str, process: &Arc<Process>, pipes: Pipes) {
         let stream = |kind| {
-            let (streams, container_id) = (Arc::clone(&self.streams), id.to_owned());
+            let streams = Arc::clone(&self.streams);
+            let (container_id, exec_id) = (id.to_owned(), exec_id.to_owned());
             async move {
                 let id = StreamId {
                     container_id,
-                    exec_id: String::new(),
+                    exec_id,
                     kind,
                 };
                 streams.claim(id).await
@@ -343,11 +373,15 @@ impl Containers {
                 serve_control(connection, of).await;
             }
         });
+    }
+
+    /// Reports the end of a container's own process when it comes.
+    fn report_end(&self, id: &str, process: &Arc<Process>) {
         let (events, of, id) = (self.events.clone(), Arc::clone(process), id.to_owned());
         sys::spawn(async move {
             let status = of.ended().await;
             log::debug!("{id}: {status:?}");
-            events.exited(&id, status);
+            events.exited(&id, "", status, 0);
         });
     }
 
@@ -410,14 +444,15 @@ fn make_pipes(announced: [bool; 3]) -> io::Result<(Pipes, Vec<OwnedFd>)> {
 
 /// Kills what is left in the cgroup and removes it and the directory.
 async fn remove_leftovers(dir: &Path, cgroup: &Cgroup) -> Result<()> {
-    match cgroup.kill() {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            return Err(ContainerError::io("killing the cgroup")(e));
-        }
-        _ => {}
-    }
     let deadline = Instant::now() + KILL_DEADLINE;
     loop {
+        // Each time: an exec may just have put another process there.
+        match cgroup.kill() {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(ContainerError::io("killing the cgroup")(e));
+            }
+            _ => {}
+        }
         match cgroup.remove() {
             Ok(()) => break,
             Err(e) if e.raw_os_error() != Some(libc::EBUSY) => {

@@ -3,9 +3,11 @@
 
 mod create;
 mod delete;
+mod exec;
 mod features;
 mod kill;
 mod list;
+mod ps;
 mod run;
 mod spec;
 mod start;
@@ -83,9 +85,11 @@ enum Rootless {
 enum Command {
     Create(create::Args),
     Delete(delete::Args),
+    Exec(exec::Args),
     Features(features::Args),
     Kill(kill::Args),
     List(list::Args),
+    Ps(ps::Args),
     Run(run::Args),
     Spec(spec::Args),
     Start(start::Args),
@@ -157,9 +161,11 @@ pub fn run() -> u8 {
     let done = match cli.command {
         Command::Create(args) => create::run(&context, args),
         Command::Delete(args) => delete::run(&context, &args),
+        Command::Exec(args) => exec::run(&context, args),
         Command::Features(args) => features::run(&context, &args),
         Command::Kill(args) => kill::run(&context, &args),
         Command::List(args) => list::run(&context, &args),
+        Command::Ps(args) => ps::run(&context, &args),
         Command::Run(args) => run::run(&context, args),
         Command::Spec(args) => spec::run(&context, &args),
         Command::Start(args) => start::run(&context, &args),

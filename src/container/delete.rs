@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::state::{ContainerRecord, RecordError, Status};
-use super::{Error, cgroup, check_id, context, lock};
+use super::{Error, cgroup, check_id, context, execs, lock};
 use crate::root::{self, Root};
 use crate::sandbox;
 
@@ -65,11 +65,14 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
             .kill(KILL_DEADLINE)
             .map_err(context("killing the stand-in"))?;
     }
+    // From here on nobody can start another.
+    let _no_more = execs::end_all(root, id, same_boot, KILL_DEADLINE)?;
     let sandbox_id = record.as_ref().map_or(id, |r| r.sandbox_id.as_str());
     sandbox::end(root, sandbox_id)?;
     if let Some(record) = &record {
         cgroup::remove(&record.cgroups).map_err(context("cleaning up"))?;
     }
+    execs::remove_dir(root, id)?;
     root::remove_private_dir(&root.container(id)).map_err(context(format!(
         "removing {}",
         root.container(id).display()

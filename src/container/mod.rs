@@ -1,15 +1,18 @@
 //! OCI containers on the host: bundle, record, life.
 //!
-//! [`create`], [`start`], [`kill`] and [`delete`] are what the commands of the
-//! same names do; [`state`] is what is on disk and what follows from it.
+//! [`create`], [`start`], [`exec`], [`ps`], [`kill`] and [`delete`] are what the
+//! commands of the same names do; [`state`] is what is on disk and what follows from it.
 
 pub mod bundle;
 pub mod cgroup;
 pub mod console;
 pub mod create;
 pub mod delete;
+pub mod exec;
+pub mod execs;
 pub mod guest_spec;
 pub mod kill;
+pub mod ps;
 pub mod run;
 pub mod signal;
 pub mod start;
@@ -43,6 +46,14 @@ pub enum Error {
     HasStopped,
     #[error("cannot start a container that is still being created")]
     StillCreating,
+    #[error("cannot exec in a stopped container")]
+    ExecStopped,
+    #[error("cannot exec in a container that is still being created")]
+    ExecCreating,
+    #[error(transparent)]
+    ExecProcess(#[from] exec::process::Error),
+    #[error(transparent)]
+    Ps(#[from] ps::Error),
     #[error("cannot delete container {id} that is not stopped: {status}")]
     NotStopped { id: String, status: state::Status },
     #[error("another command is working on the container; try again when it has ended")]

@@ -1,8 +1,9 @@
 //! Making a stand-in: the part that runs in the command, and in the child
 //! between fork and exec.
 //!
-//! The child waits until its pid is recorded, enters namespaces of its own,
-//! makes the container's rootfs and volumes its root, gives up every
+//! The child waits until its pid is recorded. That of a container enters
+//! namespaces of its own and makes the container's rootfs and volumes its root;
+//! that of an exec enters the namespaces of its container's. It gives up every
 //! capability, and executes this binary anew for a small address space. It
 //! resolves every path of the container inside the container's root.
 
@@ -15,12 +16,13 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{ForkResult, chdir, dup2, fchdir, fork, pivot_root, setsid};
 use rustix::fs::{Mode, OFlags, mkdirat, openat, readlinkat};
 use rustix::io::Errno;
 
 use super::{CHANNEL_FD, COMMAND};
+use crate::container::cgroup;
 use crate::sys::mount as mounts;
 use crate::sys::seqpacket::Channel;
 
@@ -60,6 +62,18 @@ pub struct Plan<'a> {
     pub terminal: Option<OwnedFd>,
 }
 
+/// What the stand-in of an exec needs.
+pub struct Beside<'a> {
+    /// As [`Plan::label`].
+    pub label: &'a str,
+    /// A pidfd of the container's stand-in.
+    pub of: OwnedFd,
+    /// Host cgroup directories of the container.
+    pub cgroups: &'a [PathBuf],
+    /// As [`Plan::terminal`].
+    pub terminal: Option<OwnedFd>,
+}
+
 /// A child that is a stand-in, or about to become one.
 #[derive(Debug)]
 pub struct StandIn {
@@ -72,7 +86,37 @@ pub struct StandIn {
 ///
 /// # Errors
 /// As fork(2).
-pub fn spawn(plan: Plan<'_>) -> Result<StandIn, Error> {
+pub fn spawn(mut plan: Plan<'_>) -> Result<StandIn, Error> {
+    let terminal = plan.terminal.take();
+    launch(plan.label, terminal, move || {
+        enter_namespaces(&plan).map_err(step("entering namespaces"))?;
+        enter_rootfs(&plan)
+    })
+}
+
+/// Forks the stand-in of an exec, as [`spawn`]. It joins the cgroups itself: the
+/// kernel may take its time over that, which the guest can use.
+///
+/// # Errors
+/// As fork(2).
+pub fn spawn_beside(plan: Beside<'_>) -> Result<StandIn, Error> {
+    launch(plan.label, plan.terminal, move || {
+        let pid = nix::unistd::getpid().as_raw();
+        cgroup::join(plan.cgroups, pid).map_err(step("joining the container's cgroups"))?;
+        let namespaces = CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWNET;
+        setns(&plan.of, namespaces)
+            .map_err(|e| step("entering the container's namespaces")(e.into()))
+    })
+}
+
+fn launch(
+    label: &str,
+    terminal: Option<OwnedFd>,
+    set_up: impl FnOnce() -> Result<(), Error>,
+) -> Result<StandIn, Error> {
     let (ours, theirs) = Channel::pair()?;
     let exe = std::fs::File::open("/proc/self/exe")?;
     // SAFETY: this process has one thread, so the child may allocate and do
@@ -84,7 +128,7 @@ pub fn spawn(plan: Plan<'_>) -> Result<StandIn, Error> {
         }),
         ForkResult::Child => {
             drop(ours);
-            let failed = match child(plan, &theirs, exe.as_fd()) {
+            let failed = match child(label, terminal, set_up, &theirs, exe.as_fd()) {
                 Ok(never) => match never {},
                 Err(e) => e,
             };
@@ -152,22 +196,31 @@ impl StandIn {
 
 enum Never {}
 
-fn child(plan: Plan<'_>, channel: &Channel, exe: BorrowedFd<'_>) -> Result<Never, Error> {
-    let step = |what: &'static str| move |e: io::Error| Error::Setup(format!("{what}: {e}"));
+/// Says what was being done when an I/O error came.
+fn step(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |e| Error::Setup(format!("{what}: {e}"))
+}
+
+fn child(
+    label: &str,
+    terminal: Option<OwnedFd>,
+    set_up: impl FnOnce() -> Result<(), Error>,
+    channel: &Channel,
+    exe: BorrowedFd<'_>,
+) -> Result<Never, Error> {
     setsid().map_err(io::Error::from)?;
     match channel.recv(DEADLINE)? {
         Some(message) if message.bytes == b"go" => {}
         _ => return Err(Error::Setup("its creator is gone".into())),
     }
-    if let Some(terminal) = &plan.terminal {
+    if let Some(terminal) = &terminal {
         use_terminal(terminal.as_fd()).map_err(step("setting up the terminal"))?;
     }
-    enter_namespaces(&plan).map_err(step("entering namespaces"))?;
-    enter_rootfs(&plan)?;
+    set_up()?;
     rustix::thread::set_no_new_privs(true).map_err(io::Error::from)?;
     drop_capabilities().map_err(step("dropping capabilities"))?;
     channel.send(b"ready", &[])?;
-    exec(plan.label, channel.as_fd(), exe).map_err(step("executing the runtime's binary"))
+    exec(label, channel.as_fd(), exe).map_err(step("executing the runtime's binary"))
 }
 
 fn use_terminal(slave: BorrowedFd<'_>) -> io::Result<()> {
@@ -199,8 +252,7 @@ fn enter_namespaces(plan: &Plan<'_>) -> io::Result<()> {
 }
 
 fn enter_rootfs(plan: &Plan<'_>) -> Result<(), Error> {
-    let step = |what: &'static str| move |e: io::Error| Error::Setup(format!("{what}: {e}"));
-    let nix_step = |what: &'static str| move |e: nix::Error| Error::Setup(format!("{what}: {e}"));
+    let nix_step = |what: &'static str| move |e: nix::Error| step(what)(e.into());
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
         .map_err(nix_step("separating mounts"))?;

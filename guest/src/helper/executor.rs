@@ -83,29 +83,32 @@ impl Program {
         std::env::set_current_dir(cwd).map_err(|e| failed("chdir to cwd", &e))
     }
 
-    fn prepare(&self, spec: &Spec) -> Result<(), String> {
+    /// Looks the program up, as the process that will execute it.
+    ///
+    /// # Errors
+    /// runc's message.
+    pub fn prepare(&self, args: &[String]) -> Result<(), String> {
         self.enter_late_cwd()?;
-        let name = args(spec).first().ok_or("args must not be empty")?;
+        let name = args.first().ok_or("args must not be empty")?;
         let found = look_path(name, self.variable("PATH"))?;
         *self.found.borrow_mut() = Some(found);
         Ok(())
     }
 
     /// Returns only when the program could not be executed.
-    fn execute(&self, spec: &Spec) -> io::Error {
+    fn execute(&self, args: &[String], uid: u32) -> io::Error {
         let Some(path) = self.found.borrow().clone() else {
             return io::Error::from_raw_os_error(libc::ENOENT);
         };
         let mut env = self.env.clone();
         if self.home_missing {
-            let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
             env.push(format!("HOME={}", home_of(uid)));
         }
         let strings = |list: &[String]| -> Result<Vec<CString>, _> {
             list.iter().map(|s| CString::new(s.as_str())).collect()
         };
         let (Ok(path), Ok(args), Ok(env)) =
-            (CString::new(path), strings(args(spec)), strings(&env))
+            (CString::new(path), strings(args), strings(&env))
         else {
             return io::Error::from_raw_os_error(libc::EINVAL);
         };
@@ -113,6 +116,16 @@ impl Program {
             Ok(never) => match never {},
             Err(e) => e.into(),
         }
+    }
+
+    /// Becomes the program; what keeps the kernel from executing it goes where
+    /// runc says it, to the process's own stderr.
+    pub fn become_program(&self, args: &[String], uid: u32) -> ! {
+        let error = self.execute(args, uid);
+        let name = self.found.borrow().clone().unwrap_or_default();
+        drop(writeln!(io::stderr(), "exec {name}: {}", words(&error)));
+        // SAFETY: ends a process that has nothing left to do.
+        unsafe { libc::_exit(EXEC_FAILED) }
     }
 }
 
@@ -129,7 +142,7 @@ fn args(spec: &Spec) -> &[String] {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        self.prepare(spec).map_err(|message| {
+        self.prepare(args(spec)).map_err(|message| {
             record_final(&format!("unable to start container process: {message}"));
             ExecutorValidationError::ArgValidationError(message)
         })
@@ -142,12 +155,8 @@ impl Executor for Program {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let error = self.execute(spec);
-        let name = self.found.borrow().clone().unwrap_or_default();
-        // As runc: on the container's own stderr, where its user looks.
-        drop(writeln!(io::stderr(), "exec {name}: {}", words(&error)));
-        // SAFETY: ends a process that has nothing left to do.
-        unsafe { libc::_exit(EXEC_FAILED) }
+        let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
+        self.become_program(args(spec), uid)
     }
 }
 

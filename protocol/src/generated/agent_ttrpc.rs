@@ -60,6 +60,18 @@ impl AgentClient {
         ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "GetInfo", cres);
         Ok(cres)
     }
+
+    pub fn exec_process(&self, ctx: ttrpc::context::Context, req: &super::agent::ExecProcessRequest) -> ::ttrpc::Result<super::agent::ExecProcessResponse> {
+        let mut cres = super::agent::ExecProcessResponse::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "ExecProcess", cres);
+        Ok(cres)
+    }
+
+    pub fn list_processes(&self, ctx: ttrpc::context::Context, req: &super::agent::ListProcessesRequest) -> ::ttrpc::Result<super::agent::ListProcessesResponse> {
+        let mut cres = super::agent::ListProcessesResponse::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "ListProcesses", cres);
+        Ok(cres)
+    }
 }
 
 struct CreateContainerMethod {
@@ -117,6 +129,28 @@ impl ::ttrpc::r#async::MethodHandler for GetInfoMethod {
     }
 }
 
+struct ExecProcessMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for ExecProcessMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, ExecProcessRequest, exec_process);
+    }
+}
+
+struct ListProcessesMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for ListProcessesMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, ListProcessesRequest, list_processes);
+    }
+}
+
 #[async_trait]
 pub trait Agent: Sync {
     async fn create_container(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::CreateContainerRequest) -> ::ttrpc::Result<super::agent::CreateContainerResponse> {
@@ -133,6 +167,12 @@ pub trait Agent: Sync {
     }
     async fn get_info(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::Empty) -> ::ttrpc::Result<super::agent::GetInfoResponse> {
         Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/GetInfo is not supported".to_string())))
+    }
+    async fn exec_process(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::ExecProcessRequest) -> ::ttrpc::Result<super::agent::ExecProcessResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/ExecProcess is not supported".to_string())))
+    }
+    async fn list_processes(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::ListProcessesRequest) -> ::ttrpc::Result<super::agent::ListProcessesResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/ListProcesses is not supported".to_string())))
     }
 }
 
@@ -155,6 +195,12 @@ pub fn create_agent(service: Arc<dyn Agent + Send + Sync>) -> HashMap<String, ::
 
     methods.insert("GetInfo".to_string(),
                     Box::new(GetInfoMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("ExecProcess".to_string(),
+                    Box::new(ExecProcessMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("ListProcesses".to_string(),
+                    Box::new(ListProcessesMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
 
     ret.insert("kuasar.runv.agent.v1.Agent".to_string(), ::ttrpc::r#async::Service{ methods, streams });
     ret
