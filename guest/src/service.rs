@@ -118,12 +118,7 @@ impl Agent for AgentService {
             }
         };
         self.containers
-            .signal(
-                &request.container_id,
-                &request.exec_id,
-                signal,
-                request.all,
-            )
+            .signal(&request.container_id, &request.exec_id, signal, request.all)
             .map_err(|e| to_status(&e))?;
         Ok(Empty::new())
     }

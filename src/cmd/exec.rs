@@ -35,7 +35,13 @@ pub struct Args {
     #[arg(long, short, value_name = "UID[:GID]")]
     user: Option<String>,
     /// Additional group of the process; may be repeated
-    #[arg(long, short = 'g', value_name = "GID", allow_negative_numbers = true, value_delimiter = ',')]
+    #[arg(
+        long,
+        short = 'g',
+        value_name = "GID",
+        allow_negative_numbers = true,
+        value_delimiter = ','
+    )]
     additional_gids: Vec<i64>,
     /// Take the process from this JSON file
     #[arg(long, short, value_name = "FILE")]
@@ -71,7 +77,11 @@ pub struct Args {
     #[arg(value_name = "CONTAINER-ID")]
     id: String,
     /// The program and its arguments
-    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(
+        value_name = "COMMAND",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
     command: Vec<String>,
 }
 

@@ -20,7 +20,11 @@ pub struct Args {
     #[arg(value_name = "CONTAINER-ID")]
     id: String,
     /// Options of ps(1) for the table [default: -ef]
-    #[arg(value_name = "PS-OPTION", trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(
+        value_name = "PS-OPTION",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
     ps_options: Vec<String>,
 }
 

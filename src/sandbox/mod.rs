@@ -121,9 +121,7 @@ impl Guest {
     /// # Errors
     /// As [`agent`](Self::agent).
     pub fn finish_agent(&self, dialing: vsock::Dialing) -> Result<Agent, Error> {
-        let stream = dialing
-            .finish(self.deadline)
-            .map_err(refused(AGENT_PORT))?;
+        let stream = dialing.finish(self.deadline).map_err(refused(AGENT_PORT))?;
         Ok(Agent::new(stream, self.deadline)?)
     }
 
@@ -146,9 +144,7 @@ impl Guest {
     /// # Errors
     /// [`Error::Connect`].
     pub fn finish_streams(&self, opening: streams::Opening) -> Result<Vec<OwnedFd>, Error> {
-        opening
-            .finish(self.deadline)
-            .map_err(refused(STREAM_PORT))
+        opening.finish(self.deadline).map_err(refused(STREAM_PORT))
     }
 }
 

@@ -5,10 +5,11 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
-use kuasar_runv_test_harness::{Bundle, CALL, Container, SHORT, World, json};
+use kuasar_runv_test_harness::{Bundle, CALL, Container, Invocation, SHORT, World, json};
 
 /// Receives one descriptor (SCM_RIGHTS) as conmon and the shim do.
 fn receive_descriptor(stream: &UnixStream) -> File {
@@ -40,33 +41,16 @@ fn receive_descriptor(stream: &UnixStream) -> File {
     }
 }
 
-struct Terminal<'w> {
-    container: Container<'w>,
+/// The engine's end of a terminal.
+pub struct Screen {
     master: File,
-    screen: Receiver<Vec<u8>>,
+    chunks: Receiver<Vec<u8>>,
     seen: String,
 }
 
-impl<'w> Terminal<'w> {
-    fn create(world: &'w World, bundle: Bundle) -> Terminal<'w> {
-        let bundle = bundle.with(|c| c["process"]["terminal"] = json!(true));
-        let socket = world.path("console.sock");
-        let listener = UnixListener::bind(&socket).unwrap();
-        let accepted = thread::spawn(move || receive_descriptor(&listener.accept().unwrap().0));
-        let call = world.call(["create", "--console-socket"]).arg(&socket);
-        let call = call
-            .arg("--pid-file")
-            .arg(world.pid_file("c"))
-            .arg("--bundle");
-        // With a terminal nothing may keep the pipes of `create` open.
-        let _ = call
-            .arg(bundle.path())
-            .arg(world.id("c"))
-            .deadline(CALL)
-            .output()
-            .ok();
-        let master = accepted.join().unwrap();
-        let (sender, screen) = channel();
+impl Screen {
+    pub fn new(master: File) -> Screen {
+        let (sender, chunks) = channel();
         let mut reader = master.try_clone().unwrap();
         thread::spawn(move || {
             let mut chunk = [0; 4096];
@@ -77,29 +61,41 @@ impl<'w> Terminal<'w> {
                 }
             }
         });
-        Terminal {
-            container: Container::adopt(world, "c"),
+        Screen {
             master,
-            screen,
+            chunks,
             seen: String::new(),
         }
     }
 
-    fn write(&mut self, text: &str) {
+    /// Runs a call that sends its terminal to the console socket, which it gets as
+    /// its last argument so far.
+    pub fn of_call(world: &World, call: impl FnOnce(&Path) -> Invocation) -> Screen {
+        let socket = world.path("console.sock");
+        // A test may run several calls.
+        drop(std::fs::remove_file(&socket));
+        let listener = UnixListener::bind(&socket).unwrap();
+        let accepted = thread::spawn(move || receive_descriptor(&listener.accept().unwrap().0));
+        // With a terminal nothing may keep the pipes of the call open.
+        let _ = call(&socket).deadline(CALL).output().ok();
+        Screen::new(accepted.join().unwrap())
+    }
+
+    pub fn write(&mut self, text: &str) {
         self.master.write_all(text.as_bytes()).unwrap();
     }
 
     #[track_caller]
-    fn expect(&mut self, words: &str) {
+    pub fn expect(&mut self, words: &str) {
         while !self.seen.contains(words) {
-            let Ok(chunk) = self.screen.recv_timeout(SHORT) else {
+            let Ok(chunk) = self.chunks.recv_timeout(SHORT) else {
                 panic!("{words:?} does not come; the screen shows {:?}", self.seen);
             };
             self.seen.push_str(&String::from_utf8_lossy(&chunk));
         }
     }
 
-    fn resize(&self, rows: u16, cols: u16) {
+    pub fn resize(&self, rows: u16, cols: u16) {
         let size = libc::winsize {
             ws_row: rows,
             ws_col: cols,
@@ -109,6 +105,40 @@ impl<'w> Terminal<'w> {
         // SAFETY: TIOCSWINSZ reads a winsize that outlives the call.
         let rc = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size) };
         assert_eq!(rc, 0, "TIOCSWINSZ: {}", std::io::Error::last_os_error());
+    }
+}
+
+struct Terminal<'w> {
+    container: Container<'w>,
+    screen: Screen,
+}
+
+impl<'w> Terminal<'w> {
+    fn create(world: &'w World, bundle: Bundle) -> Terminal<'w> {
+        let bundle = bundle.with(|c| c["process"]["terminal"] = json!(true));
+        let screen = Screen::of_call(world, |socket| {
+            let call = world.call(["create", "--console-socket"]).arg(socket);
+            let call = call.arg("--pid-file").arg(world.pid_file("c"));
+            call.arg("--bundle").arg(bundle.path()).arg(world.id("c"))
+        });
+        Terminal {
+            container: Container::adopt(world, "c"),
+            screen,
+        }
+    }
+}
+
+impl std::ops::Deref for Terminal<'_> {
+    type Target = Screen;
+
+    fn deref(&self) -> &Screen {
+        &self.screen
+    }
+}
+
+impl std::ops::DerefMut for Terminal<'_> {
+    fn deref_mut(&mut self) -> &mut Screen {
+        &mut self.screen
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod concurrency;
 mod config_file;
+mod exec;
 mod faults;
 mod faults_in_between;
 mod flavours;

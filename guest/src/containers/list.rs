@@ -95,7 +95,9 @@ fn parse_status(status: &str, info: &mut ProcessInfo) {
         let Some((key, value)) = line.split_once(':') else {
             continue;
         };
-        let mut ids = value.split_ascii_whitespace().map(|id| id.parse().unwrap_or(0));
+        let mut ids = value
+            .split_ascii_whitespace()
+            .map(|id| id.parse().unwrap_or(0));
         match key {
             "Uid" => (info.ruid, info.euid) = (ids.next().unwrap_or(0), ids.next().unwrap_or(0)),
             "Gid" => (info.rgid, info.egid) = (ids.next().unwrap_or(0), ids.next().unwrap_or(0)),
@@ -110,7 +112,9 @@ fn parse_status(status: &str, info: &mut ProcessInfo) {
 fn arguments(pid: i32) -> Option<Vec<u8>> {
     let file = fs::File::open(format!("/proc/{pid}/cmdline")).ok()?;
     let mut bytes = Vec::new();
-    file.take(MAX_ARGS_LEN as u64).read_to_end(&mut bytes).ok()?;
+    file.take(MAX_ARGS_LEN as u64)
+        .read_to_end(&mut bytes)
+        .ok()?;
     while bytes.last() == Some(&0) {
         bytes.pop();
     }

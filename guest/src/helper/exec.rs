@@ -11,7 +11,7 @@
 //! inherits. Its lower layers (capabilities, seccomp) are.
 //!
 //! What a process inherits from its container follows runc: seccomp filter and
-//! `oom_score_adj` always, capabilities and rlimits where the request has none.
+//! `oom_score_adj` always, capabilities where the request has none, no rlimits.
 
 use std::fs::File;
 use std::io::{self, BufReader};
@@ -30,6 +30,7 @@ use oci_spec::runtime::{Process, Spec};
 
 use super::create::{owner_of_stdio, prepare_self};
 use super::failure::Failure;
+use super::lookup::words;
 use super::tenant::{self, Report, Tenant};
 use super::{NewProcess, SPEC_FILE, spec, terminal};
 use crate::cgroup::{self, Cgroup};
@@ -123,10 +124,13 @@ fn open_cgroup(tenant: &Tenant<'_>) -> Result<OwnedFd, Failure> {
             .map(OwnedFd::from),
         false => open_dir(path),
     };
-    opened.map_err(Failure::io(format!(
-        "unable to start container process: error adding pid to cgroups: openat2 {}",
-        path.join("cgroup.procs").display()
-    )))
+    opened.map_err(|e| {
+        Failure::Other(format!(
+            "unable to start container process: error adding pid to cgroups: openat2 {}: {}",
+            path.join("cgroup.procs").display(),
+            words(&e)
+        ))
+    })
 }
 
 fn open_dir(path: &Path) -> io::Result<OwnedFd> {

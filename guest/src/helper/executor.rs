@@ -107,8 +107,7 @@ impl Program {
         let strings = |list: &[String]| -> Result<Vec<CString>, _> {
             list.iter().map(|s| CString::new(s.as_str())).collect()
         };
-        let (Ok(path), Ok(args), Ok(env)) =
-            (CString::new(path), strings(args), strings(&env))
+        let (Ok(path), Ok(args), Ok(env)) = (CString::new(path), strings(args), strings(&env))
         else {
             return io::Error::from_raw_os_error(libc::EINVAL);
         };

@@ -97,7 +97,11 @@ pub fn run(requests: &OwnedFd) -> io::Result<()> {
     match made {
         Ok(made) => {
             let master: Vec<_> = made.terminal.iter().map(AsRawFd::as_raw_fd).collect();
-            ipc::send(&answers, &Answer::Created { pid: made.pid }.encode(), &master)?;
+            ipc::send(
+                &answers,
+                &Answer::Created { pid: made.pid }.encode(),
+                &master,
+            )?;
         }
         Err(failure) => {
             let (kind, message) = failure.into_parts();

@@ -116,7 +116,7 @@ fn prepare(
     } = tenant;
     let program = Program::new(checked_env(process)?, None);
     setsid().map_err(at("setsid"))?;
-    set_limits(process, container)?;
+    set_limits(process)?;
     if let Some(cpus) = process.exec_cpu_affinity() {
         set_affinity(cpus)?;
     }
@@ -131,8 +131,10 @@ fn prepare(
     }
     if process.terminal() == Some(true) {
         let size = process.console_size().map(|s| (s.height(), s.width()));
-        let master = terminal::make_own(size, process.user().uid()).map_err(at("open /dev/ptmx"))?;
-        ipc::send(report, &[TERMINAL], &[master.as_raw_fd()]).map_err(at("sending the terminal"))?;
+        let master =
+            terminal::make_own(size, process.user().uid()).map_err(at("open /dev/ptmx"))?;
+        ipc::send(report, &[TERMINAL], &[master.as_raw_fd()])
+            .map_err(at("sending the terminal"))?;
     }
     set_personality(container);
     confine(request, process, container)?;
@@ -161,16 +163,11 @@ fn checked_env(process: &Process) -> Result<&[String], String> {
     Ok(env)
 }
 
-/// The process's limits, or those of the container. Raising them takes the
-/// machine's privileges.
-fn set_limits(process: &Process, container: &Spec) -> Result<(), String> {
-    let own = process.rlimits().as_deref().filter(|l| !l.is_empty());
-    let inherited = || {
-        let of_init = container.process().as_ref();
-        of_init.and_then(|p| p.rlimits().as_deref())
-    };
+/// Raising limits takes the machine's privileges. Without any, those every
+/// container starts with.
+fn set_limits(process: &Process) -> Result<(), String> {
     let syscall = create_syscall();
-    for limit in own.or_else(inherited).unwrap_or_default() {
+    for limit in process.rlimits().iter().flatten() {
         syscall
             .set_rlimit(limit)
             .map_err(|e| format!("error setting rlimit {:?}: {}", limit.typ(), chain(&e)))?;
@@ -235,7 +232,10 @@ fn become_root_of_user_namespace() -> Result<(), String> {
 const PER_LINUX32: libc::c_ulong = 8;
 
 fn set_personality(container: &Spec) {
-    let personality = container.linux().as_ref().and_then(|l| l.personality().as_ref());
+    let personality = container
+        .linux()
+        .as_ref()
+        .and_then(|l| l.personality().as_ref());
     if let Some(personality) = personality {
         let domain = match personality.domain() {
             LinuxPersonalityDomain::PerLinux => 0,
@@ -270,7 +270,10 @@ fn confine(request: &ExecRequest, process: &Process, container: &Spec) -> Result
         chdir(cwd).map_err(|e| no_cwd(cwd, e))?;
     }
     verify_cwd(cwd)?;
-    let filter = container.linux().as_ref().and_then(|l| l.seccomp().as_ref());
+    let filter = container
+        .linux()
+        .as_ref()
+        .and_then(|l| l.seccomp().as_ref());
     // Without no_new_privs loading a filter is a privilege.
     let (early, late) = match no_new_privileges {
         true => (None, filter),
@@ -311,8 +314,10 @@ fn set_user(syscall: &dyn Syscall, process: &Process, container: &Spec) -> Resul
     syscall
         .set_id(Uid::from_raw(user.uid()), Gid::from_raw(user.gid()))
         .map_err(|e| match in_user_namespace {
-            true => "unable to setup user: cannot set uid or gid to unmapped user in user namespace"
-                .to_owned(),
+            true => {
+                "unable to setup user: cannot set uid or gid to unmapped user in user namespace"
+                    .to_owned()
+            }
             false => format!("unable to setup user: {}", chain(&e)),
         })
 }

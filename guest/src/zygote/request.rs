@@ -172,7 +172,12 @@ mod tests {
                 assert_eq!(Request::decode(&request.encode()), Some(request));
             }
         }
-        for bytes in [&b""[..], b"\0no end", &[EXEC], &[EXEC, 0, 0, 0, 0, 0, 0, 0, 0]] {
+        for bytes in [
+            &b""[..],
+            b"\0no end",
+            &[EXEC],
+            &[EXEC, 0, 0, 0, 0, 0, 0, 0, 0],
+        ] {
             assert_eq!(Request::decode(bytes), None);
         }
     }

@@ -115,7 +115,9 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
         crate::sys::atomic_file::write(path, pid.as_bytes(), 0o644)
             .map_err(context(format!("writing the pid file {}", path.display())))?;
     }
-    let raw = (terminal && !options.detach).then(RawTerminal::enter).flatten();
+    let raw = (terminal && !options.detach)
+        .then(RawTerminal::enter)
+        .flatten();
     let process = standin.commit()?;
     let Some(signals) = signals else {
         leave(root, &options.id, on_record);
@@ -194,7 +196,9 @@ fn start_in_guest(
     trace("exec-started");
     let streams = guest.finish_streams(opening)?;
     standin.of.wait_ready()?;
-    standin.of.attach(stream_flags(wanted, terminal), &streams)?;
+    standin
+        .of
+        .attach(stream_flags(wanted, terminal), &streams)?;
     trace("exec-attached");
     Ok(())
 }
@@ -272,8 +276,16 @@ mod tests {
         };
         assert_eq!(parse(&[]).unwrap(), "");
         assert_eq!(parse(&["a/b"]).unwrap(), "a/b");
-        assert!(parse(&["cpu:a"]).unwrap_err().contains("unknown controller cpu"));
-        assert!(parse(&["a", "b"]).unwrap_err().contains("missing <controller>"));
+        assert!(
+            parse(&["cpu:a"])
+                .unwrap_err()
+                .contains("unknown controller cpu")
+        );
+        assert!(
+            parse(&["a", "b"])
+                .unwrap_err()
+                .contains("missing <controller>")
+        );
         assert!(parse(&["a:b:c"]).unwrap_err().contains("invalid --cgroup"));
     }
 }

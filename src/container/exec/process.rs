@@ -208,7 +208,11 @@ fn complete(process: &mut Value) -> Result<(), Error> {
     if !cwd.starts_with('/') {
         return invalid("Cwd must be an absolute path");
     }
-    if fields.get("args").and_then(Value::as_array).is_none_or(Vec::is_empty) {
+    if fields
+        .get("args")
+        .and_then(Value::as_array)
+        .is_none_or(Vec::is_empty)
+    {
         return invalid("args must not be empty");
     }
     check_labels(text("selinuxLabel"), text("apparmorProfile"))?;
@@ -259,7 +263,9 @@ fn keep_known_capabilities(capabilities: &mut Value) {
         };
         list.retain(|name| {
             let name = name.as_str().unwrap_or_default();
-            let is_known = CAPABILITIES.split_whitespace().any(|c| Some(c) == name.strip_prefix("CAP_"));
+            let is_known = CAPABILITIES
+                .split_whitespace()
+                .any(|c| Some(c) == name.strip_prefix("CAP_"));
             if !is_known && !unknown.iter().any(|u| u == name) {
                 unknown.push(name.to_owned());
             }
@@ -346,7 +352,10 @@ mod tests {
         );
         assert_eq!(process["noNewPrivileges"], json!(false));
         let capabilities = &process["capabilities"];
-        assert_eq!(capabilities["bounding"], json!(["CAP_KILL", "CAP_SYS_ADMIN"]));
+        assert_eq!(
+            capabilities["bounding"],
+            json!(["CAP_KILL", "CAP_SYS_ADMIN"])
+        );
         assert_eq!(capabilities["ambient"], json!(["CAP_SYS_ADMIN"]));
         assert_eq!(capabilities["inheritable"], json!(["CAP_KILL"]));
     }
@@ -354,17 +363,44 @@ mod tests {
     #[test]
     fn mistakes_have_runcs_words() {
         let cases = [
-            (Changes { user: Some("a".into()), ..Changes::default() }, "parsing a as int for uid failed: strconv.Atoi: parsing \"a\": invalid syntax"),
-            (Changes { user: Some("1:b".into()), ..Changes::default() }, "parsing b as int for gid failed"),
-            (Changes { additional_gids: vec![-3], ..Changes::default() }, "additional-gids must be a positive number -3"),
-            (Changes { cwd: Some("rel".into()), ..Changes::default() }, "Cwd must be an absolute path"),
+            (
+                Changes {
+                    user: Some("a".into()),
+                    ..Changes::default()
+                },
+                "parsing a as int for uid failed: strconv.Atoi: parsing \"a\": invalid syntax",
+            ),
+            (
+                Changes {
+                    user: Some("1:b".into()),
+                    ..Changes::default()
+                },
+                "parsing b as int for gid failed",
+            ),
+            (
+                Changes {
+                    additional_gids: vec![-3],
+                    ..Changes::default()
+                },
+                "additional-gids must be a positive number -3",
+            ),
+            (
+                Changes {
+                    cwd: Some("rel".into()),
+                    ..Changes::default()
+                },
+                "Cwd must be an absolute path",
+            ),
         ];
         for (changes, words) in cases {
             let message = load(changes).unwrap_err();
             assert!(message.contains(words), "{message}");
         }
         let none = Source::CommandLine(Changes::default()).load(Path::new("/"));
-        assert_eq!(none.unwrap_err().to_string(), "process args cannot be empty");
+        assert_eq!(
+            none.unwrap_err().to_string(),
+            "process args cannot be empty"
+        );
     }
 
     #[test]
@@ -381,12 +417,20 @@ mod tests {
         assert_eq!(process["user"], json!({"uid": 0, "gid": 0}));
         assert!(process.get("capabilities").is_none());
         assert_eq!(load("{}").unwrap_err(), "Cwd property must not be empty");
-        assert_eq!(load(r#"{"cwd":"/"}"#).unwrap_err(), "args must not be empty");
-        assert_eq!(load("[]").unwrap_err(), "process property must not be empty");
+        assert_eq!(
+            load(r#"{"cwd":"/"}"#).unwrap_err(),
+            "args must not be empty"
+        );
+        assert_eq!(
+            load("[]").unwrap_err(),
+            "process property must not be empty"
+        );
         let odd = r#"{"cwd":"/","args":["id"],"user":"me"}"#;
         assert_eq!(load(odd).unwrap_err(), "process.user is not an object");
         assert!(load("{").unwrap_err().contains("line 1"));
-        let missing = Source::File("/nope".into()).load(Path::new("/")).unwrap_err();
+        let missing = Source::File("/nope".into())
+            .load(Path::new("/"))
+            .unwrap_err();
         assert_eq!(missing.to_string(), "open /nope: no such file or directory");
     }
 }

@@ -55,16 +55,25 @@ impl Facts {
     }
 
     fn user(&self, id: u32) -> String {
-        self.users.get(&id).cloned().unwrap_or_else(|| id.to_string())
+        self.users
+            .get(&id)
+            .cloned()
+            .unwrap_or_else(|| id.to_string())
     }
 
     fn group(&self, id: u32) -> String {
-        self.groups.get(&id).cloned().unwrap_or_else(|| id.to_string())
+        self.groups
+            .get(&id)
+            .cloned()
+            .unwrap_or_else(|| id.to_string())
     }
 
     fn start(&self, p: &ProcessInfo) -> DateTime<Local> {
-        let age = i64::try_from(p.age_ms).ok().and_then(Duration::try_milliseconds);
-        age.and_then(|age| self.now.checked_sub_signed(age)).unwrap_or(self.now)
+        let age = i64::try_from(p.age_ms)
+            .ok()
+            .and_then(Duration::try_milliseconds);
+        age.and_then(|age| self.now.checked_sub_signed(age))
+            .unwrap_or(self.now)
     }
 
     /// Today the time, this year the day, before that the year.
@@ -130,8 +139,12 @@ const KNOWN: &[Known] = &[
     column("ucmd", "CMD", 15, Left, |p, _| command_name(p)),
     column("args command", "COMMAND", 27, Cut, |p, _| arguments(p)),
     column("cmd", "CMD", 27, Cut, |p, _| arguments(p)),
-    column("c", "C", 2, Right, |p, _| (permille_cpu(p) / 10).min(99).to_string()),
-    column("%cpu pcpu", "%CPU", 4, Right, |p, _| tenths(permille_cpu(p))),
+    column("c", "C", 2, Right, |p, _| {
+        (permille_cpu(p) / 10).min(99).to_string()
+    }),
+    column("%cpu pcpu", "%CPU", 4, Right, |p, _| {
+        tenths(permille_cpu(p))
+    }),
     column("%mem pmem", "%MEM", 4, Right, |p, f| {
         tenths(p.rss_kib.saturating_mul(1000) / f.memory_kib.max(1))
     }),
@@ -139,13 +152,17 @@ const KNOWN: &[Known] = &[
     column("rss rssize", "RSS", 5, Right, |p, _| p.rss_kib.to_string()),
     column("rsz", "RSZ", 5, Right, |p, _| p.rss_kib.to_string()),
     column("sz", "SZ", 5, Right, |p, _| (p.vsize_kib / 4).to_string()),
-    column("addr_sz", "ADDR SZ", 7, Right, |p, _| format!("- {:5}", p.vsize_kib / 4)),
+    column("addr_sz", "ADDR SZ", 7, Right, |p, _| {
+        format!("- {:5}", p.vsize_kib / 4)
+    }),
     column("tty tname", "TTY", 8, Left, |p, _| terminal(p.tty)),
     column("tt", "TT", 8, Left, |p, _| terminal(p.tty)),
     column("stat", "STAT", 4, Left, |p, _| long_state(p)),
     column("s state", "S", 1, Left, |p, _| p.state.clone()),
-    column("stime start_time", "STIME", 5, Left, |p, f| f.short_start(p)),
-    column("bsdstart", "START", 6, Left, |p, f| f.short_start(p)),
+    column("stime start_time", "STIME", 5, Left, |p, f| {
+        f.short_start(p)
+    }),
+    column("bsdstart", "START", 5, Left, |p, f| f.short_start(p)),
     column("start", "STARTED", 8, Right, |p, f| {
         let recent = p.age_ms < 24 * 3600 * 1000;
         let format = if recent { "%H:%M:%S" } else { "  %b %d" };
@@ -154,22 +171,36 @@ const KNOWN: &[Known] = &[
     column("lstart", "STARTED", 24, Right, |p, f| {
         f.start(p).format("%a %b %e %H:%M:%S %Y").to_string()
     }),
-    column("time cputime", "TIME", 8, Right, |p, _| clock(p.cpu_ms / 1000, true)),
+    column("time cputime", "TIME", 8, Right, |p, _| {
+        clock(p.cpu_ms / 1000, true)
+    }),
     column("bsdtime", "TIME", 6, Right, |p, _| {
         let seconds = p.cpu_ms / 1000;
         format!("{}:{:02}", seconds / 60, seconds % 60)
     }),
-    column("times cputimes", "TIME", 8, Right, |p, _| (p.cpu_ms / 1000).to_string()),
-    column("etime", "ELAPSED", 11, Right, |p, _| clock(p.age_ms / 1000, false)),
-    column("etimes", "ELAPSED", 7, Right, |p, _| (p.age_ms / 1000).to_string()),
+    column("times cputimes", "TIME", 8, Right, |p, _| {
+        (p.cpu_ms / 1000).to_string()
+    }),
+    column("etime", "ELAPSED", 11, Right, |p, _| {
+        clock(p.age_ms / 1000, false)
+    }),
+    column("etimes", "ELAPSED", 7, Right, |p, _| {
+        (p.age_ms / 1000).to_string()
+    }),
     column("ni nice", "NI", 3, Right, |p, _| p.nice.to_string()),
-    column("pri", "PRI", 3, Right, |p, _| 39_i32.saturating_sub(p.priority).to_string()),
+    column("pri", "PRI", 3, Right, |p, _| {
+        39_i32.saturating_sub(p.priority).to_string()
+    }),
     column("priority", "PRI", 3, Right, |p, _| p.priority.to_string()),
-    column("opri", "PRI", 3, Right, |p, _| p.priority.saturating_add(60).to_string()),
+    column("opri", "PRI", 3, Right, |p, _| {
+        p.priority.saturating_add(60).to_string()
+    }),
     column("nlwp", "NLWP", 4, Right, |p, _| p.threads.to_string()),
     column("thcount", "THCNT", 5, Right, |p, _| p.threads.to_string()),
     column("psr", "PSR", 3, Right, |p, _| p.processor.to_string()),
-    column("f flag flags", "F", 1, Right, |p, _| format!("{:o}", p.flags >> 6 & 7)),
+    column("f flag flags", "F", 1, Right, |p, _| {
+        format!("{:o}", p.flags >> 6 & 7)
+    }),
     column("cls class", "CLS", 3, Right, |p, _| policy(p).to_owned()),
     column("rtprio", "RTPRIO", 6, Right, |p, _| match p.rt_priority {
         0 => "-".to_owned(),
@@ -232,9 +263,11 @@ impl Column {
         let len = text.chars().count();
         let shown: String = match self.align {
             Align::Cut if len > width && !is_last => text.chars().take(width).collect(),
-            Align::Name if len > width => {
-                text.chars().take(width.saturating_sub(1)).chain(['+']).collect()
-            }
+            Align::Name if len > width => text
+                .chars()
+                .take(width.saturating_sub(1))
+                .chain(['+'])
+                .collect(),
             _ => text.to_owned(),
         };
         if !line.is_empty() {
@@ -392,13 +425,34 @@ mod tests {
     fn a_table_is_laid_out_as_procps_does() {
         // Headers as procps 4.0.2 prints them.
         let headers = [
-            (&["-ef"][..], "UID        PID  PPID  C STIME TTY          TIME CMD"),
-            (&["aux"], "USER       PID %CPU %MEM    VSZ   RSS TTY      STAT START   TIME COMMAND"),
-            (&["-el"], "F S   UID   PID  PPID  C PRI  NI ADDR SZ WCHAN  TTY          TIME CMD"),
-            (&["l"], "F   UID   PID  PPID PRI  NI    VSZ   RSS WCHAN  STAT TTY        TIME COMMAND"),
-            (&["j"], " PPID   PID  PGID   SID TTY      TPGID STAT   UID   TIME COMMAND"),
-            (&["-F"], "UID        PID  PPID  C    SZ   RSS PSR STIME TTY          TIME CMD"),
-            (&["-o", "pid,args,comm"], "  PID COMMAND                     COMMAND"),
+            (
+                &["-ef"][..],
+                "UID        PID  PPID  C STIME TTY          TIME CMD",
+            ),
+            (
+                &["aux"],
+                "USER       PID %CPU %MEM    VSZ   RSS TTY      STAT START   TIME COMMAND",
+            ),
+            (
+                &["-el"],
+                "F S   UID   PID  PPID  C PRI  NI ADDR SZ WCHAN  TTY          TIME CMD",
+            ),
+            (
+                &["l"],
+                "F   UID   PID  PPID PRI  NI    VSZ   RSS WCHAN  STAT TTY        TIME COMMAND",
+            ),
+            (
+                &["j"],
+                " PPID   PID  PGID   SID TTY      TPGID STAT   UID   TIME COMMAND",
+            ),
+            (
+                &["-F"],
+                "UID        PID  PPID  C    SZ   RSS PSR STIME TTY          TIME CMD",
+            ),
+            (
+                &["-o", "pid,args,comm"],
+                "  PID COMMAND                     COMMAND",
+            ),
         ];
         for (options, header) in headers {
             assert_eq!(table(options, process())[0], header, "{options:?}");
@@ -406,7 +460,10 @@ mod tests {
         let [_, line] = &table(&["aux"], process())[..] else {
             panic!("one process, one line")
         };
-        assert!(line.starts_with("root        42 50.0  1.4   2268  1440 ?        Ss   "), "{line}");
+        assert!(
+            line.starts_with("root        42 50.0  1.4   2268  1440 ?        Ss   "),
+            "{line}"
+        );
         assert!(line.ends_with("   1:30 sleep 1000"), "{line}");
     }
 

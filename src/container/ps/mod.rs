@@ -24,7 +24,9 @@ pub enum Error {
     Format,
     #[error("couldn't find PID field in ps output")]
     NoPid,
-    #[error("ps option {0:?} is not supported; supported are -e, -A, -a, -d, -f, -F, -l, -j, -w, -o, --no-headers and, without a dash, a, x, u, l, j, w, o")]
+    #[error(
+        "ps option {0:?} is not supported; supported are -e, -A, -a, -d, -f, -F, -l, -j, -w, -o, --no-headers and, without a dash, a, x, u, l, j, w, o"
+    )]
     Option(String),
     #[error("unknown ps column {0:?}; known are {known}", known = columns::known())]
     Column(String),
@@ -77,7 +79,11 @@ pub fn json(root: &Root, id: &str) -> Result<String, ContainerError> {
         pids.extend(execs::running(root, id)?.iter().map(|standin| standin.pid));
         pids.sort_unstable();
     }
-    let list = pids.iter().map(i32::to_string).collect::<Vec<_>>().join(",");
+    let list = pids
+        .iter()
+        .map(i32::to_string)
+        .collect::<Vec<_>>()
+        .join(",");
     Ok(match list.as_str() {
         "" => "null\n".to_owned(),
         list => format!("[{list}]\n"),

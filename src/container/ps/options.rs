@@ -91,7 +91,8 @@ fn next_list<'a>(
     words: &mut impl Iterator<Item = &'a String>,
 ) -> Result<String, Error> {
     let list = words.next().filter(|list| !list.is_empty());
-    list.cloned().ok_or_else(|| Error::NoList(option.to_owned()))
+    list.cloned()
+        .ok_or_else(|| Error::NoList(option.to_owned()))
 }
 
 impl Chosen {
@@ -188,7 +189,10 @@ mod tests {
             (&["auxww"], user),
             (&["-e"], "PID TTY TIME CMD"),
             (&["ax"], "PID TTY STAT TIME COMMAND"),
-            (&["-el"], "F S UID PID PPID C PRI NI ADDR SZ WCHAN TTY TIME CMD"),
+            (
+                &["-el"],
+                "F S UID PID PPID C PRI NI ADDR SZ WCHAN TTY TIME CMD",
+            ),
             (&["-ejf"], "UID PID PPID PGID SID C STIME TTY TIME CMD"),
             (&["-o", "pid,user"], "PID USER"),
             (&["-opid", "-o", "args=WHAT IS IT"], "PID WHAT IS IT"),
