@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use kuasar_runv_test_harness::{
-    Bundle, Container, SHORT, World, json, process, reaper, wait_until,
+    Bundle, Container, SHORT, Value, World, json, process, reaper, wait_until,
 };
 
 use crate::victims::{self, Victim};
@@ -125,16 +125,19 @@ fn death_of_the_sandboxer_fails_an_exec_on_its_way() {
     world.assert_clean();
 }
 
+fn writable_cgroups(config: &mut Value) {
+    for mount in config["mounts"].as_array_mut().unwrap() {
+        if mount["destination"] == "/sys/fs/cgroup" {
+            mount["options"] = json!(["nosuid", "noexec", "nodev", "rw"]);
+        }
+    }
+}
+
 /// The container can write to its own cgroup, whose root it sees.
 fn with_own_cgroup(bundle: Bundle) -> Bundle {
-    bundle.with(|c| {
+    bundle.with(writable_cgroups).with(|c| {
         let namespaces = c["linux"]["namespaces"].as_array_mut().unwrap();
         namespaces.push(json!({ "type": "cgroup" }));
-        for mount in c["mounts"].as_array_mut().unwrap() {
-            if mount["destination"] == "/sys/fs/cgroup" {
-                mount["options"] = json!(["nosuid", "noexec", "nodev", "rw"]);
-            }
-        }
     })
 }
 
@@ -166,10 +169,14 @@ fn a_process_runs_in_a_sub_cgroup() {
 #[test]
 fn a_frozen_container_takes_a_process_only_if_asked() {
     let world = World::new();
-    let bundle = with_own_cgroup(world.bundle().sh("sleep 1000"));
+    // Without a cgroup namespace it sees all cgroups.
+    let bundle = world.bundle().sh("sleep 1000").with(writable_cgroups);
     let container = world.start(&bundle, "c");
+    let script = "f=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/cgroup.freeze
+        [ -e $f ] || f=/sys/fs/cgroup/cgroup.freeze
+        echo 1 >$f; exit 3";
     // Freezes itself as well, and nobody can thaw it.
-    let freezer = container.exec_detached("echo 1 >/sys/fs/cgroup/cgroup.freeze; exit 3", "f");
+    let freezer = container.exec_detached(script, "f");
     wait_until("refusal", SHORT, || {
         container
             .exec_sh(&[], "exit 0")
