@@ -15,8 +15,6 @@ SYSCONFDIR ?= /etc
 
 RELEASE := target/x86_64-unknown-linux-gnu/release
 GUEST := target/guest
-HOST_BINARY := $(RELEASE)/kuasar-runv
-AGENT := $(RELEASE)/kuasar-runv-agent
 BIN := $(DESTDIR)$(PREFIX)/bin
 LIB := $(DESTDIR)$(PREFIX)/lib/kuasar-runv
 ETC := $(DESTDIR)$(SYSCONFDIR)/kuasar-runv
@@ -36,6 +34,7 @@ setup: ## install every distribution package the project needs (as root)
 build: ## compile the host binary and the guest agent
 	@scripts/setup-packages build
 	@cargo build --release --workspace --bins
+	@cargo build --profile guest --package kuasar-runv-agent
 
 .PHONY: protocol
 protocol: ## regenerate the code of the protocol from its .proto file
@@ -55,11 +54,11 @@ kernel-packaged: ## fetch the distribution's own kernel for the guest
 
 .PHONY: image
 image: build kernel ## pack the image for the source kernel
-	@scripts/guest-files source
+	@scripts/guest-files source guest
 
 .PHONY: image-packaged
 image-packaged: build kernel-packaged ## pack the image for the packaged kernel
-	@scripts/guest-files packaged
+	@scripts/guest-files packaged guest
 
 .PHONY: floor
 floor: kernel ## pack the trivial init that the benchmarks compare with

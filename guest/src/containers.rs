@@ -11,12 +11,14 @@
 mod exec;
 mod list;
 
+mod resources;
+
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,6 +26,8 @@ use kuasar_runv_protocol::stream::{Kind, MAX_ID_LEN};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::Cgroup;
+use crate::cgroup::oom::OomWatch;
+use crate::cgroup::settings::SettingError;
 use crate::events::Events;
 use crate::helper::{NOTIFY_SOCKET, SPEC_FILE};
 use crate::process::{Process, SignalError};
@@ -65,10 +69,16 @@ pub enum ContainerError {
     ExecPaused,
     #[error("process with given ID already exists")]
     ExecExists,
+    #[error("cannot start a container in the paused state")]
+    Paused,
     #[error("another operation on the container is in progress")]
     Busy,
     #[error("the container's processes did not end after SIGKILL")]
     Unkillable,
+    #[error("the container's processes could not be frozen within {0:?}")]
+    Unfreezable(Duration),
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     #[error(transparent)]
     Helper(#[from] ZygoteError),
     #[error("{context}: {source}")]
@@ -109,6 +119,9 @@ struct Container {
     no_new_keyring: bool,
     /// Its other processes by their exec ids; none while one is being started.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
+    /// Its processes are frozen, or about to be.
+    paused: AtomicBool,
+    oom: Arc<OomWatch>,
 }
 
 enum Entry {
@@ -191,6 +204,9 @@ impl Containers {
         let process = &container.process;
         if process.has_ended() {
             return Err(ContainerError::Stopped);
+        }
+        if container.is_paused() {
+            return Err(ContainerError::Paused);
         }
         if !process.note_start() {
             return Err(ContainerError::AlreadyStarted);
@@ -291,13 +307,16 @@ impl Containers {
         drop(theirs);
         let process = self.adopt(created)?;
         self.attach_streams(&new.id, "", &process, pipes);
-        self.report_end(&new.id, &process);
+        let oom = OomWatch::new(&new.id, cgroup, &self.events);
+        self.report_end(&new.id, &process, &oom);
         Ok(Arc::new(Container {
             dir: dir.to_owned(),
             cgroup: cgroup.clone(),
             process,
             no_new_keyring: new.no_new_keyring,
             execs: Mutex::default(),
+            paused: AtomicBool::new(false),
+            oom,
         }))
     }
 
@@ -376,10 +395,12 @@ impl Containers {
     }
 
     /// Reports the end of a container's own process when it comes.
-    fn report_end(&self, id: &str, process: &Arc<Process>) {
+    fn report_end(&self, id: &str, process: &Arc<Process>, oom: &Arc<OomWatch>) {
         let (events, of, id) = (self.events.clone(), Arc::clone(process), id.to_owned());
+        let oom = Arc::clone(oom);
         sys::spawn(async move {
             let status = of.ended().await;
+            oom.report();
             log::debug!("{id}: {status:?}");
             events.exited(&id, "", status, 0);
         });
@@ -484,6 +505,7 @@ impl ContainerError {
                     kind: FailureKind::InvalidSpec,
                     ..
                 })
+                | ContainerError::Setting(_)
         )
     }
 }

@@ -1,10 +1,10 @@
-//! The event connection: the agent tells the host that it is ready and which
-//! processes have ended.
+//! The event connection: the agent tells the host that it is ready, which
+//! processes have ended, and which containers ran out of memory.
 
 use std::io;
 use std::time::Duration;
 
-use kuasar_runv_protocol::agent::{Event, Exited, Ready};
+use kuasar_runv_protocol::agent::{Event, Exited, Oom, Ready};
 use kuasar_runv_protocol::{EVENT_PORT, PROTOCOL_VERSION, event};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
@@ -79,6 +79,19 @@ impl Events {
         });
         if self.0.try_send(event).is_err() {
             log::error!("the end of {container_id} could not be reported");
+        }
+    }
+
+    /// Reports that processes of a container were killed for lack of memory.
+    pub fn oom(&self, container_id: &str, kills: u64) {
+        let mut event = Event::new();
+        event.set_oom(Oom {
+            container_id: container_id.to_owned(),
+            kills,
+            ..Oom::new()
+        });
+        if self.0.try_send(event).is_err() {
+            log::error!("that {container_id} has no memory left could not be reported");
         }
     }
 }

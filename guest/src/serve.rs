@@ -14,6 +14,7 @@ use crate::events::Events;
 use crate::reaper::Reaper;
 use crate::service::AgentService;
 use crate::streams::Streams;
+use crate::sys;
 use crate::transport::Transport;
 use crate::zygote::Zygote;
 
@@ -45,6 +46,9 @@ pub enum ServeError {
 /// # Errors
 /// See [`ServeError`].
 pub fn run(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
+    if let Err(e) = sys::let_others_finish() {
+        log::warn!("scheduling policy: {e}");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kuasar_runv_protocol::agent::{
     CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty,
-    ExecProcessRequest, ExecProcessResponse, GetInfoResponse, ListProcessesRequest,
-    ListProcessesResponse, SignalProcessRequest, StartContainerRequest,
+    ExecProcessRequest, ExecProcessResponse, GetInfoResponse, GetStatsRequest, GetStatsResponse,
+    ListProcessesRequest, ListProcessesResponse, PauseContainerRequest, ResumeContainerRequest,
+    SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, WatchOomRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Error, get_status};
 
+use crate::cgroup::settings::Setting;
 use crate::containers::{ContainerError, Containers, NewContainer, NewProcess};
 use crate::events::{AGENT_VERSION, kernel_release};
 use crate::process::SignalError;
@@ -47,10 +49,11 @@ fn to_status(error: &ContainerError) -> Error {
         | ContainerError::Stopped
         | ContainerError::ExecStopped
         | ContainerError::ExecPaused
+        | ContainerError::Paused
         | ContainerError::Busy => Code::FAILED_PRECONDITION,
-        ContainerError::Unkillable | ContainerError::Helper(ZygoteError::Deadline(_)) => {
-            Code::DEADLINE_EXCEEDED
-        }
+        ContainerError::Unkillable
+        | ContainerError::Unfreezable(_)
+        | ContainerError::Helper(ZygoteError::Deadline(_)) => Code::DEADLINE_EXCEEDED,
         e if e.is_invalid_spec() => Code::INVALID_ARGUMENT,
         _ => Code::INTERNAL,
     };
@@ -172,5 +175,57 @@ impl Agent for AgentService {
             .list_processes(&request.container_id)
             .await
             .map_err(|e| to_status(&e))
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: PauseContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        to_the_end(async move { containers.pause(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ResumeContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.containers
+            .resume(&request.container_id)
+            .map_err(|e| to_status(&e))?;
+        Ok(Empty::new())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        to_the_end(async move {
+            let settings = request.settings.into_iter().map(Setting::from).collect();
+            containers.update(&request.container_id, settings).await
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn get_stats(
+        &self,
+        _: &TtrpcContext,
+        request: GetStatsRequest,
+    ) -> ttrpc::Result<GetStatsResponse> {
+        self.containers
+            .stats(&request.container_id)
+            .map_err(|e| to_status(&e))
+    }
+
+    async fn watch_oom(&self, _: &TtrpcContext, request: WatchOomRequest) -> ttrpc::Result<Empty> {
+        self.containers
+            .watch_oom(&request.container_id)
+            .map_err(|e| to_status(&e))?;
+        Ok(Empty::new())
     }
 }

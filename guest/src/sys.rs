@@ -65,6 +65,24 @@ pub fn pidfd_send_signal(pidfd: &impl AsFd, signal: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// Has a thread that wakes this one up go on until its time slice is over
+/// (`SCHED_BATCH`, sched(7)), instead of being interrupted. A process that writes
+/// fills its pipe in one go then, and each switch moves much. Children are
+/// scheduled as usual.
+///
+/// # Errors
+/// Of sched_setscheduler(2).
+pub fn let_others_finish() -> io::Result<()> {
+    // SAFETY: sched_param is plain integers, for which zero is valid; the policy
+    // has no priority.
+    check(unsafe {
+        let param: libc::sched_param = std::mem::zeroed();
+        let policy = libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK;
+        libc::sched_setscheduler(0, policy, &raw const param).into()
+    })?;
+    Ok(())
+}
+
 /// What `clone_sibling` returned, and where.
 pub enum Cloned {
     /// In the caller: a pidfd of the new process.

@@ -4,6 +4,7 @@
 //! call has a deadline, ttrpc limits the size of a message, and the text of an
 //! error is cut and cleaned before it is shown.
 
+mod resources;
 pub mod streams;
 pub mod vsock;
 

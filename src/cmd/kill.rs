@@ -2,7 +2,6 @@
 
 use super::{Context, Failure};
 use crate::container::kill::kill;
-use crate::container::signal;
 
 /// Send a signal to the container's process
 #[derive(clap::Args)]
@@ -12,7 +11,7 @@ pub struct Args {
     #[arg(value_name = "CONTAINER-ID")]
     id: String,
     /// Name (with or without SIG) or number of the signal
-    #[arg(default_value = "SIGTERM")]
+    #[arg(default_value = "SIGTERM", allow_negative_numbers = true)]
     signal: String,
     /// Send it to all processes of the container
     #[arg(long, short)]
@@ -20,7 +19,6 @@ pub struct Args {
 }
 
 pub fn run(context: &Context, args: &Args) -> Result<u8, Failure> {
-    let signal = signal::parse(&args.signal)?;
-    kill(&context.root, &args.id, signal, args.all)?;
+    kill(&context.root, &args.id, &args.signal, args.all)?;
     Ok(0)
 }

@@ -103,13 +103,12 @@ fn table(records: &[(ContainerRecord, Status)]) -> String {
 
 fn json(records: &[(ContainerRecord, Status)]) -> Result<String, Failure> {
     if records.is_empty() {
-        // Go's encoding of an empty list, which runc prints without a newline
-        // of its own.
-        return Ok("null".to_owned());
+        // Go's encoding of an empty list.
+        return Ok("null\n".to_owned());
     }
     let states: Vec<_> = records
         .iter()
         .map(|(record, status)| record.to_oci_state(*status, owner(record)))
         .collect();
-    Ok(serde_json::to_string(&states)?)
+    Ok(serde_json::to_string(&states)? + "\n")
 }

@@ -1,17 +1,24 @@
 //! The command line: one file per command, flags and examples beside the code.
 //! Nothing here decides anything; it parses, calls, prints.
 
+mod checkpoint;
 mod create;
 mod delete;
+mod events;
 mod exec;
 mod features;
 mod kill;
 mod list;
+mod pause;
 mod ps;
+mod restore;
+mod resume;
 mod run;
 mod spec;
 mod start;
 mod state;
+mod update;
+mod values;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -83,17 +90,23 @@ enum Rootless {
 
 #[derive(Subcommand)]
 enum Command {
+    Checkpoint(checkpoint::Args),
     Create(create::Args),
     Delete(delete::Args),
+    Events(events::Args),
     Exec(exec::Args),
     Features(features::Args),
     Kill(kill::Args),
     List(list::Args),
+    Pause(pause::Args),
     Ps(ps::Args),
+    Restore(restore::Args),
+    Resume(resume::Args),
     Run(run::Args),
     Spec(spec::Args),
     Start(start::Args),
     State(state::Args),
+    Update(update::Args),
 }
 
 /// What every command knows besides its own arguments.
@@ -159,17 +172,23 @@ pub fn run() -> u8 {
         debug: global.debug,
     };
     let done = match cli.command {
+        Command::Checkpoint(args) => checkpoint::run(&context, &args),
         Command::Create(args) => create::run(&context, args),
         Command::Delete(args) => delete::run(&context, &args),
+        Command::Events(args) => events::run(&context, &args),
         Command::Exec(args) => exec::run(&context, args),
         Command::Features(args) => features::run(&context, &args),
         Command::Kill(args) => kill::run(&context, &args),
         Command::List(args) => list::run(&context, &args),
+        Command::Pause(args) => pause::run(&context, &args),
         Command::Ps(args) => ps::run(&context, &args),
+        Command::Restore(args) => restore::run(&context, &args),
+        Command::Resume(args) => resume::run(&context, &args),
         Command::Run(args) => run::run(&context, args),
         Command::Spec(args) => spec::run(&context, &args),
         Command::Start(args) => start::run(&context, &args),
         Command::State(args) => state::run(&context, &args),
+        Command::Update(args) => update::run(&context, &args),
     };
     match done {
         Ok(code) => code,

@@ -4,8 +4,52 @@ use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use super::{Context, Failure, OCI_VERSION};
-use serde_json::{Value, json};
+use super::{Context, Failure};
+
+/// The same container that `runc spec` describes, in the order people read it.
+const CONFIG: &str = include_str!("spec/config.json");
+
+/// What is different for a user without privileges: text of [`CONFIG`], and what
+/// is there instead.
+///
+/// As with runc, root in the container is the caller, who has no other ids to
+/// give and no limits to set. Unlike with runc there is a network namespace (the
+/// host's network cannot be used from a virtual machine), and so a sysfs of the
+/// container's own.
+const ROOTLESS: [(&str, &str); 3] = [
+    (",\n\t\t\t\t\"gid=5\"", ""),
+    (RESOURCES, MAPPINGS),
+    (
+        "\t\t\t{\n\t\t\t\t\"type\": \"mount\"\n\t\t\t}\n",
+        "\t\t\t{\n\t\t\t\t\"type\": \"mount\"\n\t\t\t},\n\t\t\t{\n\t\t\t\t\"type\": \"user\"\n\t\t\t}\n",
+    ),
+];
+
+const RESOURCES: &str = "\t\t\"resources\": {
+\t\t\t\"devices\": [
+\t\t\t\t{
+\t\t\t\t\t\"allow\": false,
+\t\t\t\t\t\"access\": \"rwm\"
+\t\t\t\t}
+\t\t\t]
+\t\t},
+";
+
+const MAPPINGS: &str = "\t\t\"uidMappings\": [
+\t\t\t{
+\t\t\t\t\"containerID\": 0,
+\t\t\t\t\"hostID\": UID,
+\t\t\t\t\"size\": 1
+\t\t\t}
+\t\t],
+\t\t\"gidMappings\": [
+\t\t\t{
+\t\t\t\t\"containerID\": 0,
+\t\t\t\t\"hostID\": GID,
+\t\t\t\t\"size\": 1
+\t\t\t}
+\t\t],
+";
 
 /// Create a config.json to start from
 ///
@@ -29,12 +73,14 @@ pub struct Args {
 pub fn run(_: &Context, args: &Args) -> Result<u8, Failure> {
     let dir = args.bundle.clone().unwrap_or_default();
     let path = dir.join("config.json");
-    let mut spec = default_spec();
-    if args.rootless {
-        make_rootless(&mut spec);
-    }
-    let mut text = serde_json::to_string_pretty(&spec)?.replace("  ", "\t");
-    text.push('\n');
+    let text = if args.rootless {
+        rootless(
+            nix::unistd::geteuid().as_raw(),
+            nix::unistd::getegid().as_raw(),
+        )
+    } else {
+        CONFIG.to_owned()
+    };
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -49,69 +95,42 @@ pub fn run(_: &Context, args: &Args) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// The same container that `runc spec` describes.
-fn default_spec() -> Value {
-    let capabilities = json!(["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]);
-    json!({
-        "ociVersion": OCI_VERSION,
-        "process": {
-            "terminal": true,
-            "user": {"uid": 0, "gid": 0},
-            "args": ["sh"],
-            "env": [
-                "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-                "TERM=xterm"
-            ],
-            "cwd": "/",
-            "capabilities": {
-                "bounding": capabilities,
-                "effective": capabilities,
-                "permitted": capabilities,
-                "ambient": capabilities
-            },
-            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
-            "noNewPrivileges": true
-        },
-        "root": {"path": "rootfs", "readonly": true},
-        "hostname": "kuasar-runv",
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
-             "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
-            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-             "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
-            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
-             "options": ["nosuid", "noexec", "nodev"]},
-            {"destination": "/sys", "type": "sysfs", "source": "sysfs",
-             "options": ["nosuid", "noexec", "nodev", "ro"]},
-            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-             "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}
-        ],
-        "linux": {
-            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
-            "namespaces": [
-                {"type": "pid"}, {"type": "network"}, {"type": "ipc"},
-                {"type": "uts"}, {"type": "mount"}
-            ],
-            "maskedPaths": [
-                "/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys",
-                "/proc/latency_stats", "/proc/timer_list", "/proc/timer_stats",
-                "/proc/sched_debug", "/sys/firmware", "/proc/scsi"
-            ],
-            "readonlyPaths": [
-                "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"
-            ]
-        }
-    })
+fn rootless(uid: u32, gid: u32) -> String {
+    ROOTLESS
+        .iter()
+        .fold(CONFIG.to_owned(), |text, (there, instead)| {
+            text.replace(there, instead)
+        })
+        .replace("UID", &uid.to_string())
+        .replace("GID", &gid.to_string())
 }
 
-/// Root without privileges needs no user namespace in a VM of its own: the
-/// guest's root is nobody on the host. Only what the host would have to grant
-/// is taken out.
-fn make_rootless(spec: &mut Value) {
-    if let Some(linux) = spec["linux"].as_object_mut() {
-        linux.remove("resources");
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cmd::OCI_VERSION;
+    use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+    #[test]
+    fn both_are_configurations_of_this_version() {
+        for text in [CONFIG.to_owned(), rootless(1000, 1001)] {
+            let spec: Spec = serde_json::from_str(&text).unwrap();
+            assert_eq!(spec.version(), OCI_VERSION);
+        }
+    }
+
+    #[test]
+    fn without_privileges_there_is_a_user_namespace_and_no_limit() {
+        for (there, _) in ROOTLESS {
+            assert_eq!(CONFIG.matches(there).count(), 1, "{there:?}");
+        }
+        let spec: Spec = serde_json::from_str(&rootless(1000, 1001)).unwrap();
+        let linux = spec.linux().as_ref().unwrap();
+        assert!(linux.resources().is_none());
+        assert_eq!(linux.uid_mappings().as_ref().unwrap()[0].host_id(), 1000);
+        assert_eq!(linux.gid_mappings().as_ref().unwrap()[0].host_id(), 1001);
+        let namespaces = linux.namespaces().as_ref().unwrap();
+        let user = |n: &oci_spec::runtime::LinuxNamespace| n.typ() == LinuxNamespaceType::User;
+        assert!(namespaces.iter().any(user));
     }
 }

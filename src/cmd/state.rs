@@ -16,6 +16,7 @@ pub fn run(context: &Context, args: &Args) -> Result<u8, Failure> {
     crate::container::check_id(&args.id)?;
     let record = ContainerRecord::read(&context.root, &args.id)?;
     let state = record.to_oci_state(record.status(&context.root), &record.owner);
-    print(&format!("{}\n", serde_json::to_string_pretty(&state)?))?;
+    // Without a newline at the end, as runc.
+    print(&serde_json::to_string_pretty(&state)?)?;
     Ok(0)
 }

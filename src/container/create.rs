@@ -16,6 +16,7 @@ use nix::pty::Winsize;
 use super::bundle::Bundle;
 use super::console::Console;
 use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
+use super::resources::Resources;
 use super::state::{ContainerRecord, Phase};
 use super::{Error, cgroup, check_id, context, delete, execs};
 use crate::agent_client::streams::{self, Wanted};
@@ -263,6 +264,7 @@ fn begin(
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     record.cgroups = cgroups;
+    record.resources = Resources::of_config(&bundle.json).map_err(super::bundle::Error::Json)?;
     let undo = Undo {
         root: root.clone(),
         id: options.id.clone(),

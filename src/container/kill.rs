@@ -3,25 +3,32 @@
 use std::time::Duration;
 
 use super::state::{ContainerRecord, Status};
-use super::{Error, check_id, start};
+use super::{Error, check_id, signal, start};
 use crate::root::Root;
 use crate::sys::process::ProcessRef;
 
 /// How long a killed stand-in may take to end.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Sends `signal`, a Linux x86-64 number.
+/// Sends a signal given by name or number.
 ///
 /// # Errors
 /// [`Error::NotRunning`] when there is no process, unless `all` is set: then
 /// there is nothing to do, as with runc.
-pub fn kill(root: &Root, id: &str, signal: i32, all: bool) -> Result<(), Error> {
+pub fn kill(root: &Root, id: &str, signal: &str, all: bool) -> Result<(), Error> {
     check_id(id)?;
     let record = ContainerRecord::read(root, id)?;
+    let signal = signal::parse(signal)?;
     match record.status(root) {
-        Status::Created | Status::Running => {}
+        Status::Created | Status::Running | Status::Paused => {}
         Status::Stopped | Status::Creating if all => return Ok(()),
         Status::Stopped | Status::Creating => return Err(Error::NotRunning),
+    }
+    match signal {
+        // Only asks whether there is a process (kill(2)).
+        0 => return Ok(()),
+        1..=signal::MAX => {}
+        _ => return Err(Error::InvalidSignal),
     }
     let sent = start::connect(root, &record.sandbox_id).and_then(|agent| {
         agent

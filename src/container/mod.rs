@@ -1,22 +1,29 @@
 //! OCI containers on the host: bundle, record, life.
 //!
-//! [`create`], [`start`], [`exec`], [`ps`], [`kill`] and [`delete`] are what the
-//! commands of the same names do; [`state`] is what is on disk and what follows from it.
+//! [`create`], [`start`], [`exec`], [`ps`], [`kill`], [`delete`], [`pause`],
+//! [`update`] and [`events`] are what the commands of the same names do; [`state`]
+//! is what is on disk and what follows from it.
 
 pub mod bundle;
 pub mod cgroup;
 pub mod console;
 pub mod create;
 pub mod delete;
+pub mod events;
 pub mod exec;
 pub mod execs;
 pub mod guest_spec;
 pub mod kill;
+pub mod limits;
+pub mod pause;
 pub mod ps;
+pub mod resources;
 pub mod run;
 pub mod signal;
 pub mod start;
 pub mod state;
+pub mod stats;
+pub mod update;
 
 use std::io;
 use std::path::PathBuf;
@@ -48,12 +55,32 @@ pub enum Error {
     StillCreating,
     #[error("cannot exec in a stopped container")]
     ExecStopped,
+    #[error("cannot exec in a paused container (use --ignore-paused to override)")]
+    ExecPaused,
     #[error("cannot exec in a container that is still being created")]
     ExecCreating,
     #[error(transparent)]
     ExecProcess(#[from] exec::process::Error),
     #[error(transparent)]
     Ps(#[from] ps::Error),
+    #[error("cannot start a container in the paused state")]
+    StartPaused,
+    #[error("container not paused")]
+    NotPaused,
+    #[error("container with id {0} is not running")]
+    NoEvents(String),
+    #[error(transparent)]
+    UnknownSignal(#[from] signal::UnknownSignal),
+    #[error("unable to signal init: invalid argument")]
+    InvalidSignal,
+    #[error(transparent)]
+    Limit(#[from] limits::Error),
+    #[error("the memory limit {limit} is below what the container uses ({usage})")]
+    UsageAboveLimit { limit: i64, usage: u64 },
+    #[error(
+        "a container in a virtual machine cannot be {0}: this version of kuasar-runv does not support checkpoints"
+    )]
+    Checkpoint(&'static str),
     #[error("cannot delete container {id} that is not stopped: {status}")]
     NotStopped { id: String, status: state::Status },
     #[error("another command is working on the container; try again when it has ended")]

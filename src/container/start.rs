@@ -15,6 +15,7 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
     let mut record = ContainerRecord::read(root, id)?;
     match record.status(root) {
         Status::Created => {}
+        Status::Paused => return Err(Error::StartPaused),
         Status::Running => return Err(Error::AlreadyRunning),
         Status::Stopped => return Err(Error::HasStopped),
         Status::Creating => return Err(Error::StillCreating),

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::resources::Resources;
 use crate::root::Root;
 use crate::sandbox::record::SandboxRecord;
 use crate::sys::atomic_file;
@@ -39,6 +40,7 @@ pub enum Status {
     Creating,
     Created,
     Running,
+    Paused,
     Stopped,
 }
 
@@ -48,6 +50,7 @@ impl fmt::Display for Status {
             Status::Creating => "creating",
             Status::Created => "created",
             Status::Running => "running",
+            Status::Paused => "paused",
             Status::Stopped => "stopped",
         })
     }
@@ -74,6 +77,12 @@ pub struct ContainerRecord {
     /// The command that creates it; while it lives the status is `creating`.
     pub creator: ProcessRef,
     pub standin: Option<ProcessRef>,
+    /// Its processes are frozen, see [`super::pause`].
+    #[serde(default)]
+    pub paused: bool,
+    /// Limits asked for by `create` and every `update`.
+    #[serde(default)]
+    pub resources: Resources,
     /// Host cgroup directories made for it, to be removed with it.
     pub cgroups: Vec<PathBuf>,
 }
@@ -162,6 +171,8 @@ impl ContainerRecord {
             phase: Phase::Creating,
             creator: ProcessRef::current()?,
             standin: None,
+            paused: false,
+            resources: Resources::default(),
             cgroups: Vec::new(),
         })
     }
@@ -190,6 +201,7 @@ impl ContainerRecord {
         };
         match self.phase {
             Phase::Creating if self.creator.is_alive() => Status::Creating,
+            Phase::Created | Phase::Started if self.paused && alive() => Status::Paused,
             Phase::Created if alive() => Status::Created,
             Phase::Started if alive() => Status::Running,
             _ => Status::Stopped,
@@ -200,7 +212,7 @@ impl ContainerRecord {
     #[must_use]
     pub fn pid(&self, status: Status) -> i32 {
         match (status, self.standin) {
-            (Status::Created | Status::Running, Some(standin)) => standin.pid,
+            (Status::Created | Status::Running | Status::Paused, Some(standin)) => standin.pid,
             _ => 0,
         }
     }
@@ -298,6 +310,7 @@ mod tests {
                 phase,
                 creator: gone,
                 standin: Some(gone),
+                paused: true,
                 ..ContainerRecord::new("c1", "c1", Path::new("/b")).unwrap()
             };
             assert_eq!(record.status(&root), Status::Stopped, "{phase:?}");

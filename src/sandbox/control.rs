@@ -61,6 +61,18 @@ pub enum Request {
     WaitReady,
     /// Only on the creator's channel: keep the VM when the channel closes.
     Commit,
+    /// From now on the answers on this channel are notices about the container.
+    Subscribe { container: String },
+}
+
+/// What happened to a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Notice {
+    /// A process was killed because there was no memory left.
+    Oom,
+    /// Its own process has ended; the last notice.
+    Ended,
 }
 
 /// When the VM got where: microseconds of `CLOCK_MONOTONIC` on the host.
@@ -81,11 +93,19 @@ pub struct Reply {
     pub error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ready: Option<ReadyInfo>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub notice: Option<Notice>,
 }
 
 /// The commands' end.
 #[derive(Debug)]
 pub struct Connection(Channel);
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl Connection {
     #[must_use]
@@ -147,7 +167,11 @@ impl Connection {
         Ok(self.0.send(&bytes, fds)?)
     }
 
-    fn receive(&self, deadline: Duration) -> Result<Reply, Error> {
+    /// An answer that was not asked for just now.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn receive(&self, deadline: Duration) -> Result<Reply, Error> {
         let message = self.0.recv(deadline)?.ok_or(Error::Closed)?;
         let reply: Reply = decode(&message)?;
         match reply.error {

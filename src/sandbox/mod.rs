@@ -27,7 +27,7 @@ use crate::root::{self, Root};
 use crate::sys::process::ProcessRef;
 use crate::sys::seqpacket::Channel;
 use crate::sys::unix_socket;
-use control::{Connection, ReadyInfo, Request, SandboxerConfig};
+use control::{Connection, Notice, ReadyInfo, Request, SandboxerConfig};
 use record::SandboxRecord;
 
 /// Socket names in the sandbox directory.
@@ -178,6 +178,8 @@ impl Sandbox {
         let booted = (|| {
             let mut record =
                 SandboxRecord::new(id, config.timeouts.agent_s, cgroups).map_err(io_error)?;
+            record.memory_mib = config.vm.memory_mib;
+            record.vcpus = config.vm.vcpus;
             record.write(root)?;
             let dir_fd = unix_socket::open_dir(&dir).map_err(io_error)?;
             let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
@@ -282,6 +284,35 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
+    /// Listens for what happens to a container: from now on this value becomes
+    /// readable when there is a [`notice`](Self::notice), and takes no requests.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn subscribe(&self, container: &str) -> Result<(), Error> {
+        let request = Request::Subscribe {
+            container: container.to_owned(),
+        };
+        self.connection
+            .call(&request, &[], REQUEST_DEADLINE)
+            .map(drop)
+            .map_err(|e| self.control_error(e))
+    }
+
+    /// The notice that has arrived; `None` when the sandboxer has ended.
+    ///
+    /// # Errors
+    /// See [`Error`]; [`Error::Timeout`] when there is none.
+    pub fn notice(&self) -> Result<Option<Notice>, Error> {
+        match self.connection.receive(Duration::ZERO) {
+            Ok(reply) => Ok(reply.notice),
+            Err(error) => match self.control_error(error) {
+                Error::Gone(_) => Ok(None),
+                other => Err(other),
+            },
+        }
+    }
+
     /// Connects to the guest's agent.
     ///
     /// # Errors
@@ -335,6 +366,12 @@ impl Sandbox {
             Some(line) => line.to_owned(),
             None => format!("{} is empty", path.display()),
         }
+    }
+}
+
+impl AsFd for Sandbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.connection.as_fd()
     }
 }
 

@@ -22,6 +22,11 @@ pub struct SandboxRecord {
     /// Longest wait for an answer of the agent, in seconds, as configured when
     /// the VM was booted.
     pub agent_timeout_s: u32,
+    /// Size of the VM; 0 in records of versions that did not keep it.
+    #[serde(default)]
+    pub memory_mib: u32,
+    #[serde(default)]
+    pub vcpus: u32,
     /// Host cgroups its processes are in, to be removed with it.
     pub cgroups: Vec<PathBuf>,
     pub sandboxer: Option<ProcessRef>,
@@ -38,6 +43,8 @@ impl SandboxRecord {
             boot_id: boot_id()?,
             id: id.to_owned(),
             agent_timeout_s,
+            memory_mib: 0,
+            vcpus: 0,
             cgroups: cgroups.to_owned(),
             sandboxer: None,
             vm: None,

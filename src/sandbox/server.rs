@@ -8,6 +8,8 @@
 //! It holds no descriptor of its caller (containerd hands its listening socket
 //! to the runtime, and waits for the end of the pipes it gave it).
 
+mod subscribers;
+
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -21,7 +23,9 @@ use kuasar_runv_protocol::event::MAX_EVENT_LEN;
 use kuasar_runv_protocol::{EVENT_PORT, GUEST_CID, PROTOCOL_VERSION, SHARE_TAG, cmdline};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::control::{self, Listener, ReadyInfo, Reply, Request, SandboxerConfig, monotonic_us};
+use super::control::{
+    self, Listener, Notice, ReadyInfo, Reply, Request, SandboxerConfig, monotonic_us,
+};
 use super::record::SandboxRecord;
 use super::share::Share;
 use super::{CONSOLE_LOG, CONTROL_SOCKET, LOG_FILE, VSOCK_SOCKET};
@@ -167,6 +171,8 @@ struct Client {
     /// It boots this VM: until it commits, its end is the end of the VM.
     is_creator: bool,
     waits_for_boot: bool,
+    /// The container whose notices it gets.
+    listens_to: Option<String>,
 }
 
 impl Sandboxer {
@@ -221,6 +227,7 @@ impl Sandboxer {
             channel: creator,
             is_creator: true,
             waits_for_boot: false,
+            listens_to: None,
         });
         let code = loop {
             match self.step() {
@@ -385,6 +392,10 @@ impl Sandboxer {
         for event in events {
             if event.has_ready() && matches!(self.boot, Boot::Running { .. }) {
                 self.agent_is_ready(event.ready())?;
+            } else if event.has_oom() {
+                self.notify(&event.oom().container_id, Notice::Oom);
+            } else if event.has_exited() && event.exited().exec_id.is_empty() {
+                self.notify(&event.exited().container_id, Notice::Ended);
             }
         }
         Ok(())
@@ -429,6 +440,7 @@ impl Sandboxer {
                 channel,
                 is_creator: false,
                 waits_for_boot: false,
+                listens_to: None,
             }),
             Err(e) => log::warn!("accepting a command: {e}"),
         }
@@ -488,6 +500,7 @@ impl Sandboxer {
                 self.clients[index].is_creator = false;
                 Ok(Some(Reply::default()))
             }
+            Request::Subscribe { container } => self.subscribe(index, container).map(Some),
         }
     }
 }

@@ -81,6 +81,19 @@ impl Channel {
         Ok(())
     }
 
+    /// Sends one message if that needs no waiting; `false` when it would.
+    ///
+    /// # Errors
+    /// As sendmsg(2); `BrokenPipe` when the other end is gone.
+    pub fn try_send(&self, bytes: &[u8]) -> io::Result<bool> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        match rustix::net::send(&self.0, bytes, flags) {
+            Ok(_) => Ok(true),
+            Err(rustix::io::Errno::AGAIN) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// Receives one message; `None` when the other end is closed.
     ///
     /// # Errors

@@ -23,6 +23,15 @@ fn a_running_container_is_not_deleted_without_force() {
 }
 
 #[test]
+fn a_created_container_is_deleted_without_force() {
+    let world = World::new();
+    let container = world.create(&world.bundle().sh("exit 0"), "c");
+    let _ = container.delete().ok();
+    assert_eq!(container.exit_code(), 137);
+    world.assert_clean();
+}
+
+#[test]
 fn a_stopped_container_is_deleted_once() {
     let world = World::new();
     let container = world.start(&world.bundle().sh("exit 3"), "c");

@@ -270,3 +270,17 @@ fn the_pid_file_of_a_failed_exec_is_not_written() {
     let _ = call.output().fails_with(255, "executable file not found");
     assert!(!pid_file.exists());
 }
+
+#[test]
+fn a_paused_container_takes_a_process_only_if_asked() {
+    let world = World::new();
+    let container = sleeping(&world);
+    let _ = container.command(&["pause"]).ok();
+    let _ = container
+        .exec_sh(&[], "exit 0")
+        .fails_with(255, "exec failed: cannot exec in a paused container");
+    let call = container.exec_call(["--ignore-paused"], ["/bin/sh", "-c", "exit 7"]);
+    let running = call.spawn();
+    let _ = container.command(&["resume"]).ok();
+    let _ = running.wait().exits_with(7);
+}

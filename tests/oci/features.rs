@@ -1,6 +1,6 @@
 //! `features`, `--version`, `--help` and usage errors.
 
-use kuasar_runv_test_harness::{Value, World};
+use kuasar_runv_test_harness::{Value, World, json};
 
 #[test]
 fn features_is_the_document_of_the_runtime_specification() {
@@ -30,6 +30,28 @@ fn features_is_the_document_of_the_runtime_specification() {
     has("/linux/seccomp/archs", "SCMP_ARCH_X86_64");
 }
 
+/// What `features` promises holds: one container with a mount per option.
+#[test]
+fn every_mount_option_is_accepted() {
+    let world = World::new();
+    let out = world.call(["features"]).output().ok();
+    let features: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let options = features["mountOptions"].as_array().unwrap();
+    let mut bundle = world.bundle().sh("echo started");
+    for (index, option) in options.iter().filter_map(Value::as_str).enumerate() {
+        // A mount of its own is neither bound nor mounted again, and runc takes
+        // "defaults" for an option of the file system.
+        if matches!(option, "bind" | "rbind" | "remount" | "defaults") {
+            continue;
+        }
+        bundle = bundle.mount(json!({
+            "destination": format!("/mnt/{index}"), "type": "tmpfs", "source": "tmpfs",
+            "options": [option],
+        }));
+    }
+    assert_eq!(world.run(&bundle, "c").ok().stdout(), "started\n");
+}
+
 #[test]
 fn version_names_the_program_and_the_specification() {
     let world = World::new();
@@ -46,7 +68,8 @@ fn version_names_the_program_and_the_specification() {
 fn every_command_has_help() {
     let world = World::new();
     for command in [
-        "create", "start", "state", "kill", "delete", "run", "list", "spec", "features",
+        "create", "start", "state", "kill", "delete", "run", "list", "spec", "features", "pause",
+        "resume", "update", "events",
     ] {
         let out = world
             .bare_call()

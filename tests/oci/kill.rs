@@ -13,7 +13,7 @@ fn signals_reach_the_program_by_name_and_by_number() {
     let world = World::new();
     let container = world.start(&world.bundle().sh(ANSWERS), "c");
     container.wait_for_output("ready");
-    for signal in ["USR1", "SIGUSR1", "10"] {
+    for signal in ["USR1", "SIGUSR1", "sigusr1", "usr1", "10"] {
         let before = container.stdout().matches("USR1").count();
         let _ = container.kill(signal).ok();
         kuasar_runv_test_harness::wait_until(
@@ -34,12 +34,35 @@ fn an_unknown_signal_is_refused() {
     let container = world.create(&world.bundle().sh("exit 0"), "c");
     let _ = container.kill("NOSUCH").fails_with(1, "unknown signal");
     assert_eq!(container.status(), "created");
+    // A number is the kernel's to judge; 0 only asks.
+    for number in ["65", "1000"] {
+        let _ = container
+            .kill(number)
+            .fails_with(1, "unable to signal init: invalid argument");
+    }
+    let _ = container.kill("0").ok();
+    assert_eq!(container.status(), "created");
+}
+
+#[test]
+fn real_time_signals_have_numbers() {
+    let world = World::new();
+    let script = "trap 'echo got 40' 40; echo ready; while :; do sleep 0.1; done";
+    let container = world.start(&world.bundle().sh(script), "c");
+    container.wait_for_output("ready");
+    let _ = container.kill("40").ok();
+    container.wait_for_output("got 40");
 }
 
 #[test]
 fn an_unknown_container_cannot_be_killed() {
     let world = World::new();
     let id = world.id("unknown");
+    // That comes before whether there is such a signal.
+    let _ = world
+        .call(["kill", &id, "NOSUCH"])
+        .output()
+        .fails_with(1, "container does not exist");
     let _ = world
         .call(["kill", &id, "9"])
         .output()

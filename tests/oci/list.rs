@@ -37,6 +37,7 @@ fn list_shows_the_same_containers_in_every_format() {
 
     for flag in ["-f", "--format"] {
         let json = world.call(["list", flag, "json"]).output().ok();
+        assert!(json.stdout.ends_with(b"}]\n"));
         let list: Vec<Value> = serde_json::from_slice(&json.stdout).unwrap();
         assert_eq!(list.len(), 2);
         assert_eq!(list[0], {
@@ -62,7 +63,7 @@ fn list_without_containers_is_a_header_or_null() {
         .output()
         .ok()
         .stdout();
-    assert_eq!(json.trim(), "null");
+    assert_eq!(json, "null\n");
     assert_eq!(world.call(["list", "--quiet"]).output().ok().stdout(), "");
 }
 

@@ -6,9 +6,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bad_input;
+mod checkpoint;
 mod config_spec;
 mod create;
 mod delete;
+mod events;
 mod exec;
 mod exec_process;
 mod exec_tty;
@@ -18,6 +20,7 @@ mod list;
 mod log;
 mod mounts;
 mod parallel;
+mod pause;
 mod ps;
 mod resources;
 mod rootfs;
@@ -29,6 +32,7 @@ mod start;
 mod state;
 mod stdio;
 mod tty;
+mod update;
 
 mod probe {
     #[test]

@@ -38,6 +38,33 @@ fn spec_writes_a_configuration_that_runs() {
     assert_eq!(world.run(&bundle, "c").ok().stdout(), "spec runs\n");
 }
 
+/// Without privileges the host grants no limits and no other users.
+#[test]
+fn spec_rootless_has_a_user_namespace_and_no_limits() {
+    let world = World::new();
+    let bundle = world.bundle();
+    let _ = world
+        .call(["spec", "--rootless", "-b"])
+        .arg(bundle.dir())
+        .output()
+        .ok();
+    let text = fs::read(bundle.dir().join("config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&text).unwrap();
+    let linux = &config["linux"];
+    assert!(linux.get("resources").is_none());
+    for mappings in ["uidMappings", "gidMappings"] {
+        assert_eq!(
+            linux[mappings],
+            json!([{ "containerID": 0, "hostID": 0, "size": 1 }])
+        );
+    }
+    let namespaces = linux["namespaces"].as_array().unwrap();
+    assert!(namespaces.contains(&json!({ "type": "user" })));
+    let options = config["mounts"][2]["options"].as_array().unwrap();
+    assert_eq!(config["mounts"][2]["destination"], "/dev/pts");
+    assert!(!options.contains(&json!("gid=5")));
+}
+
 #[test]
 fn spec_uses_the_current_directory_and_never_overwrites() {
     let world = World::new();

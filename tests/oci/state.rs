@@ -18,6 +18,26 @@ fn state_follows_the_life_of_a_container() {
     assert_eq!(created["bundle"], bundle.dir().to_str().unwrap());
     assert_eq!(created["rootfs"], bundle.rootfs().to_str().unwrap());
     assert_eq!(created["owner"], "");
+    let printed = container.command(&["state"]).ok().stdout();
+    let keys: Vec<_> = printed
+        .lines()
+        .filter_map(|line| line.strip_prefix("  \"")?.split('"').next())
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "ociVersion",
+            "id",
+            "pid",
+            "status",
+            "bundle",
+            "rootfs",
+            "created",
+            "annotations",
+            "owner"
+        ]
+    );
+    assert!(printed.starts_with('{') && printed.ends_with('}'));
     assert_eq!(created["annotations"]["org.example.key"], "value");
     let version = created["ociVersion"].as_str().unwrap();
     assert!(version.starts_with("1."), "{version}");

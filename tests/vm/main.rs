@@ -11,6 +11,7 @@ mod faults;
 mod faults_in_between;
 mod flavours;
 mod guest;
+mod limits;
 mod sizes;
 mod unsupported;
 mod victims;

@@ -5,6 +5,11 @@
 //! own; signals and removal include them.
 
 pub mod devices;
+mod freezer;
+pub mod oom;
+pub mod settings;
+mod stats;
+mod watch;
 
 use std::fs;
 use std::io;

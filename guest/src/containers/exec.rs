@@ -138,6 +138,7 @@ impl Containers {
         sys::spawn(async move {
             let status = process.ended().await;
             let took = sys::boottime_us().saturating_sub(new.received_us);
+            of.oom.report();
             of.execs().remove(&new.exec_id);
             log::debug!("{} {}: {status:?}", new.container_id, new.exec_id);
             events.exited(&new.container_id, &new.exec_id, status, took);

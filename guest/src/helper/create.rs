@@ -34,6 +34,7 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<NewProcess
     spec::normalise(&mut spec, &cgroup.path_in_hierarchy())?;
     Validator::validate_spec(&spec).map_err(|e| Failure::invalid(failure::chain(&e)))?;
 
+    rootfs::stage(&mut spec, &request.dir)?;
     rootfs::clear_dev(&spec)?;
     rootfs::copy_up(&mut spec, &request.dir)?;
     let late_cwd = rootfs::make_cwd(&mut spec)?;

@@ -1,5 +1,8 @@
-//! The container's filesystem before libcontainer mounts it: the working
-//! directory and tmpfs mounts that start with a copy.
+//! The container's filesystem before libcontainer mounts it: where its root is
+//! found, the working directory and tmpfs mounts that start with a copy.
+//!
+//! What is mounted here is mounted in a mount namespace of this process, so it
+//! goes with the container.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -18,6 +21,27 @@ use super::lookup::words;
 use super::spec::{TMPCOPYUP, is_bind, options};
 
 const NEW_DIR_MODE: u32 = 0o755;
+/// Where a container's root is mounted, relative to its private directory.
+const ROOTFS: &str = "rootfs";
+
+/// Mounts the container's root in its private directory. The path below the
+/// shared directory is looked up anew each time it is used, which costs a request
+/// to the host for each of its directories, and libcontainer uses it dozens of
+/// times.
+pub fn stage(spec: &mut Spec, dir: &Path) -> Result<(), Failure> {
+    private_mounts().map_err(Failure::io("making a mount namespace"))?;
+    let Some(root) = spec.root_mut() else {
+        return Ok(());
+    };
+    let staged = dir.join(ROOTFS);
+    let none = None::<&str>;
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+    fs::create_dir(&staged)
+        .and_then(|()| Ok(mount(Some(root.path()), &staged, none, flags, none)?))
+        .map_err(Failure::io("mounting the rootfs"))?;
+    root.set_path(staged);
+    Ok(())
+}
 
 /// Makes `process.cwd`, as root and with runc's mode. When it lies in a
 /// filesystem that does not exist yet it is returned, and the process starts in
@@ -137,20 +161,14 @@ pub fn clear_dev(spec: &Spec) -> Result<(), Failure> {
 }
 
 /// Replaces each tmpfs that is to start with a copy of what it covers by a bind
-/// mount of one that was made and filled here. They live in a mount namespace of
-/// this process, so they go with the container.
+/// mount of one that was made and filled here.
 pub fn copy_up(spec: &mut Spec, dir: &Path) -> Result<(), Failure> {
     let Some(root) = spec.root().as_ref().map(|r| r.path().clone()) else {
         return Ok(());
     };
-    let mut unshared = false;
     for (i, m) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         if !options(m).iter().any(|o| o == TMPCOPYUP) {
             continue;
-        }
-        if !unshared {
-            private_mounts().map_err(Failure::io("making a mount namespace"))?;
-            unshared = true;
         }
         let context = format!("copying up {}", m.destination().display());
         copy_up_one(m, &root, &dir.join(format!("tmpfs-{i}"))).map_err(Failure::io(context))?;

@@ -1158,8 +1158,57 @@ impl Event {
         }
     }
 
+    // .kuasar.runv.agent.v1.Oom oom = 3;
+
+    pub fn oom(&self) -> &Oom {
+        match self.event {
+            ::std::option::Option::Some(event::Event::Oom(ref v)) => v,
+            _ => <Oom as ::protobuf::Message>::default_instance(),
+        }
+    }
+
+    pub fn clear_oom(&mut self) {
+        self.event = ::std::option::Option::None;
+    }
+
+    pub fn has_oom(&self) -> bool {
+        match self.event {
+            ::std::option::Option::Some(event::Event::Oom(..)) => true,
+            _ => false,
+        }
+    }
+
+    // Param is passed by value, moved
+    pub fn set_oom(&mut self, v: Oom) {
+        self.event = ::std::option::Option::Some(event::Event::Oom(v))
+    }
+
+    // Mutable pointer to the field.
+    pub fn mut_oom(&mut self) -> &mut Oom {
+        if let ::std::option::Option::Some(event::Event::Oom(_)) = self.event {
+        } else {
+            self.event = ::std::option::Option::Some(event::Event::Oom(Oom::new()));
+        }
+        match self.event {
+            ::std::option::Option::Some(event::Event::Oom(ref mut v)) => v,
+            _ => panic!(),
+        }
+    }
+
+    // Take field
+    pub fn take_oom(&mut self) -> Oom {
+        if self.has_oom() {
+            match self.event.take() {
+                ::std::option::Option::Some(event::Event::Oom(v)) => v,
+                _ => panic!(),
+            }
+        } else {
+            Oom::new()
+        }
+    }
+
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut fields = ::std::vec::Vec::with_capacity(3);
         let mut oneofs = ::std::vec::Vec::with_capacity(1);
         fields.push(::protobuf::reflect::rt::v2::make_oneof_message_has_get_mut_set_accessor::<_, Ready>(
             "ready",
@@ -1174,6 +1223,13 @@ impl Event {
             Event::exited,
             Event::mut_exited,
             Event::set_exited,
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_oneof_message_has_get_mut_set_accessor::<_, Oom>(
+            "oom",
+            Event::has_oom,
+            Event::oom,
+            Event::mut_oom,
+            Event::set_oom,
         ));
         oneofs.push(event::Event::generated_oneof_descriptor_data());
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Event>(
@@ -1200,6 +1256,9 @@ impl ::protobuf::Message for Event {
                 18 => {
                     self.event = ::std::option::Option::Some(event::Event::Exited(is.read_message()?));
                 },
+                26 => {
+                    self.event = ::std::option::Option::Some(event::Event::Oom(is.read_message()?));
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -1222,6 +1281,10 @@ impl ::protobuf::Message for Event {
                     let len = v.compute_size();
                     my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
                 },
+                &event::Event::Oom(ref v) => {
+                    let len = v.compute_size();
+                    my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+                },
             };
         }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
@@ -1237,6 +1300,9 @@ impl ::protobuf::Message for Event {
                 },
                 &event::Event::Exited(ref v) => {
                     ::protobuf::rt::write_message_field_with_cached_size(2, v, os)?;
+                },
+                &event::Event::Oom(ref v) => {
+                    ::protobuf::rt::write_message_field_with_cached_size(3, v, os)?;
                 },
             };
         }
@@ -1257,6 +1323,7 @@ impl ::protobuf::Message for Event {
     }
 
     fn clear(&mut self) {
+        self.event = ::std::option::Option::None;
         self.event = ::std::option::Option::None;
         self.event = ::std::option::Option::None;
         self.special_fields.clear();
@@ -1299,6 +1366,8 @@ pub mod event {
         Ready(super::Ready),
         // @@protoc_insertion_point(oneof_field:kuasar.runv.agent.v1.Event.exited)
         Exited(super::Exited),
+        // @@protoc_insertion_point(oneof_field:kuasar.runv.agent.v1.Event.oom)
+        Oom(super::Oom),
     }
 
     impl ::protobuf::Oneof for Event {
@@ -2929,6 +2998,2238 @@ impl ::protobuf::reflect::ProtobufValue for ProcessInfo {
     type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
 }
 
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.Oom)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct Oom {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Oom.container_id)
+    pub container_id: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Oom.kills)
+    pub kills: u64,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.Oom.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a Oom {
+    fn default() -> &'a Oom {
+        <Oom as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl Oom {
+    pub fn new() -> Oom {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &Oom| { &m.container_id },
+            |m: &mut Oom| { &mut m.container_id },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "kills",
+            |m: &Oom| { &m.kills },
+            |m: &mut Oom| { &mut m.kills },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Oom>(
+            "Oom",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for Oom {
+    const NAME: &'static str = "Oom";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                16 => {
+                    self.kills = is.read_uint64()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        if self.kills != 0 {
+            my_size += ::protobuf::rt::uint64_size(2, self.kills);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        if self.kills != 0 {
+            os.write_uint64(2, self.kills)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> Oom {
+        Oom::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.kills = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static Oom {
+        static instance: Oom = Oom {
+            container_id: ::std::string::String::new(),
+            kills: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for Oom {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("Oom").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for Oom {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for Oom {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.PauseContainerRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct PauseContainerRequest {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.PauseContainerRequest.container_id)
+    pub container_id: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.PauseContainerRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a PauseContainerRequest {
+    fn default() -> &'a PauseContainerRequest {
+        <PauseContainerRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl PauseContainerRequest {
+    pub fn new() -> PauseContainerRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &PauseContainerRequest| { &m.container_id },
+            |m: &mut PauseContainerRequest| { &mut m.container_id },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<PauseContainerRequest>(
+            "PauseContainerRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for PauseContainerRequest {
+    const NAME: &'static str = "PauseContainerRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> PauseContainerRequest {
+        PauseContainerRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static PauseContainerRequest {
+        static instance: PauseContainerRequest = PauseContainerRequest {
+            container_id: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for PauseContainerRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("PauseContainerRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for PauseContainerRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for PauseContainerRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.ResumeContainerRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct ResumeContainerRequest {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ResumeContainerRequest.container_id)
+    pub container_id: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.ResumeContainerRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a ResumeContainerRequest {
+    fn default() -> &'a ResumeContainerRequest {
+        <ResumeContainerRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl ResumeContainerRequest {
+    pub fn new() -> ResumeContainerRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &ResumeContainerRequest| { &m.container_id },
+            |m: &mut ResumeContainerRequest| { &mut m.container_id },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ResumeContainerRequest>(
+            "ResumeContainerRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for ResumeContainerRequest {
+    const NAME: &'static str = "ResumeContainerRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> ResumeContainerRequest {
+        ResumeContainerRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static ResumeContainerRequest {
+        static instance: ResumeContainerRequest = ResumeContainerRequest {
+            container_id: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for ResumeContainerRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("ResumeContainerRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for ResumeContainerRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for ResumeContainerRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.UpdateContainerRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct UpdateContainerRequest {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.UpdateContainerRequest.container_id)
+    pub container_id: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.UpdateContainerRequest.settings)
+    pub settings: ::std::vec::Vec<CgroupSetting>,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.UpdateContainerRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a UpdateContainerRequest {
+    fn default() -> &'a UpdateContainerRequest {
+        <UpdateContainerRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl UpdateContainerRequest {
+    pub fn new() -> UpdateContainerRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &UpdateContainerRequest| { &m.container_id },
+            |m: &mut UpdateContainerRequest| { &mut m.container_id },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "settings",
+            |m: &UpdateContainerRequest| { &m.settings },
+            |m: &mut UpdateContainerRequest| { &mut m.settings },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<UpdateContainerRequest>(
+            "UpdateContainerRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for UpdateContainerRequest {
+    const NAME: &'static str = "UpdateContainerRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                18 => {
+                    self.settings.push(is.read_message()?);
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        for value in &self.settings {
+            let len = value.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        for v in &self.settings {
+            ::protobuf::rt::write_message_field_with_cached_size(2, v, os)?;
+        };
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> UpdateContainerRequest {
+        UpdateContainerRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.settings.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static UpdateContainerRequest {
+        static instance: UpdateContainerRequest = UpdateContainerRequest {
+            container_id: ::std::string::String::new(),
+            settings: ::std::vec::Vec::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for UpdateContainerRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("UpdateContainerRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for UpdateContainerRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for UpdateContainerRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.CgroupSetting)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct CgroupSetting {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CgroupSetting.alternatives)
+    pub alternatives: ::std::vec::Vec<CgroupWrite>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CgroupSetting.optional)
+    pub optional: bool,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.CgroupSetting.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a CgroupSetting {
+    fn default() -> &'a CgroupSetting {
+        <CgroupSetting as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl CgroupSetting {
+    pub fn new() -> CgroupSetting {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "alternatives",
+            |m: &CgroupSetting| { &m.alternatives },
+            |m: &mut CgroupSetting| { &mut m.alternatives },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "optional",
+            |m: &CgroupSetting| { &m.optional },
+            |m: &mut CgroupSetting| { &mut m.optional },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<CgroupSetting>(
+            "CgroupSetting",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for CgroupSetting {
+    const NAME: &'static str = "CgroupSetting";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.alternatives.push(is.read_message()?);
+                },
+                16 => {
+                    self.optional = is.read_bool()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        for value in &self.alternatives {
+            let len = value.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
+        if self.optional != false {
+            my_size += 1 + 1;
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        for v in &self.alternatives {
+            ::protobuf::rt::write_message_field_with_cached_size(1, v, os)?;
+        };
+        if self.optional != false {
+            os.write_bool(2, self.optional)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> CgroupSetting {
+        CgroupSetting::new()
+    }
+
+    fn clear(&mut self) {
+        self.alternatives.clear();
+        self.optional = false;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static CgroupSetting {
+        static instance: CgroupSetting = CgroupSetting {
+            alternatives: ::std::vec::Vec::new(),
+            optional: false,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for CgroupSetting {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("CgroupSetting").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for CgroupSetting {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for CgroupSetting {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.CgroupWrite)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct CgroupWrite {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CgroupWrite.file)
+    pub file: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CgroupWrite.value)
+    pub value: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.CgroupWrite.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a CgroupWrite {
+    fn default() -> &'a CgroupWrite {
+        <CgroupWrite as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl CgroupWrite {
+    pub fn new() -> CgroupWrite {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "file",
+            |m: &CgroupWrite| { &m.file },
+            |m: &mut CgroupWrite| { &mut m.file },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "value",
+            |m: &CgroupWrite| { &m.value },
+            |m: &mut CgroupWrite| { &mut m.value },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<CgroupWrite>(
+            "CgroupWrite",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for CgroupWrite {
+    const NAME: &'static str = "CgroupWrite";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.file = is.read_string()?;
+                },
+                18 => {
+                    self.value = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.file.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.file);
+        }
+        if !self.value.is_empty() {
+            my_size += ::protobuf::rt::string_size(2, &self.value);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.file.is_empty() {
+            os.write_string(1, &self.file)?;
+        }
+        if !self.value.is_empty() {
+            os.write_string(2, &self.value)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> CgroupWrite {
+        CgroupWrite::new()
+    }
+
+    fn clear(&mut self) {
+        self.file.clear();
+        self.value.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static CgroupWrite {
+        static instance: CgroupWrite = CgroupWrite {
+            file: ::std::string::String::new(),
+            value: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for CgroupWrite {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("CgroupWrite").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for CgroupWrite {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for CgroupWrite {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.GetStatsRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct GetStatsRequest {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.GetStatsRequest.container_id)
+    pub container_id: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.GetStatsRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a GetStatsRequest {
+    fn default() -> &'a GetStatsRequest {
+        <GetStatsRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl GetStatsRequest {
+    pub fn new() -> GetStatsRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &GetStatsRequest| { &m.container_id },
+            |m: &mut GetStatsRequest| { &mut m.container_id },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<GetStatsRequest>(
+            "GetStatsRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for GetStatsRequest {
+    const NAME: &'static str = "GetStatsRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> GetStatsRequest {
+        GetStatsRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static GetStatsRequest {
+        static instance: GetStatsRequest = GetStatsRequest {
+            container_id: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for GetStatsRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("GetStatsRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for GetStatsRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for GetStatsRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.GetStatsResponse)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct GetStatsResponse {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.GetStatsResponse.cpu)
+    pub cpu: ::protobuf::MessageField<CpuStats>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.GetStatsResponse.memory)
+    pub memory: ::protobuf::MessageField<MemoryStats>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.GetStatsResponse.pids)
+    pub pids: ::protobuf::MessageField<PidsStats>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.GetStatsResponse.io)
+    pub io: ::std::vec::Vec<IoStats>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.GetStatsResponse.hugetlb)
+    pub hugetlb: ::std::vec::Vec<HugetlbStats>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.GetStatsResponse.cpus)
+    pub cpus: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.GetStatsResponse.mems)
+    pub mems: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.GetStatsResponse.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a GetStatsResponse {
+    fn default() -> &'a GetStatsResponse {
+        <GetStatsResponse as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl GetStatsResponse {
+    pub fn new() -> GetStatsResponse {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(7);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_message_field_accessor::<_, CpuStats>(
+            "cpu",
+            |m: &GetStatsResponse| { &m.cpu },
+            |m: &mut GetStatsResponse| { &mut m.cpu },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_message_field_accessor::<_, MemoryStats>(
+            "memory",
+            |m: &GetStatsResponse| { &m.memory },
+            |m: &mut GetStatsResponse| { &mut m.memory },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_message_field_accessor::<_, PidsStats>(
+            "pids",
+            |m: &GetStatsResponse| { &m.pids },
+            |m: &mut GetStatsResponse| { &mut m.pids },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "io",
+            |m: &GetStatsResponse| { &m.io },
+            |m: &mut GetStatsResponse| { &mut m.io },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "hugetlb",
+            |m: &GetStatsResponse| { &m.hugetlb },
+            |m: &mut GetStatsResponse| { &mut m.hugetlb },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "cpus",
+            |m: &GetStatsResponse| { &m.cpus },
+            |m: &mut GetStatsResponse| { &mut m.cpus },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "mems",
+            |m: &GetStatsResponse| { &m.mems },
+            |m: &mut GetStatsResponse| { &mut m.mems },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<GetStatsResponse>(
+            "GetStatsResponse",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for GetStatsResponse {
+    const NAME: &'static str = "GetStatsResponse";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    ::protobuf::rt::read_singular_message_into_field(is, &mut self.cpu)?;
+                },
+                18 => {
+                    ::protobuf::rt::read_singular_message_into_field(is, &mut self.memory)?;
+                },
+                26 => {
+                    ::protobuf::rt::read_singular_message_into_field(is, &mut self.pids)?;
+                },
+                34 => {
+                    self.io.push(is.read_message()?);
+                },
+                42 => {
+                    self.hugetlb.push(is.read_message()?);
+                },
+                50 => {
+                    self.cpus = is.read_string()?;
+                },
+                58 => {
+                    self.mems = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if let Some(v) = self.cpu.as_ref() {
+            let len = v.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        }
+        if let Some(v) = self.memory.as_ref() {
+            let len = v.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        }
+        if let Some(v) = self.pids.as_ref() {
+            let len = v.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        }
+        for value in &self.io {
+            let len = value.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
+        for value in &self.hugetlb {
+            let len = value.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
+        if !self.cpus.is_empty() {
+            my_size += ::protobuf::rt::string_size(6, &self.cpus);
+        }
+        if !self.mems.is_empty() {
+            my_size += ::protobuf::rt::string_size(7, &self.mems);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if let Some(v) = self.cpu.as_ref() {
+            ::protobuf::rt::write_message_field_with_cached_size(1, v, os)?;
+        }
+        if let Some(v) = self.memory.as_ref() {
+            ::protobuf::rt::write_message_field_with_cached_size(2, v, os)?;
+        }
+        if let Some(v) = self.pids.as_ref() {
+            ::protobuf::rt::write_message_field_with_cached_size(3, v, os)?;
+        }
+        for v in &self.io {
+            ::protobuf::rt::write_message_field_with_cached_size(4, v, os)?;
+        };
+        for v in &self.hugetlb {
+            ::protobuf::rt::write_message_field_with_cached_size(5, v, os)?;
+        };
+        if !self.cpus.is_empty() {
+            os.write_string(6, &self.cpus)?;
+        }
+        if !self.mems.is_empty() {
+            os.write_string(7, &self.mems)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> GetStatsResponse {
+        GetStatsResponse::new()
+    }
+
+    fn clear(&mut self) {
+        self.cpu.clear();
+        self.memory.clear();
+        self.pids.clear();
+        self.io.clear();
+        self.hugetlb.clear();
+        self.cpus.clear();
+        self.mems.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static GetStatsResponse {
+        static instance: GetStatsResponse = GetStatsResponse {
+            cpu: ::protobuf::MessageField::none(),
+            memory: ::protobuf::MessageField::none(),
+            pids: ::protobuf::MessageField::none(),
+            io: ::std::vec::Vec::new(),
+            hugetlb: ::std::vec::Vec::new(),
+            cpus: ::std::string::String::new(),
+            mems: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for GetStatsResponse {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("GetStatsResponse").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for GetStatsResponse {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for GetStatsResponse {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.CpuStats)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct CpuStats {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CpuStats.usage_us)
+    pub usage_us: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CpuStats.user_us)
+    pub user_us: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CpuStats.system_us)
+    pub system_us: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CpuStats.periods)
+    pub periods: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CpuStats.throttled_periods)
+    pub throttled_periods: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CpuStats.throttled_us)
+    pub throttled_us: u64,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.CpuStats.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a CpuStats {
+    fn default() -> &'a CpuStats {
+        <CpuStats as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl CpuStats {
+    pub fn new() -> CpuStats {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(6);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "usage_us",
+            |m: &CpuStats| { &m.usage_us },
+            |m: &mut CpuStats| { &mut m.usage_us },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "user_us",
+            |m: &CpuStats| { &m.user_us },
+            |m: &mut CpuStats| { &mut m.user_us },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "system_us",
+            |m: &CpuStats| { &m.system_us },
+            |m: &mut CpuStats| { &mut m.system_us },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "periods",
+            |m: &CpuStats| { &m.periods },
+            |m: &mut CpuStats| { &mut m.periods },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "throttled_periods",
+            |m: &CpuStats| { &m.throttled_periods },
+            |m: &mut CpuStats| { &mut m.throttled_periods },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "throttled_us",
+            |m: &CpuStats| { &m.throttled_us },
+            |m: &mut CpuStats| { &mut m.throttled_us },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<CpuStats>(
+            "CpuStats",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for CpuStats {
+    const NAME: &'static str = "CpuStats";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                8 => {
+                    self.usage_us = is.read_uint64()?;
+                },
+                16 => {
+                    self.user_us = is.read_uint64()?;
+                },
+                24 => {
+                    self.system_us = is.read_uint64()?;
+                },
+                32 => {
+                    self.periods = is.read_uint64()?;
+                },
+                40 => {
+                    self.throttled_periods = is.read_uint64()?;
+                },
+                48 => {
+                    self.throttled_us = is.read_uint64()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if self.usage_us != 0 {
+            my_size += ::protobuf::rt::uint64_size(1, self.usage_us);
+        }
+        if self.user_us != 0 {
+            my_size += ::protobuf::rt::uint64_size(2, self.user_us);
+        }
+        if self.system_us != 0 {
+            my_size += ::protobuf::rt::uint64_size(3, self.system_us);
+        }
+        if self.periods != 0 {
+            my_size += ::protobuf::rt::uint64_size(4, self.periods);
+        }
+        if self.throttled_periods != 0 {
+            my_size += ::protobuf::rt::uint64_size(5, self.throttled_periods);
+        }
+        if self.throttled_us != 0 {
+            my_size += ::protobuf::rt::uint64_size(6, self.throttled_us);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if self.usage_us != 0 {
+            os.write_uint64(1, self.usage_us)?;
+        }
+        if self.user_us != 0 {
+            os.write_uint64(2, self.user_us)?;
+        }
+        if self.system_us != 0 {
+            os.write_uint64(3, self.system_us)?;
+        }
+        if self.periods != 0 {
+            os.write_uint64(4, self.periods)?;
+        }
+        if self.throttled_periods != 0 {
+            os.write_uint64(5, self.throttled_periods)?;
+        }
+        if self.throttled_us != 0 {
+            os.write_uint64(6, self.throttled_us)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> CpuStats {
+        CpuStats::new()
+    }
+
+    fn clear(&mut self) {
+        self.usage_us = 0;
+        self.user_us = 0;
+        self.system_us = 0;
+        self.periods = 0;
+        self.throttled_periods = 0;
+        self.throttled_us = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static CpuStats {
+        static instance: CpuStats = CpuStats {
+            usage_us: 0,
+            user_us: 0,
+            system_us: 0,
+            periods: 0,
+            throttled_periods: 0,
+            throttled_us: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for CpuStats {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("CpuStats").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for CpuStats {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for CpuStats {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.MemoryStats)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct MemoryStats {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.MemoryStats.usage)
+    pub usage: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.MemoryStats.limit)
+    pub limit: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.MemoryStats.peak)
+    pub peak: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.MemoryStats.swap_usage)
+    pub swap_usage: ::std::option::Option<u64>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.MemoryStats.swap_limit)
+    pub swap_limit: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.MemoryStats.stat)
+    pub stat: ::std::collections::HashMap<::std::string::String, u64>,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.MemoryStats.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a MemoryStats {
+    fn default() -> &'a MemoryStats {
+        <MemoryStats as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl MemoryStats {
+    pub fn new() -> MemoryStats {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(6);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "usage",
+            |m: &MemoryStats| { &m.usage },
+            |m: &mut MemoryStats| { &mut m.usage },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "limit",
+            |m: &MemoryStats| { &m.limit },
+            |m: &mut MemoryStats| { &mut m.limit },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "peak",
+            |m: &MemoryStats| { &m.peak },
+            |m: &mut MemoryStats| { &mut m.peak },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_option_accessor::<_, _>(
+            "swap_usage",
+            |m: &MemoryStats| { &m.swap_usage },
+            |m: &mut MemoryStats| { &mut m.swap_usage },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "swap_limit",
+            |m: &MemoryStats| { &m.swap_limit },
+            |m: &mut MemoryStats| { &mut m.swap_limit },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_map_simpler_accessor_new::<_, _>(
+            "stat",
+            |m: &MemoryStats| { &m.stat },
+            |m: &mut MemoryStats| { &mut m.stat },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<MemoryStats>(
+            "MemoryStats",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for MemoryStats {
+    const NAME: &'static str = "MemoryStats";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                8 => {
+                    self.usage = is.read_uint64()?;
+                },
+                16 => {
+                    self.limit = is.read_uint64()?;
+                },
+                24 => {
+                    self.peak = is.read_uint64()?;
+                },
+                32 => {
+                    self.swap_usage = ::std::option::Option::Some(is.read_uint64()?);
+                },
+                40 => {
+                    self.swap_limit = is.read_uint64()?;
+                },
+                50 => {
+                    let len = is.read_raw_varint32()?;
+                    let old_limit = is.push_limit(len as u64)?;
+                    let mut key = ::std::default::Default::default();
+                    let mut value = ::std::default::Default::default();
+                    while let Some(tag) = is.read_raw_tag_or_eof()? {
+                        match tag {
+                            10 => key = is.read_string()?,
+                            16 => value = is.read_uint64()?,
+                            _ => ::protobuf::rt::skip_field_for_tag(tag, is)?,
+                        };
+                    }
+                    is.pop_limit(old_limit);
+                    self.stat.insert(key, value);
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if self.usage != 0 {
+            my_size += ::protobuf::rt::uint64_size(1, self.usage);
+        }
+        if self.limit != 0 {
+            my_size += ::protobuf::rt::uint64_size(2, self.limit);
+        }
+        if self.peak != 0 {
+            my_size += ::protobuf::rt::uint64_size(3, self.peak);
+        }
+        if let Some(v) = self.swap_usage {
+            my_size += ::protobuf::rt::uint64_size(4, v);
+        }
+        if self.swap_limit != 0 {
+            my_size += ::protobuf::rt::uint64_size(5, self.swap_limit);
+        }
+        for (k, v) in &self.stat {
+            let mut entry_size = 0;
+            entry_size += ::protobuf::rt::string_size(1, &k);
+            entry_size += ::protobuf::rt::uint64_size(2, *v);
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(entry_size) + entry_size
+        };
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if self.usage != 0 {
+            os.write_uint64(1, self.usage)?;
+        }
+        if self.limit != 0 {
+            os.write_uint64(2, self.limit)?;
+        }
+        if self.peak != 0 {
+            os.write_uint64(3, self.peak)?;
+        }
+        if let Some(v) = self.swap_usage {
+            os.write_uint64(4, v)?;
+        }
+        if self.swap_limit != 0 {
+            os.write_uint64(5, self.swap_limit)?;
+        }
+        for (k, v) in &self.stat {
+            let mut entry_size = 0;
+            entry_size += ::protobuf::rt::string_size(1, &k);
+            entry_size += ::protobuf::rt::uint64_size(2, *v);
+            os.write_raw_varint32(50)?; // Tag.
+            os.write_raw_varint32(entry_size as u32)?;
+            os.write_string(1, &k)?;
+            os.write_uint64(2, *v)?;
+        };
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> MemoryStats {
+        MemoryStats::new()
+    }
+
+    fn clear(&mut self) {
+        self.usage = 0;
+        self.limit = 0;
+        self.peak = 0;
+        self.swap_usage = ::std::option::Option::None;
+        self.swap_limit = 0;
+        self.stat.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static MemoryStats {
+        static instance: ::protobuf::rt::Lazy<MemoryStats> = ::protobuf::rt::Lazy::new();
+        instance.get(MemoryStats::new)
+    }
+}
+
+impl ::protobuf::MessageFull for MemoryStats {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("MemoryStats").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for MemoryStats {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for MemoryStats {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.PidsStats)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct PidsStats {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.PidsStats.current)
+    pub current: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.PidsStats.limit)
+    pub limit: u64,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.PidsStats.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a PidsStats {
+    fn default() -> &'a PidsStats {
+        <PidsStats as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl PidsStats {
+    pub fn new() -> PidsStats {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "current",
+            |m: &PidsStats| { &m.current },
+            |m: &mut PidsStats| { &mut m.current },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "limit",
+            |m: &PidsStats| { &m.limit },
+            |m: &mut PidsStats| { &mut m.limit },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<PidsStats>(
+            "PidsStats",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for PidsStats {
+    const NAME: &'static str = "PidsStats";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                8 => {
+                    self.current = is.read_uint64()?;
+                },
+                16 => {
+                    self.limit = is.read_uint64()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if self.current != 0 {
+            my_size += ::protobuf::rt::uint64_size(1, self.current);
+        }
+        if self.limit != 0 {
+            my_size += ::protobuf::rt::uint64_size(2, self.limit);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if self.current != 0 {
+            os.write_uint64(1, self.current)?;
+        }
+        if self.limit != 0 {
+            os.write_uint64(2, self.limit)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> PidsStats {
+        PidsStats::new()
+    }
+
+    fn clear(&mut self) {
+        self.current = 0;
+        self.limit = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static PidsStats {
+        static instance: PidsStats = PidsStats {
+            current: 0,
+            limit: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for PidsStats {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("PidsStats").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for PidsStats {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for PidsStats {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.IoStats)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct IoStats {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.IoStats.major)
+    pub major: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.IoStats.minor)
+    pub minor: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.IoStats.read_bytes)
+    pub read_bytes: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.IoStats.write_bytes)
+    pub write_bytes: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.IoStats.reads)
+    pub reads: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.IoStats.writes)
+    pub writes: u64,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.IoStats.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a IoStats {
+    fn default() -> &'a IoStats {
+        <IoStats as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl IoStats {
+    pub fn new() -> IoStats {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(6);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "major",
+            |m: &IoStats| { &m.major },
+            |m: &mut IoStats| { &mut m.major },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "minor",
+            |m: &IoStats| { &m.minor },
+            |m: &mut IoStats| { &mut m.minor },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "read_bytes",
+            |m: &IoStats| { &m.read_bytes },
+            |m: &mut IoStats| { &mut m.read_bytes },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "write_bytes",
+            |m: &IoStats| { &m.write_bytes },
+            |m: &mut IoStats| { &mut m.write_bytes },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "reads",
+            |m: &IoStats| { &m.reads },
+            |m: &mut IoStats| { &mut m.reads },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "writes",
+            |m: &IoStats| { &m.writes },
+            |m: &mut IoStats| { &mut m.writes },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<IoStats>(
+            "IoStats",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for IoStats {
+    const NAME: &'static str = "IoStats";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                8 => {
+                    self.major = is.read_uint32()?;
+                },
+                16 => {
+                    self.minor = is.read_uint32()?;
+                },
+                24 => {
+                    self.read_bytes = is.read_uint64()?;
+                },
+                32 => {
+                    self.write_bytes = is.read_uint64()?;
+                },
+                40 => {
+                    self.reads = is.read_uint64()?;
+                },
+                48 => {
+                    self.writes = is.read_uint64()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if self.major != 0 {
+            my_size += ::protobuf::rt::uint32_size(1, self.major);
+        }
+        if self.minor != 0 {
+            my_size += ::protobuf::rt::uint32_size(2, self.minor);
+        }
+        if self.read_bytes != 0 {
+            my_size += ::protobuf::rt::uint64_size(3, self.read_bytes);
+        }
+        if self.write_bytes != 0 {
+            my_size += ::protobuf::rt::uint64_size(4, self.write_bytes);
+        }
+        if self.reads != 0 {
+            my_size += ::protobuf::rt::uint64_size(5, self.reads);
+        }
+        if self.writes != 0 {
+            my_size += ::protobuf::rt::uint64_size(6, self.writes);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if self.major != 0 {
+            os.write_uint32(1, self.major)?;
+        }
+        if self.minor != 0 {
+            os.write_uint32(2, self.minor)?;
+        }
+        if self.read_bytes != 0 {
+            os.write_uint64(3, self.read_bytes)?;
+        }
+        if self.write_bytes != 0 {
+            os.write_uint64(4, self.write_bytes)?;
+        }
+        if self.reads != 0 {
+            os.write_uint64(5, self.reads)?;
+        }
+        if self.writes != 0 {
+            os.write_uint64(6, self.writes)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> IoStats {
+        IoStats::new()
+    }
+
+    fn clear(&mut self) {
+        self.major = 0;
+        self.minor = 0;
+        self.read_bytes = 0;
+        self.write_bytes = 0;
+        self.reads = 0;
+        self.writes = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static IoStats {
+        static instance: IoStats = IoStats {
+            major: 0,
+            minor: 0,
+            read_bytes: 0,
+            write_bytes: 0,
+            reads: 0,
+            writes: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for IoStats {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("IoStats").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for IoStats {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for IoStats {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.HugetlbStats)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct HugetlbStats {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.HugetlbStats.page_size)
+    pub page_size: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.HugetlbStats.usage)
+    pub usage: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.HugetlbStats.failures)
+    pub failures: u64,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.HugetlbStats.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a HugetlbStats {
+    fn default() -> &'a HugetlbStats {
+        <HugetlbStats as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl HugetlbStats {
+    pub fn new() -> HugetlbStats {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(3);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "page_size",
+            |m: &HugetlbStats| { &m.page_size },
+            |m: &mut HugetlbStats| { &mut m.page_size },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "usage",
+            |m: &HugetlbStats| { &m.usage },
+            |m: &mut HugetlbStats| { &mut m.usage },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "failures",
+            |m: &HugetlbStats| { &m.failures },
+            |m: &mut HugetlbStats| { &mut m.failures },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<HugetlbStats>(
+            "HugetlbStats",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for HugetlbStats {
+    const NAME: &'static str = "HugetlbStats";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.page_size = is.read_string()?;
+                },
+                16 => {
+                    self.usage = is.read_uint64()?;
+                },
+                24 => {
+                    self.failures = is.read_uint64()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.page_size.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.page_size);
+        }
+        if self.usage != 0 {
+            my_size += ::protobuf::rt::uint64_size(2, self.usage);
+        }
+        if self.failures != 0 {
+            my_size += ::protobuf::rt::uint64_size(3, self.failures);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.page_size.is_empty() {
+            os.write_string(1, &self.page_size)?;
+        }
+        if self.usage != 0 {
+            os.write_uint64(2, self.usage)?;
+        }
+        if self.failures != 0 {
+            os.write_uint64(3, self.failures)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> HugetlbStats {
+        HugetlbStats::new()
+    }
+
+    fn clear(&mut self) {
+        self.page_size.clear();
+        self.usage = 0;
+        self.failures = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static HugetlbStats {
+        static instance: HugetlbStats = HugetlbStats {
+            page_size: ::std::string::String::new(),
+            usage: 0,
+            failures: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for HugetlbStats {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("HugetlbStats").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for HugetlbStats {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for HugetlbStats {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.WatchOomRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct WatchOomRequest {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.WatchOomRequest.container_id)
+    pub container_id: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.WatchOomRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a WatchOomRequest {
+    fn default() -> &'a WatchOomRequest {
+        <WatchOomRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl WatchOomRequest {
+    pub fn new() -> WatchOomRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &WatchOomRequest| { &m.container_id },
+            |m: &mut WatchOomRequest| { &mut m.container_id },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<WatchOomRequest>(
+            "WatchOomRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for WatchOomRequest {
+    const NAME: &'static str = "WatchOomRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> WatchOomRequest {
+        WatchOomRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static WatchOomRequest {
+        static instance: WatchOomRequest = WatchOomRequest {
+            container_id: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for WatchOomRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("WatchOomRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for WatchOomRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for WatchOomRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
 static file_descriptor_proto_data: &'static [u8] = b"\
     \n\x0bagent.proto\x12\x14kuasar.runv.agent.v1\"\x07\n\x05Empty\"\xdf\x01\
     \n\x16CreateContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
@@ -2945,19 +5246,20 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \x03all\x18\x04\x20\x01(\x08R\x03all\";\n\x16DeleteContainerRequest\x12!\
     \n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"]\n\x0fGetInfoRes\
     ponse\x12#\n\ragent_version\x18\x01\x20\x01(\tR\x0cagentVersion\x12%\n\
-    \x0ekernel_release\x18\x02\x20\x01(\tR\rkernelRelease\"}\n\x05Event\x123\
-    \n\x05ready\x18\x01\x20\x01(\x0b2\x1b.kuasar.runv.agent.v1.ReadyH\0R\x05\
-    ready\x126\n\x06exited\x18\x02\x20\x01(\x0b2\x1c.kuasar.runv.agent.v1.Ex\
-    itedH\0R\x06exitedB\x07\n\x05event\"\xca\x01\n\x05Ready\x12)\n\x10protoc\
-    ol_version\x18\x01\x20\x01(\rR\x0fprotocolVersion\x12#\n\ragent_version\
-    \x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_release\x18\x03\
-    \x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_start_us\x18\x04\x20\x01(\
-    \x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\x18\x05\x20\x01(\x04R\x0c\
-    agentReadyUs\"\x89\x01\n\x06Exited\x12!\n\x0ccontainer_id\x18\x01\x20\
-    \x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06exec\
-    Id\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\x16\n\x06signal\x18\
-    \x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec_us\x18\x05\x20\x01(\x04R\
-    \x06execUs\"\x8c\x02\n\x12ExecProcessRequest\x12!\n\x0ccontainer_id\x18\
+    \x0ekernel_release\x18\x02\x20\x01(\tR\rkernelRelease\"\xac\x01\n\x05Eve\
+    nt\x123\n\x05ready\x18\x01\x20\x01(\x0b2\x1b.kuasar.runv.agent.v1.ReadyH\
+    \0R\x05ready\x126\n\x06exited\x18\x02\x20\x01(\x0b2\x1c.kuasar.runv.agen\
+    t.v1.ExitedH\0R\x06exited\x12-\n\x03oom\x18\x03\x20\x01(\x0b2\x19.kuasar\
+    .runv.agent.v1.OomH\0R\x03oomB\x07\n\x05event\"\xca\x01\n\x05Ready\x12)\
+    \n\x10protocol_version\x18\x01\x20\x01(\rR\x0fprotocolVersion\x12#\n\rag\
+    ent_version\x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_release\
+    \x18\x03\x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_start_us\x18\x04\x20\
+    \x01(\x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\x18\x05\x20\x01(\x04\
+    R\x0cagentReadyUs\"\x89\x01\n\x06Exited\x12!\n\x0ccontainer_id\x18\x01\
+    \x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06\
+    execId\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\x16\n\x06signal\
+    \x18\x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec_us\x18\x05\x20\x01(\x04\
+    R\x06execUs\"\x8c\x02\n\x12ExecProcessRequest\x12!\n\x0ccontainer_id\x18\
     \x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\
     \x06execId\x12!\n\x0cprocess_json\x18\x03\x20\x01(\x0cR\x0bprocessJson\
     \x12\x14\n\x05stdin\x18\x04\x20\x01(\x08R\x05stdin\x12\x16\n\x06stdout\
@@ -2987,18 +5289,67 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     flags\x18\x15\x20\x01(\rR\x05flags\x12\x16\n\x06policy\x18\x16\x20\x01(\
     \rR\x06policy\x12\x1f\n\x0brt_priority\x18\x17\x20\x01(\rR\nrtPriority\
     \x12\x1c\n\tprocessor\x18\x18\x20\x01(\rR\tprocessor\x12\x16\n\x06locked\
-    \x18\x19\x20\x01(\x08R\x06locked2\xa8\x05\n\x05Agent\x12n\n\x0fCreateCon\
-    tainer\x12,.kuasar.runv.agent.v1.CreateContainerRequest\x1a-.kuasar.runv\
-    .agent.v1.CreateContainerResponse\x12Z\n\x0eStartContainer\x12+.kuasar.r\
-    unv.agent.v1.StartContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\
-    \x12X\n\rSignalProcess\x12*.kuasar.runv.agent.v1.SignalProcessRequest\
-    \x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fDeleteContainer\x12,.kuas\
-    ar.runv.agent.v1.DeleteContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Emp\
-    ty\x12M\n\x07GetInfo\x12\x1b.kuasar.runv.agent.v1.Empty\x1a%.kuasar.runv\
-    .agent.v1.GetInfoResponse\x12b\n\x0bExecProcess\x12(.kuasar.runv.agent.v\
-    1.ExecProcessRequest\x1a).kuasar.runv.agent.v1.ExecProcessResponse\x12h\
-    \n\rListProcesses\x12*.kuasar.runv.agent.v1.ListProcessesRequest\x1a+.ku\
-    asar.runv.agent.v1.ListProcessesResponseb\x06proto3\
+    \x18\x19\x20\x01(\x08R\x06locked\">\n\x03Oom\x12!\n\x0ccontainer_id\x18\
+    \x01\x20\x01(\tR\x0bcontainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\
+    \x05kills\":\n\x15PauseContainerRequest\x12!\n\x0ccontainer_id\x18\x01\
+    \x20\x01(\tR\x0bcontainerId\";\n\x16ResumeContainerRequest\x12!\n\x0ccon\
+    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\n\x16UpdateContainerRequ\
+    est\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12?\n\x08\
+    settings\x18\x02\x20\x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettingR\x08s\
+    ettings\"r\n\rCgroupSetting\x12E\n\x0calternatives\x18\x01\x20\x03(\x0b2\
+    !.kuasar.runv.agent.v1.CgroupWriteR\x0calternatives\x12\x1a\n\x08optiona\
+    l\x18\x02\x20\x01(\x08R\x08optional\"7\n\x0bCgroupWrite\x12\x12\n\x04fil\
+    e\x18\x01\x20\x01(\tR\x04file\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05\
+    value\"4\n\x0fGetStatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
+    \x0bcontainerId\"\xc9\x02\n\x10GetStatsResponse\x120\n\x03cpu\x18\x01\
+    \x20\x01(\x0b2\x1e.kuasar.runv.agent.v1.CpuStatsR\x03cpu\x129\n\x06memor\
+    y\x18\x02\x20\x01(\x0b2!.kuasar.runv.agent.v1.MemoryStatsR\x06memory\x12\
+    3\n\x04pids\x18\x03\x20\x01(\x0b2\x1f.kuasar.runv.agent.v1.PidsStatsR\
+    \x04pids\x12-\n\x02io\x18\x04\x20\x03(\x0b2\x1d.kuasar.runv.agent.v1.IoS\
+    tatsR\x02io\x12<\n\x07hugetlb\x18\x05\x20\x03(\x0b2\".kuasar.runv.agent.\
+    v1.HugetlbStatsR\x07hugetlb\x12\x12\n\x04cpus\x18\x06\x20\x01(\tR\x04cpu\
+    s\x12\x12\n\x04mems\x18\x07\x20\x01(\tR\x04mems\"\xc5\x01\n\x08CpuStats\
+    \x12\x19\n\x08usage_us\x18\x01\x20\x01(\x04R\x07usageUs\x12\x17\n\x07use\
+    r_us\x18\x02\x20\x01(\x04R\x06userUs\x12\x1b\n\tsystem_us\x18\x03\x20\
+    \x01(\x04R\x08systemUs\x12\x18\n\x07periods\x18\x04\x20\x01(\x04R\x07per\
+    iods\x12+\n\x11throttled_periods\x18\x05\x20\x01(\x04R\x10throttledPerio\
+    ds\x12!\n\x0cthrottled_us\x18\x06\x20\x01(\x04R\x0bthrottledUs\"\x99\x02\
+    \n\x0bMemoryStats\x12\x14\n\x05usage\x18\x01\x20\x01(\x04R\x05usage\x12\
+    \x14\n\x05limit\x18\x02\x20\x01(\x04R\x05limit\x12\x12\n\x04peak\x18\x03\
+    \x20\x01(\x04R\x04peak\x12\"\n\nswap_usage\x18\x04\x20\x01(\x04H\0R\tswa\
+    pUsage\x88\x01\x01\x12\x1d\n\nswap_limit\x18\x05\x20\x01(\x04R\tswapLimi\
+    t\x12?\n\x04stat\x18\x06\x20\x03(\x0b2+.kuasar.runv.agent.v1.MemoryStats\
+    .StatEntryR\x04stat\x1a7\n\tStatEntry\x12\x10\n\x03key\x18\x01\x20\x01(\
+    \tR\x03key\x12\x14\n\x05value\x18\x02\x20\x01(\x04R\x05value:\x028\x01B\
+    \r\n\x0b_swap_usage\";\n\tPidsStats\x12\x18\n\x07current\x18\x01\x20\x01\
+    (\x04R\x07current\x12\x14\n\x05limit\x18\x02\x20\x01(\x04R\x05limit\"\
+    \xa3\x01\n\x07IoStats\x12\x14\n\x05major\x18\x01\x20\x01(\rR\x05major\
+    \x12\x14\n\x05minor\x18\x02\x20\x01(\rR\x05minor\x12\x1d\n\nread_bytes\
+    \x18\x03\x20\x01(\x04R\treadBytes\x12\x1f\n\x0bwrite_bytes\x18\x04\x20\
+    \x01(\x04R\nwriteBytes\x12\x14\n\x05reads\x18\x05\x20\x01(\x04R\x05reads\
+    \x12\x16\n\x06writes\x18\x06\x20\x01(\x04R\x06writes\"]\n\x0cHugetlbStat\
+    s\x12\x1b\n\tpage_size\x18\x01\x20\x01(\tR\x08pageSize\x12\x14\n\x05usag\
+    e\x18\x02\x20\x01(\x04R\x05usage\x12\x1a\n\x08failures\x18\x03\x20\x01(\
+    \x04R\x08failures\"4\n\x0fWatchOomRequest\x12!\n\x0ccontainer_id\x18\x01\
+    \x20\x01(\tR\x0bcontainerId2\xeb\x08\n\x05Agent\x12n\n\x0fCreateContaine\
+    r\x12,.kuasar.runv.agent.v1.CreateContainerRequest\x1a-.kuasar.runv.agen\
+    t.v1.CreateContainerResponse\x12Z\n\x0eStartContainer\x12+.kuasar.runv.a\
+    gent.v1.StartContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12X\n\
+    \rSignalProcess\x12*.kuasar.runv.agent.v1.SignalProcessRequest\x1a\x1b.k\
+    uasar.runv.agent.v1.Empty\x12\\\n\x0fDeleteContainer\x12,.kuasar.runv.ag\
+    ent.v1.DeleteContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12M\n\
+    \x07GetInfo\x12\x1b.kuasar.runv.agent.v1.Empty\x1a%.kuasar.runv.agent.v1\
+    .GetInfoResponse\x12b\n\x0bExecProcess\x12(.kuasar.runv.agent.v1.ExecPro\
+    cessRequest\x1a).kuasar.runv.agent.v1.ExecProcessResponse\x12h\n\rListPr\
+    ocesses\x12*.kuasar.runv.agent.v1.ListProcessesRequest\x1a+.kuasar.runv.\
+    agent.v1.ListProcessesResponse\x12Z\n\x0ePauseContainer\x12+.kuasar.runv\
+    .agent.v1.PauseContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\
+    \n\x0fResumeContainer\x12,.kuasar.runv.agent.v1.ResumeContainerRequest\
+    \x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fUpdateContainer\x12,.kuas\
+    ar.runv.agent.v1.UpdateContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Emp\
+    ty\x12Y\n\x08GetStats\x12%.kuasar.runv.agent.v1.GetStatsRequest\x1a&.kua\
+    sar.runv.agent.v1.GetStatsResponse\x12N\n\x08WatchOom\x12%.kuasar.runv.a\
+    gent.v1.WatchOomRequest\x1a\x1b.kuasar.runv.agent.v1.Emptyb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file
@@ -3016,7 +5367,7 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
     file_descriptor.get(|| {
         let generated_file_descriptor = generated_file_descriptor_lazy.get(|| {
             let mut deps = ::std::vec::Vec::with_capacity(0);
-            let mut messages = ::std::vec::Vec::with_capacity(15);
+            let mut messages = ::std::vec::Vec::with_capacity(29);
             messages.push(Empty::generated_message_descriptor_data());
             messages.push(CreateContainerRequest::generated_message_descriptor_data());
             messages.push(CreateContainerResponse::generated_message_descriptor_data());
@@ -3032,6 +5383,20 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
             messages.push(ListProcessesRequest::generated_message_descriptor_data());
             messages.push(ListProcessesResponse::generated_message_descriptor_data());
             messages.push(ProcessInfo::generated_message_descriptor_data());
+            messages.push(Oom::generated_message_descriptor_data());
+            messages.push(PauseContainerRequest::generated_message_descriptor_data());
+            messages.push(ResumeContainerRequest::generated_message_descriptor_data());
+            messages.push(UpdateContainerRequest::generated_message_descriptor_data());
+            messages.push(CgroupSetting::generated_message_descriptor_data());
+            messages.push(CgroupWrite::generated_message_descriptor_data());
+            messages.push(GetStatsRequest::generated_message_descriptor_data());
+            messages.push(GetStatsResponse::generated_message_descriptor_data());
+            messages.push(CpuStats::generated_message_descriptor_data());
+            messages.push(MemoryStats::generated_message_descriptor_data());
+            messages.push(PidsStats::generated_message_descriptor_data());
+            messages.push(IoStats::generated_message_descriptor_data());
+            messages.push(HugetlbStats::generated_message_descriptor_data());
+            messages.push(WatchOomRequest::generated_message_descriptor_data());
             let mut enums = ::std::vec::Vec::with_capacity(0);
             ::protobuf::reflect::GeneratedFileDescriptor::new_generated(
                 file_descriptor_proto(),

@@ -72,6 +72,36 @@ impl AgentClient {
         ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "ListProcesses", cres);
         Ok(cres)
     }
+
+    pub fn pause_container(&self, ctx: ttrpc::context::Context, req: &super::agent::PauseContainerRequest) -> ::ttrpc::Result<super::agent::Empty> {
+        let mut cres = super::agent::Empty::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "PauseContainer", cres);
+        Ok(cres)
+    }
+
+    pub fn resume_container(&self, ctx: ttrpc::context::Context, req: &super::agent::ResumeContainerRequest) -> ::ttrpc::Result<super::agent::Empty> {
+        let mut cres = super::agent::Empty::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "ResumeContainer", cres);
+        Ok(cres)
+    }
+
+    pub fn update_container(&self, ctx: ttrpc::context::Context, req: &super::agent::UpdateContainerRequest) -> ::ttrpc::Result<super::agent::Empty> {
+        let mut cres = super::agent::Empty::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "UpdateContainer", cres);
+        Ok(cres)
+    }
+
+    pub fn get_stats(&self, ctx: ttrpc::context::Context, req: &super::agent::GetStatsRequest) -> ::ttrpc::Result<super::agent::GetStatsResponse> {
+        let mut cres = super::agent::GetStatsResponse::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "GetStats", cres);
+        Ok(cres)
+    }
+
+    pub fn watch_oom(&self, ctx: ttrpc::context::Context, req: &super::agent::WatchOomRequest) -> ::ttrpc::Result<super::agent::Empty> {
+        let mut cres = super::agent::Empty::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "WatchOom", cres);
+        Ok(cres)
+    }
 }
 
 struct CreateContainerMethod {
@@ -151,6 +181,61 @@ impl ::ttrpc::r#async::MethodHandler for ListProcessesMethod {
     }
 }
 
+struct PauseContainerMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for PauseContainerMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, PauseContainerRequest, pause_container);
+    }
+}
+
+struct ResumeContainerMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for ResumeContainerMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, ResumeContainerRequest, resume_container);
+    }
+}
+
+struct UpdateContainerMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for UpdateContainerMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, UpdateContainerRequest, update_container);
+    }
+}
+
+struct GetStatsMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for GetStatsMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, GetStatsRequest, get_stats);
+    }
+}
+
+struct WatchOomMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for WatchOomMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, WatchOomRequest, watch_oom);
+    }
+}
+
 #[async_trait]
 pub trait Agent: Sync {
     async fn create_container(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::CreateContainerRequest) -> ::ttrpc::Result<super::agent::CreateContainerResponse> {
@@ -173,6 +258,21 @@ pub trait Agent: Sync {
     }
     async fn list_processes(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::ListProcessesRequest) -> ::ttrpc::Result<super::agent::ListProcessesResponse> {
         Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/ListProcesses is not supported".to_string())))
+    }
+    async fn pause_container(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::PauseContainerRequest) -> ::ttrpc::Result<super::agent::Empty> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/PauseContainer is not supported".to_string())))
+    }
+    async fn resume_container(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::ResumeContainerRequest) -> ::ttrpc::Result<super::agent::Empty> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/ResumeContainer is not supported".to_string())))
+    }
+    async fn update_container(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::UpdateContainerRequest) -> ::ttrpc::Result<super::agent::Empty> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/UpdateContainer is not supported".to_string())))
+    }
+    async fn get_stats(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::GetStatsRequest) -> ::ttrpc::Result<super::agent::GetStatsResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/GetStats is not supported".to_string())))
+    }
+    async fn watch_oom(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::WatchOomRequest) -> ::ttrpc::Result<super::agent::Empty> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/WatchOom is not supported".to_string())))
     }
 }
 
@@ -201,6 +301,21 @@ pub fn create_agent(service: Arc<dyn Agent + Send + Sync>) -> HashMap<String, ::
 
     methods.insert("ListProcesses".to_string(),
                     Box::new(ListProcessesMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("PauseContainer".to_string(),
+                    Box::new(PauseContainerMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("ResumeContainer".to_string(),
+                    Box::new(ResumeContainerMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("UpdateContainer".to_string(),
+                    Box::new(UpdateContainerMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("GetStats".to_string(),
+                    Box::new(GetStatsMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("WatchOom".to_string(),
+                    Box::new(WatchOomMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
 
     ret.insert("kuasar.runv.agent.v1.Agent".to_string(), ::ttrpc::r#async::Service{ methods, streams });
     ret

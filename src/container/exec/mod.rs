@@ -60,8 +60,8 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
     match record.status(root) {
         Status::Stopped => return Err(Error::ExecStopped),
         Status::Creating => return Err(Error::ExecCreating),
-        // Whether it is paused the guest knows.
-        _ => {}
+        Status::Paused if !options.ignore_paused => return Err(Error::ExecPaused),
+        Status::Created | Status::Running | Status::Paused => {}
     }
     let process = options.process.load(&record.bundle)?;
     let terminal = process["terminal"] == Value::Bool(true);

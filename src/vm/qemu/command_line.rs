@@ -76,7 +76,10 @@ impl CommandLine<'_> {
             }
             Accel::Tcg { .. } => {
                 args.option("-accel", Props::of("tcg").with("tb-size", TB_SIZE_MIB));
-                args.option("-cpu", Props::of("max"));
+                // With these features the guest copies by `rep movsb`, which an
+                // emulator executes one byte at a time.
+                let cpu = Props::of("max").with("erms", "off").with("fsrm", "off");
+                args.option("-cpu", cpu);
             }
         }
         args.option("-smp", Props::of(self.size.vcpus.to_string()));
@@ -314,7 +317,7 @@ mod tests {
         };
         let expected = WITH_KVM
             .replace("-accel kvm", "-accel tcg,tb-size=256")
-            .replace("-cpu host", "-cpu max")
+            .replace("-cpu host", "-cpu max,erms=off,fsrm=off")
             .replace(
                 "loglevel=4",
                 "loglevel=4 no_timer_check noreplace-smp tsc=reliable tsc_early_khz=2445426",

@@ -87,7 +87,7 @@ impl Device {
         self.put_for(mem, queue, slices, token, &header)
     }
 
-    /// As [`Device::put`], for a packet of a connection.
+    /// As [`Device::put`], for a packet of a connection, which hears of it.
     fn put_for<'m, M: GuestMemory>(
         &mut self,
         mem: &'m M,
@@ -97,7 +97,7 @@ impl Device {
         header: &Header,
     ) -> Result<bool, virtio_queue::Error> {
         let sent = self.put(mem, queue, slices, header)?;
-        if let Some(connection) = self.table.get_mut(token) {
+        if sent && let Some(connection) = self.table.get_mut(token) {
             connection.has_sent(header);
         }
         Ok(sent)
