@@ -90,6 +90,13 @@ lint: ## formatting, clippy and, when installed, shellcheck
 	  shellcheck -x scripts/* rootfs-builder/build-* rootfs-builder/kernel/*.sh; \
 	else echo 'lint: shellcheck is not installed, scripts were not checked'; fi
 
+.PHONY: man
+man: ## write the manual into target/man
+	@scripts/setup-packages build
+	@cargo build --release --workspace --bins
+	@rm -rf target/man
+	@$(RELEASE)/kuasar-runv man target/man
+
 .PHONY: install
 install: ## install into PREFIX (default /usr/local), below DESTDIR; needs make image
 	@scripts/install-files "$(BIN)" "$(LIB)" "$(ETC)" "$(MAN)" "$(PREFIX)"

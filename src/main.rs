@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 
 mod agent_client;
+mod check;
 mod cmd;
 mod config;
 mod container;

@@ -31,13 +31,19 @@ impl Root {
         Root(given.unwrap_or_else(default_path))
     }
 
-    /// Makes and names the directory for what is known of this machine, whatever
-    /// `--root` is.
+    /// The directory for what is known of this machine, whatever `--root` is. It
+    /// need not exist.
+    #[must_use]
+    pub fn machine_path() -> PathBuf {
+        default_path()
+    }
+
+    /// Makes and names [`machine_path`](Self::machine_path).
     ///
     /// # Errors
     /// As mkdir(2).
     pub fn of_machine() -> io::Result<PathBuf> {
-        let path = default_path();
+        let path = Self::machine_path();
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)

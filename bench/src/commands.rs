@@ -24,18 +24,23 @@ fn peers() -> Vec<Peer> {
         name: "kuasar-runv",
         world: World::with(Runtime::built(), Flavour::Source),
     };
-    let installed = ["runc", "crun"].into_iter().filter_map(|name| {
-        let dirs = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
-        let path = dirs
-            .iter()
-            .map(|d| PathBuf::from(d).join(name))
-            .find(|p| p.exists())?;
+    let others = ["runc", "crun"].into_iter().filter_map(|name| {
         Some(Peer {
             name,
-            world: World::with(Runtime::at(path), Flavour::Source),
+            world: World::with(installed(name)?, Flavour::Source),
         })
     });
-    std::iter::once(ours).chain(installed).collect()
+    std::iter::once(ours).chain(others).collect()
+}
+
+/// Another runtime, if the machine has it.
+pub fn installed(name: &str) -> Option<Runtime> {
+    let dirs = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
+    let path = dirs
+        .iter()
+        .map(|d| PathBuf::from(d).join(name))
+        .find(|p| p.exists())?;
+    Some(Runtime::at(path))
 }
 
 pub fn measure(rounds: u32) -> Section {

@@ -6,6 +6,7 @@
 //!  exec        exec of `true` | the guest's part of it | runc; a hundred at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
+//!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
 //! Things that are compared run in turn within one round, so that a busy machine is
@@ -23,6 +24,7 @@
 mod commands;
 mod exec;
 mod floor;
+mod keys;
 mod machine;
 mod memory;
 mod report;
@@ -46,6 +48,9 @@ struct Options {
     /// Rounds of the measurements of milliseconds
     #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..))]
     command_rounds: u32,
+    /// Keys that are typed
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    keys: u32,
     /// Also write the result as Markdown
     #[arg(long)]
     markdown: Option<PathBuf>,
@@ -61,6 +66,7 @@ enum Part {
     Exec,
     Memory,
     Throughput,
+    Keys,
 }
 
 fn main() {
@@ -85,6 +91,9 @@ fn main() {
     }
     if wanted(Part::Throughput) {
         report.add(throughput::measure(options.rounds));
+    }
+    if wanted(Part::Keys) {
+        report.add(keys::measure(options.keys));
     }
     if let Some(path) = options.markdown {
         std::fs::write(&path, report.markdown())

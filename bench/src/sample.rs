@@ -84,6 +84,17 @@ impl Samples {
         }
     }
 
+    /// The smallest value that this share of all values (in percent) does not exceed.
+    pub fn percentile(&self, percent: usize) -> f64 {
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        let rank = (sorted.len() * percent).div_ceil(100);
+        sorted
+            .get(rank.saturating_sub(1))
+            .copied()
+            .unwrap_or(f64::NAN)
+    }
+
     pub fn smallest(&self) -> f64 {
         self.0.iter().copied().fold(f64::INFINITY, f64::min)
     }
@@ -108,5 +119,14 @@ mod tests {
         assert_eq!(Samples(vec![3.0, 1.0, 2.0]).median(), 2.0);
         assert_eq!(Samples(vec![4.0, 1.0, 2.0, 3.0]).median(), 2.5);
         assert!(Samples::default().median().is_nan());
+    }
+
+    #[test]
+    fn percentiles_are_values_that_were_measured() {
+        let hundred: Samples = (1..=100).rev().map(f64::from).collect();
+        assert_eq!(hundred.percentile(50), 50.0);
+        assert_eq!(hundred.percentile(99), 99.0);
+        assert_eq!(Samples(vec![7.0]).percentile(99), 7.0);
+        assert!(Samples::default().percentile(99).is_nan());
     }
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use crate::helper::set_terminal_size;
+use crate::helper::{hang_terminal_up, set_terminal_size};
 use crate::reaper::{ExitReceiver, ExitStatus};
 use crate::streams::Connection;
 use crate::sys;
@@ -16,7 +16,7 @@ pub enum SignalError {
     NotRunning,
     #[error("invalid signal {0}")]
     Invalid(i32),
-    #[error("sending a signal: {0}")]
+    #[error("sending a signal or hanging up: {0}")]
     Io(io::Error),
 }
 
@@ -101,6 +101,22 @@ impl Process {
     pub fn resize(&self, rows: u16, cols: u16) -> io::Result<()> {
         match &self.terminal {
             Some(terminal) => set_terminal_size(terminal.fd(), rows, cols),
+            None => Ok(()),
+        }
+    }
+
+    /// Hangs its terminal up, as if the other end of a line were gone: its
+    /// session gets SIGHUP, and whoever reads from the terminal the end of file.
+    ///
+    /// # Errors
+    /// Of the system calls.
+    pub fn hang_up(&self) -> Result<(), SignalError> {
+        if !self.started.load(Ordering::Relaxed) {
+            // There is no session yet that could be told.
+            return self.signal(libc::SIGHUP);
+        }
+        match &self.terminal {
+            Some(terminal) => hang_terminal_up(terminal.fd()).map_err(SignalError::Io),
             None => Ok(()),
         }
     }

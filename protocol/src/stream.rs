@@ -6,8 +6,8 @@
 //! stream. With a terminal, `Stdin` carries the keyboard, `Stdout` the screen,
 //! and there is no `Stderr`.
 //!
-//! The control connection carries [`Frame`]s: signals and window sizes towards
-//! the guest, the exit status back. When the host's end of it goes away before
+//! The control connection carries [`Frame`]s: signals, window sizes and the
+//! hang-up of the terminal towards the guest, the exit status back. When the host's end of it goes away before
 //! the exit status was sent, the guest kills the process: a stand-in that is
 //! SIGKILLed takes its process with it. When the guest's end goes away without
 //! an exit status, the VM has died.
@@ -137,12 +137,15 @@ pub enum Frame {
     Exited(u32),
     /// Guest to host, the last frame: the process was ended by this signal.
     Killed(u32),
+    /// Host to guest: nobody is at the terminal any more; hang it up.
+    Hangup,
 }
 
 const SIGNAL: u8 = 1;
 const WINDOW_SIZE: u8 = 2;
 const EXITED: u8 = 3;
 const KILLED: u8 = 4;
+const HANGUP: u8 = 5;
 
 /// An encoded [`Frame`].
 #[derive(Clone, Copy)]
@@ -171,6 +174,7 @@ impl Frame {
             }
             Frame::Exited(code) => (EXITED, code.to_le_bytes()),
             Frame::Killed(signal) => (KILLED, signal.to_le_bytes()),
+            Frame::Hangup => (HANGUP, [0; 4]),
         };
         let [p0, p1, p2, p3] = payload;
         EncodedFrame {
@@ -194,6 +198,7 @@ impl Frame {
             }),
             EXITED => Ok(Frame::Exited(value)),
             KILLED => Ok(Frame::Killed(value)),
+            HANGUP => Ok(Frame::Hangup),
             _ => Err(Malformed("unknown frame")),
         }
     }
@@ -262,6 +267,7 @@ mod tests {
             Frame::WindowSize { rows: 24, cols: 80 },
             Frame::Exited(255),
             Frame::Killed(9),
+            Frame::Hangup,
         ] {
             let wire: [u8; Frame::LEN] = frame.encode().as_bytes().try_into().unwrap();
             assert_eq!(Frame::decode(wire).unwrap(), frame);

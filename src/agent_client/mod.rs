@@ -13,8 +13,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use kuasar_runv_protocol::agent::{
-    CreateContainerRequest, DeleteContainerRequest, ExecProcessRequest, ListProcessesRequest,
-    ListProcessesResponse, SignalProcessRequest, StartContainerRequest,
+    CreateContainerRequest, ExecProcessRequest, ListProcessesRequest, ListProcessesResponse,
+    SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
 use ttrpc::Code;
@@ -102,19 +102,6 @@ impl Agent {
         };
         self.stub
             .signal_process(self.context(), &request)
-            .map(drop)
-            .map_err(|e| self.error(e))
-    }
-
-    /// # Errors
-    /// See [`Error`].
-    pub fn delete_container(&self, id: &str) -> Result<(), Error> {
-        let request = DeleteContainerRequest {
-            container_id: id.to_owned(),
-            ..Default::default()
-        };
-        self.stub
-            .delete_container(self.context(), &request)
             .map(drop)
             .map_err(|e| self.error(e))
     }

@@ -12,6 +12,7 @@ use crate::container::state::{ContainerRecord, RecordError, Status};
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n    kuasar-runv list\n    kuasar-runv list --format json")]
 pub struct Args {
+    /// Format of the output
     #[arg(long, short, value_enum, default_value_t = Format::Table)]
     format: Format,
     /// Print only the names

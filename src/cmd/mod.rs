@@ -1,14 +1,18 @@
 //! The command line: one file per command, flags and examples beside the code.
 //! Nothing here decides anything; it parses, calls, prints.
 
+mod check;
 mod checkpoint;
+mod completion;
 mod create;
 mod delete;
+mod env;
 mod events;
 mod exec;
 mod features;
 mod kill;
 mod list;
+mod man;
 mod pause;
 mod ps;
 mod restore;
@@ -90,14 +94,18 @@ enum Rootless {
 
 #[derive(Subcommand)]
 enum Command {
+    Check(check::Args),
     Checkpoint(checkpoint::Args),
+    Completion(completion::Args),
     Create(create::Args),
     Delete(delete::Args),
+    Env(env::Args),
     Events(events::Args),
     Exec(exec::Args),
     Features(features::Args),
     Kill(kill::Args),
     List(list::Args),
+    Man(man::Args),
     Pause(pause::Args),
     Ps(ps::Args),
     Restore(restore::Args),
@@ -172,14 +180,18 @@ pub fn run() -> u8 {
         debug: global.debug,
     };
     let done = match cli.command {
+        Command::Check(args) => check::run(&context, &args),
         Command::Checkpoint(args) => checkpoint::run(&context, &args),
+        Command::Completion(args) => completion::run(&args),
         Command::Create(args) => create::run(&context, args),
         Command::Delete(args) => delete::run(&context, &args),
+        Command::Env(args) => env::run(&context, &args),
         Command::Events(args) => events::run(&context, &args),
         Command::Exec(args) => exec::run(&context, args),
         Command::Features(args) => features::run(&context, &args),
         Command::Kill(args) => kill::run(&context, &args),
         Command::List(args) => list::run(&context, &args),
+        Command::Man(args) => man::run(&args),
         Command::Pause(args) => pause::run(&context, &args),
         Command::Ps(args) => ps::run(&context, &args),
         Command::Restore(args) => restore::run(&context, &args),
@@ -221,6 +233,35 @@ mod tests {
         use clap::CommandFactory;
         Cli::command().debug_assert();
         assert!(version_text().ends_with(OCI_VERSION));
+    }
+
+    /// Who asks for help wants to see how it is done.
+    #[test]
+    fn every_command_has_an_example_and_help_for_every_argument() {
+        use clap::CommandFactory;
+        for command in Cli::command().get_subcommands() {
+            let name = command.get_name();
+            let after = command.get_after_help().map(ToString::to_string);
+            let example = format!("kuasar-runv {name}");
+            assert!(after.is_some_and(|text| text.contains(&example)), "{name}");
+            assert!(command.get_about().is_some(), "{name}");
+            for argument in command.get_arguments() {
+                let id = argument.get_id();
+                assert!(argument.get_help().is_some(), "{name} {id}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_mistyped_command_gets_a_suggestion() {
+        for (typed, meant) in [("strat", "start"), ("creat", "create"), ("lsit", "list")] {
+            let Err(error) = Cli::try_parse_from(["kuasar-runv", typed, "c"]) else {
+                panic!("{typed} was taken");
+            };
+            assert_eq!(error.kind(), clap::error::ErrorKind::InvalidSubcommand);
+            let text = error.to_string();
+            assert!(text.contains(&format!("'{meant}'")), "{text}");
+        }
     }
 
     #[test]

@@ -41,6 +41,19 @@ pub(super) enum Missing {
     IsAnError,
 }
 
+/// The files there are, in the order in which they are read.
+///
+/// # Errors
+/// See [`Error`].
+pub(super) fn files(main: &Path) -> Result<Vec<PathBuf>, Error> {
+    let fragments = main.with_file_name("config.d");
+    let mut files = fragment_paths(&fragments).map_err(|e| unreadable(&fragments, e))?;
+    if main.exists() {
+        files.insert(0, main.to_owned());
+    }
+    Ok(files)
+}
+
 pub(super) fn load(main: &Path, missing: Missing) -> Result<Config, Error> {
     let mut files = Vec::new();
     match read(main) {

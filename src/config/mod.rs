@@ -68,8 +68,9 @@ pub struct Qemu {
     #[serde(deserialize_with = "values::absolute_path")]
     pub firmware: PathBuf,
     pub accel: Accel,
-    /// Confines QEMU with its own seccomp filter. To be switched off only for a
-    /// QEMU that was built without seccomp.
+    /// Confines QEMU with its own seccomp filter, and to read-only file systems. To
+    /// be switched off only for a QEMU that was built without seccomp, or arguments
+    /// that make it write to files.
     pub sandbox: bool,
     /// Appended to QEMU's command line as they are.
     pub extra_args: Vec<String>,
@@ -174,6 +175,15 @@ impl Config {
             Some(path) => load::load(Path::new(&path), load::Missing::IsAnError),
             None => load::load(Path::new(DEFAULT_PATH), load::Missing::MeansDefaults),
         }
+    }
+
+    /// The files [`load`](Self::load) reads.
+    ///
+    /// # Errors
+    /// A directory that cannot be read.
+    pub fn files() -> Result<Vec<PathBuf>, Error> {
+        let main = std::env::var_os(CONFIG_ENV).map_or_else(|| DEFAULT_PATH.into(), PathBuf::from);
+        load::files(&main)
     }
 }
 

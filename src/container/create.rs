@@ -12,12 +12,14 @@ use std::time::Duration;
 
 use kuasar_runv_protocol::agent::CreateContainerRequest;
 use nix::pty::Winsize;
+use serde_json::json;
 
 use super::bundle::Bundle;
 use super::console::Console;
 use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase};
+use super::terminal::CallersTerminal;
 use super::{Error, cgroup, check_id, context, delete, execs};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
@@ -26,7 +28,7 @@ use crate::root::{self, Root};
 use crate::sandbox::Sandbox;
 use crate::sandbox::control::monotonic_us;
 use crate::standin::spawn::{self, Plan, StandIn, Volume};
-use crate::standin::{HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
+use crate::standin::{ATTACHED, HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
 use crate::sys::interrupt::Interrupt;
 use crate::sys::lock::DirLock;
 use crate::sys::mount as mounts;
@@ -56,8 +58,9 @@ pub struct Options {
 /// dropping it removes the container.
 pub struct Created {
     pub agent: Agent,
-    /// Whether it has a terminal.
-    pub terminal: bool,
+    /// Where the container's terminal is to be shown, if it has one and the
+    /// caller stays.
+    pub terminal: Option<CallersTerminal>,
     record: ContainerRecord,
     root: Root,
     sandbox: Sandbox,
@@ -72,10 +75,19 @@ impl Created {
     /// # Errors
     /// When its processes have ended meanwhile.
     pub fn keep(self) -> Result<(), Error> {
+        self.keep_attached().map(drop)
+    }
+
+    /// Lets the container outlive this process; a stand-in with a terminal ends
+    /// its use of this process's terminal when the value is dropped.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep).
+    pub fn keep_attached(self) -> Result<StandIn, Error> {
         self.sandbox.commit()?;
         self.standin.commit()?;
         self.undo.disarm();
-        Ok(())
+        Ok(self.standin)
     }
 
     #[must_use]
@@ -132,8 +144,9 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     let interrupt = Interrupt::new().map_err(context("signalfd"))?;
     check_id(&options.id)?;
     let bundle = Bundle::load(&options.bundle)?;
-    let guest = guest_spec::translate(&bundle, &options.id)?;
+    let mut guest = guest_spec::translate(&bundle, &options.id)?;
     check_options(options, &bundle)?;
+    let terminal = callers_terminal(options, &bundle, &mut guest)?;
     let config = Config::load()?;
     let cgroups_path = bundle
         .spec
@@ -188,7 +201,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     }
     let mut created = Created {
         agent,
-        terminal: has_terminal(&bundle),
+        terminal,
         record,
         root: root.clone(),
         sandbox,
@@ -233,6 +246,25 @@ fn has_terminal(bundle: &Bundle) -> bool {
         .as_ref()
         .and_then(oci_spec::runtime::Process::terminal)
         .unwrap_or(false)
+}
+
+/// The terminal of a caller that stays, whose size the container's starts with.
+fn callers_terminal(
+    options: &Options,
+    bundle: &Bundle,
+    guest: &mut GuestSpec,
+) -> Result<Option<CallersTerminal>, Error> {
+    if !has_terminal(bundle) || !options.foreground {
+        return Ok(None);
+    }
+    let terminal = CallersTerminal::find().map_err(context("open /dev/tty"))?;
+    terminal
+        .wait_for_foreground()
+        .map_err(context("waiting for the terminal"))?;
+    if let Some(size) = terminal.size() {
+        guest.json["process"]["consoleSize"] = json!({"height": size.ws_row, "width": size.ws_col});
+    }
+    Ok(Some(terminal))
 }
 
 /// Takes the id and puts the record on disk.
@@ -366,7 +398,11 @@ fn create_in_guest(
     let terminal = has_terminal(bundle);
     let wanted = wanted_streams(terminal);
     let streams = sandbox.open_streams(&options.id, "", wanted)?;
-    standin.attach(stream_flags(wanted, terminal), &streams)?;
+    let mut flags = stream_flags(wanted, terminal);
+    if options.foreground {
+        flags |= ATTACHED;
+    }
+    standin.attach(flags, &streams)?;
     drop(streams);
     let agent = sandbox.agent()?;
     let request = CreateContainerRequest {

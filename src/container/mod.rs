@@ -23,6 +23,7 @@ pub mod signal;
 pub mod start;
 pub mod state;
 pub mod stats;
+pub mod terminal;
 pub mod update;
 
 use std::io;

@@ -8,11 +8,11 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 use super::create::{Options, create, trace};
 use super::start::start_in_guest;
 use super::state::Phase;
+use super::terminal::{CallersTerminal, RawMode};
 use super::{Error, context, delete};
 use crate::root::Root;
 use crate::sys::process::ProcessRef;
@@ -42,15 +42,19 @@ pub fn run(root: &Root, options: &Options, keep: bool) -> Result<Outcome, Error>
     // Before there is any other thread: it would take the signals otherwise.
     let signals = all_signals()?;
     let mut created = create(root, options)?;
-    let terminal = created.terminal.then(RawTerminal::enter).flatten();
+    let raw = match created.terminal.take().map(CallersTerminal::raw) {
+        Some(raw) => Some(raw.map_err(context("setting the terminal to raw mode"))?),
+        None => None,
+    };
     start_in_guest(&created.agent, &options.id)?;
     trace("started");
     created.record_phase(Phase::Started)?;
     let standin = created.standin();
-    created.keep()?;
-    let code = wait(standin, &signals)?;
+    // While it is open, the stand-in knows that somebody looks after the terminal.
+    let attached = created.keep_attached()?;
+    let code = wait(standin, &signals, raw.as_ref())?;
     trace("exited");
-    drop(terminal);
+    drop((raw, attached));
     if !keep {
         delete::delete(root, &options.id, true)?;
     }
@@ -67,7 +71,11 @@ pub(super) fn all_signals() -> Result<SignalFd, Error> {
 }
 
 /// Passes signals on to the stand-in until it ends; the code a shell would report.
-pub(super) fn wait(standin: ProcessRef, signals: &SignalFd) -> Result<u8, Error> {
+pub(super) fn wait(
+    standin: ProcessRef,
+    signals: &SignalFd,
+    raw: Option<&RawMode>,
+) -> Result<u8, Error> {
     let failed = |e: nix::Error| context("waiting for the container")(io::Error::from(e));
     let pid = Pid::from_raw(standin.pid);
     let pidfd = standin.pidfd().map_err(context("watching the stand-in"))?;
@@ -87,36 +95,16 @@ pub(super) fn wait(standin: ProcessRef, signals: &SignalFd) -> Result<u8, Error>
             let number = i32::try_from(info.ssi_signo).unwrap_or(0);
             match Signal::try_from(number) {
                 Ok(Signal::SIGCHLD | Signal::SIGPIPE | Signal::SIGURG) => {}
-                // It may just have ended.
-                Ok(signal) => drop(kill(pid, signal)),
+                Ok(signal) => {
+                    if let (Signal::SIGCONT, Some(raw)) = (signal, raw) {
+                        // The terminal may be gone; that shows elsewhere.
+                        let _ = raw.enter();
+                    }
+                    // It may just have ended.
+                    let _ = kill(pid, signal);
+                }
                 Err(_) => {}
             }
         }
-    }
-}
-
-/// The caller's terminal while the guest's does the line discipline. Restored
-/// when dropped.
-pub(super) struct RawTerminal(Termios);
-
-impl RawTerminal {
-    /// `None` when standard input is no terminal.
-    pub(super) fn enter() -> Option<RawTerminal> {
-        let stdin = rustix::stdio::stdin();
-        if !isatty(stdin) {
-            return None;
-        }
-        let before = tcgetattr(stdin).ok()?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(stdin, OptionalActions::Now, &raw).ok()?;
-        Some(RawTerminal(before))
-    }
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        // A terminal that is gone needs no mode.
-        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &self.0);
     }
 }

@@ -5,14 +5,14 @@
 //! attached to them. Nothing of it is visible to the rest of the host, and all
 //! of it goes away with the sandboxer.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{Mode, OFlags, mkdirat, openat};
+use rustix::io::Errno;
 
 use crate::sys::mount as mounts;
 
@@ -25,15 +25,13 @@ pub struct Share {
 }
 
 impl Share {
-    /// Enters a mount namespace of its own and mounts the directory there.
-    /// Later mounts of the host still arrive.
+    /// Enters a mount namespace of its own ([`enter_namespace`]) and mounts the
+    /// directory there.
     ///
     /// # Errors
     /// As unshare(2) and mount(2).
-    pub fn create(dir: PathBuf) -> io::Result<Share> {
-        let none = None::<&str>;
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)?;
+    pub fn create(dir: PathBuf, writable: &[&Path]) -> io::Result<Share> {
+        enter_namespace(writable)?;
         crate::root::create_private_dir(&dir)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         mount(
@@ -57,27 +55,49 @@ impl Share {
     /// `InvalidInput` for names that are not plain file names, `AlreadyExists`,
     /// else as move_mount(2).
     pub fn attach(&self, container: &str, name: &str, tree: BorrowedFd<'_>) -> io::Result<()> {
-        let dir = self.dir.join(plain(container)?);
-        let target = dir.join(plain(name)?);
-        match fs::create_dir(&dir) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-            _ => {}
-        }
-        if mounts::is_dir(tree)? {
-            fs::create_dir(&target)?;
-        } else {
-            fs::OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(&target)?;
-        }
+        let (container, name) = (plain(container)?, plain(name)?);
+        // The guest can write to the directory, so it may have put anything in it:
+        // each step is taken from an open directory, and no link is followed.
         let root = crate::sys::unix_socket::open_dir(&self.dir)?;
-        // The guest can write to the directory: no link of its making is followed.
-        let point = mounts::open_in_root(root.as_fd(), &Path::new(container).join(name))?;
+        match mkdirat(&root, container, DIR_MODE) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let dir = mounts::open_entry(root.as_fd(), container)?;
+        if mounts::is_dir(tree)? {
+            mkdirat(&dir, name, DIR_MODE)?;
+        } else {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+            openat(&dir, name, flags | OFlags::NOFOLLOW, FILE_MODE)?;
+        }
+        let point = mounts::open_entry(dir.as_fd(), name)?;
         mounts::attach(tree, point.as_fd(), Path::new(""))
     }
 }
+
+/// Enters a mount namespace in which the host's file systems are read-only, except
+/// for these directories: whatever this process opens or executes, and hands on to
+/// the hypervisor, is no way to write to the host. Later mounts of the host arrive.
+fn enter_namespace(writable: &[&Path]) -> io::Result<()> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)?;
+    let trees = writable
+        .iter()
+        .map(|path| mounts::clone_path(path, false))
+        .collect::<io::Result<Vec<_>>>()?;
+    let root = crate::sys::unix_socket::open_dir(Path::new("/"))?;
+    mounts::set_all_read_only(root.as_fd())?;
+    for (path, tree) in writable.iter().zip(trees) {
+        let place = crate::sys::unix_socket::open_dir(path)?;
+        mounts::attach(tree.as_fd(), place.as_fd(), Path::new(""))?;
+    }
+    Ok(())
+}
+
+/// 0755 and 0644, less the umask.
+const DIR_MODE: Mode = Mode::from_raw_mode(0o755);
+const FILE_MODE: Mode = Mode::from_raw_mode(0o644);
 
 /// A name that is one component of a path.
 fn plain(name: &str) -> io::Result<&str> {
@@ -88,4 +108,36 @@ fn plain(name: &str) -> io::Result<&str> {
         ));
     }
     Ok(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn what_the_guest_has_put_there_leads_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let (inside, outside) = (dir.path().join("share"), dir.path().join("outside"));
+        fs::create_dir_all(inside.join("c2")).unwrap();
+        fs::create_dir(&outside).unwrap();
+        symlink(&outside, inside.join("c1")).unwrap();
+        symlink(outside.join("made"), inside.join("c2/rootfs")).unwrap();
+        let share = Share { dir: inside };
+        let tree = crate::sys::unix_socket::open_dir(dir.path()).unwrap();
+        let file: OwnedFd = fs::File::open("/dev/null").unwrap().into();
+        for (container, errno) in [("c1", libc::ELOOP), ("c2", libc::EEXIST)] {
+            for what in [&tree, &file] {
+                let error = share.attach(container, "rootfs", what.as_fd()).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(errno), "{container}");
+            }
+        }
+        for name in ["", ".", "..", "a/b"] {
+            let error = share.attach("c2", name, tree.as_fd()).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name:?}");
+        }
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+    }
 }

@@ -8,12 +8,15 @@
 //! and the agent kills the guest process.
 //!
 //! It gets everything it needs as descriptors from the command that made it,
-//! follows no path and opens no file, has no capability, and is small: no
-//! runtime, no threads, no allocation beyond the relay's buffers.
+//! follows no path and opens no file, has no capability and only the system calls
+//! of its loop ([`seccomp`]), and is small: no runtime, no threads, no allocation
+//! beyond the relay's buffers.
 
 mod end;
 pub mod relay;
+mod seccomp;
 pub mod spawn;
+mod terminal;
 mod trim;
 
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -36,6 +39,9 @@ pub const HAS_STDIN: u8 = 1;
 pub const HAS_STDOUT: u8 = 2;
 pub const HAS_STDERR: u8 = 4;
 pub const TERMINAL: u8 = 8;
+/// Message bit: the command stays as long as the process does (`run`), and the
+/// channel with it.
+pub const ATTACHED: u8 = 16;
 
 /// Runs a stand-in. The return value is the exit code for a process that could
 /// not even start; else it ends as its guest process did.
@@ -49,7 +55,7 @@ pub fn main() -> u8 {
     let Ok(relay) = relay::Relay::new(flags, streams) else {
         return 1;
     };
-    if channel.send(b"attached", &[]).is_err() {
+    if seccomp::confine().is_err() || channel.send(b"attached", &[]).is_err() {
         return 1;
     }
     trim::code_and_constants();

@@ -17,7 +17,8 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
 use super::end::Ending;
-use super::{HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
+use super::terminal::Terminal;
+use super::{ATTACHED, HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
 use crate::sys::seqpacket::Channel;
 
 /// Buffer of one direction, in bytes.
@@ -40,6 +41,8 @@ struct Pump {
     buffer: Vec<u8>,
     /// The part of `buffer` that still has to be written.
     pending: std::ops::Range<usize>,
+    /// The sink does not take any more.
+    broken: bool,
 }
 
 enum Source {
@@ -120,6 +123,7 @@ impl Pump {
             sink: Some(sink),
             buffer: Vec::new(),
             pending: 0..0,
+            broken: false,
         }
     }
 
@@ -175,6 +179,7 @@ impl Pump {
                 self.sink = None;
                 self.source = None;
                 self.pending = 0..0;
+                self.broken = true;
             }
         }
     }
@@ -196,7 +201,9 @@ pub struct Relay {
     input: Option<Pump>,
     /// stdout and stderr, or the screen.
     outputs: Vec<Pump>,
-    terminal: bool,
+    terminal: Option<Terminal>,
+    /// The command stays and keeps its end of the channel open.
+    attached: bool,
     frame: [u8; Frame::LEN],
     frame_len: usize,
 }
@@ -242,7 +249,8 @@ impl Relay {
             signals,
             input,
             outputs,
-            terminal: flags & TERMINAL != 0,
+            terminal: (flags & TERMINAL != 0).then(Terminal::new),
+            attached: flags & ATTACHED != 0,
             frame: [0; Frame::LEN],
             frame_len: 0,
         })
@@ -252,10 +260,9 @@ impl Relay {
     /// `creator` is open and has not said that the container is complete, its
     /// end is the end of this stand-in.
     pub fn run(mut self, mut creator: Option<Channel>) -> Ending {
-        if self.terminal {
-            self.send_window_size();
-        }
+        self.send_window_size();
         let mut ending = None;
+        let mut committed = false;
         loop {
             if ending.is_some() && self.outputs.iter().all(Pump::is_done) {
                 break;
@@ -265,12 +272,16 @@ impl Relay {
                 self.forward_signals();
             }
             if ready.creator {
-                let committed = creator
-                    .take()
+                let said = creator
+                    .as_ref()
                     .is_some_and(|c| matches!(c.recv(std::time::Duration::ZERO), Ok(Some(_))));
-                if !committed {
-                    return Ending::Killed(libc::SIGKILL.unsigned_abs());
+                match (committed, said) {
+                    (false, false) => return Ending::Killed(libc::SIGKILL.unsigned_abs()),
+                    (true, false) => self.lose_caller(),
+                    _ => {}
                 }
+                committed = true;
+                creator = creator.filter(|_| said && self.attached);
             }
             if ready.control {
                 ending = self.read_control();
@@ -291,6 +302,7 @@ impl Relay {
                     output.advance();
                 }
             }
+            self.hang_up_unseen_terminal();
         }
         // The loop is left only with an ending.
         ending.unwrap_or(Ending::Killed(libc::SIGKILL.unsigned_abs()))
@@ -371,29 +383,51 @@ impl Relay {
             Ok(Frame::Exited(code)) => Some(Ending::Exited(code.to_le_bytes()[0])),
             Ok(Frame::Killed(signal)) => Some(Ending::Killed(signal)),
             // Not the agent's protocol: nothing it says can be believed.
-            Ok(Frame::Signal(_) | Frame::WindowSize { .. }) | Err(_) => gone,
+            Ok(Frame::Signal(_) | Frame::WindowSize { .. } | Frame::Hangup) | Err(_) => gone,
         }
     }
 
     fn forward_signals(&mut self) {
         while let Ok(Some(info)) = self.signals.read_signal() {
-            if info.ssi_signo == Signal::SIGWINCH as u32 && self.terminal {
-                self.send_window_size();
-            } else {
-                self.send_frame(Frame::Signal(info.ssi_signo));
+            match (i32::try_from(info.ssi_signo), &mut self.terminal) {
+                (Ok(libc::SIGWINCH), Some(_)) => self.send_window_size(),
+                // What a hang-up sends here it sends in the guest too.
+                (Ok(libc::SIGHUP | libc::SIGCONT), Some(terminal)) if terminal.is_hung_up() => {
+                    self.hang_up();
+                }
+                _ => self.send_frame(Frame::Signal(info.ssi_signo)),
             }
         }
     }
 
     fn send_window_size(&self) {
-        // A terminal that nobody has given a size yet says nothing about it.
-        if let Ok(size) = rustix::termios::tcgetwinsize(rustix::stdio::stdin())
-            && (size.ws_row, size.ws_col) != (0, 0)
-        {
-            self.send_frame(Frame::WindowSize {
-                rows: size.ws_row,
-                cols: size.ws_col,
-            });
+        if let Some(size) = self.terminal.as_ref().and_then(Terminal::size) {
+            self.send_frame(size);
+        }
+    }
+
+    /// The command that shows the terminal is gone without a word.
+    fn lose_caller(&mut self) {
+        if let Some(terminal) = &self.terminal {
+            terminal.restore();
+            // Whoever has the terminal now wants the keyboard for himself.
+            self.input = None;
+            self.hang_up();
+        }
+    }
+
+    /// A program on a terminal that nobody looks at would wait for ever in its
+    /// next write, instead of getting SIGPIPE.
+    fn hang_up_unseen_terminal(&mut self) {
+        if self.terminal.is_some() && self.outputs.iter().any(|o| o.broken) {
+            self.hang_up();
+        }
+    }
+
+    /// Hangs the guest's terminal up, once.
+    fn hang_up(&mut self) {
+        if self.terminal.as_mut().is_some_and(Terminal::first_hang_up) {
+            self.send_frame(Frame::Hangup);
         }
     }
 

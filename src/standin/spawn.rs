@@ -4,7 +4,8 @@
 //! The child waits until its pid is recorded. That of a container enters
 //! namespaces of its own and makes the container's rootfs and volumes its root;
 //! that of an exec enters the namespaces of its container's. It gives up every
-//! capability, and executes this binary anew for a small address space. It
+//! capability, and executes this binary anew, through a read-only mount of it
+//! ([`own_binary`](crate::sys::own_binary)), for a small address space. It
 //! resolves every path of the container inside the container's root.
 
 use std::collections::VecDeque;
@@ -20,9 +21,11 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{ForkResult, chdir, dup2, fchdir, fork, pivot_root, setsid};
 use rustix::fs::{Mode, OFlags, mkdirat, openat, readlinkat};
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 
 use super::{CHANNEL_FD, COMMAND};
 use crate::container::cgroup;
+use crate::sys::capabilities;
 use crate::sys::mount as mounts;
 use crate::sys::seqpacket::Channel;
 
@@ -118,7 +121,7 @@ fn launch(
     set_up: impl FnOnce() -> Result<(), Error>,
 ) -> Result<StandIn, Error> {
     let (ours, theirs) = Channel::pair()?;
-    let exe = std::fs::File::open("/proc/self/exe")?;
+    let exe = crate::sys::own_binary::read_only()?;
     // SAFETY: this process has one thread, so the child may allocate and do
     // everything else that is not async-signal-safe.
     match unsafe { fork() }.map_err(io::Error::from)? {
@@ -217,8 +220,7 @@ fn child(
         use_terminal(terminal.as_fd()).map_err(step("setting up the terminal"))?;
     }
     set_up()?;
-    rustix::thread::set_no_new_privs(true).map_err(io::Error::from)?;
-    drop_capabilities().map_err(step("dropping capabilities"))?;
+    capabilities::limit_to(CapabilitySet::empty()).map_err(step("dropping capabilities"))?;
     channel.send(b"ready", &[])?;
     exec(label, channel.as_fd(), exe).map_err(step("executing the runtime's binary"))
 }
@@ -347,20 +349,6 @@ fn make(parent: &OwnedFd, name: &OsStr, is_dir: bool) -> io::Result<()> {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(e) => Err(e.into()),
     }
-}
-
-fn drop_capabilities() -> io::Result<()> {
-    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
-    let none = CapabilitySet::empty();
-    set_capabilities(
-        None,
-        CapabilitySets {
-            effective: none,
-            permitted: none,
-            inheritable: none,
-        },
-    )?;
-    Ok(())
 }
 
 fn exec(label: &str, channel: BorrowedFd<'_>, exe: BorrowedFd<'_>) -> io::Result<Never> {

@@ -16,7 +16,10 @@ unsafe extern "C" {
 
 /// Unmaps the pages of the binary's code and constants.
 pub fn code_and_constants() {
-    let page = rustix::param::page_size();
+    // SAFETY: asks the C library for a constant.
+    let Ok(page) = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }) else {
+        return;
+    };
     let start = ptr::addr_of!(__executable_start).addr() & !(page - 1);
     // Constants that were relocated, and data, lie behind the code.
     let end = ptr::addr_of!(etext).addr() & !(page - 1);

@@ -2,9 +2,11 @@
 //! policy here.
 
 pub mod atomic_file;
+pub mod capabilities;
 pub mod interrupt;
 pub mod lock;
 pub mod mount;
+pub mod own_binary;
 pub mod process;
 pub mod seqpacket;
 pub mod unix_socket;

@@ -29,6 +29,18 @@ pub fn clone_path(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     Ok(tree)
 }
 
+/// Clones the mount at `path` (which may be a file) without what is mounted below
+/// it. Through the clone nothing can be written.
+///
+/// # Errors
+/// As open_tree(2) and mount_setattr(2).
+pub fn clone_read_only(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(CWD, path, flags)?;
+    set_read_only(tree.as_fd())?;
+    Ok(tree)
+}
+
 /// Attaches a cloned tree at `path` below `dir`; an empty path is `dir` itself.
 ///
 /// # Errors
@@ -46,18 +58,30 @@ pub fn attach(tree: BorrowedFd<'_>, dir: BorrowedFd<'_>, path: &Path) -> io::Res
 /// # Errors
 /// As mount_setattr(2).
 pub fn set_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
-    const MOUNT_ATTR_RDONLY: u64 = 1;
-    let read_only = MountAttr {
-        attr_set: MOUNT_ATTR_RDONLY,
-        ..MountAttr::default()
-    };
-    mount_setattr(mount, 0, &read_only)
+    mount_setattr(mount, 0, &READ_ONLY)
 }
+
+/// Makes a mount and all mounts below it read-only.
+///
+/// # Errors
+/// As mount_setattr(2).
+pub fn set_all_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
+    mount_setattr(mount, libc::AT_RECURSIVE, &READ_ONLY)
+}
+
+/// For mount_setattr(2).
+pub static READ_ONLY: MountAttr = MountAttr {
+    // MOUNT_ATTR_RDONLY
+    attr_set: 1,
+    attr_clr: 0,
+    propagation: 0,
+    userns_fd: 0,
+};
 
 /// `struct mount_attr` of mount_setattr(2).
 #[repr(C)]
-#[derive(Default)]
-struct MountAttr {
+#[derive(Debug, Default)]
+pub struct MountAttr {
     attr_set: u64,
     attr_clr: u64,
     propagation: u64,
@@ -96,6 +120,21 @@ pub fn open_in_root(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
         OFlags::PATH | OFlags::CLOEXEC,
         Mode::empty(),
         ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+    )?)
+}
+
+/// Opens the directory or file `name` in `dir` (O_PATH): no link is
+/// followed, and nothing outside `dir` is reached.
+///
+/// # Errors
+/// `ELOOP` for a link, else as openat2(2).
+pub fn open_entry(dir: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
+    Ok(openat2(
+        dir,
+        name,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
     )?)
 }
 

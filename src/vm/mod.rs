@@ -31,6 +31,8 @@ use std::time::Duration;
 
 use crate::config::{Config, Hypervisor};
 
+pub use qemu::requirements;
+
 /// One virtual machine.
 #[allow(
     dead_code,

@@ -3,11 +3,14 @@
 //! The child waits on a pipe between fork and exec until its pid is recorded, so
 //! that whatever dies, somebody knows what to clean. It then gives up everything
 //! a hypervisor does not need: inherited descriptors, the environment, the
-//! controlling terminal, capabilities, core dumps. It dies with the thread that
+//! controlling terminal, the right to write to any file system, capabilities, core
+//! dumps. It dies with the thread that
 //! spawned it.
 //!
 //! The caller may have threads, so between fork and exec only async-signal-safe
 //! calls are made (signal-safety(7)): everything they need is built before.
+
+mod confine;
 
 use std::ffi::{CString, OsString, c_char, c_int};
 use std::io::{self, Read, Write};
@@ -25,6 +28,7 @@ use rustix::process::{
 };
 
 use super::Error;
+use confine::{drop_privileges, make_file_systems_read_only, reset_signals};
 
 /// First descriptor number of [`Spawn::fds`] in the child.
 pub(super) const FIRST_FD: RawFd = 3;
@@ -43,6 +47,8 @@ pub(super) struct Spawn<'a> {
     pub output: BorrowedFd<'a>,
     /// Become descriptors [`FIRST_FD`] and up, in this order.
     pub fds: &'a [BorrowedFd<'a>],
+    /// Gives it a mount namespace in which every file system is read-only.
+    pub read_only: bool,
 }
 
 /// A child process. Killed and reaped when dropped.
@@ -211,18 +217,20 @@ fn read_report(report: OwnedFd) -> io::Result<Option<(&'static str, io::Error)>>
 }
 
 /// Steps of the child that can fail, as its report numbers them.
-const STEPS: [&str; 5] = [
+const STEPS: [&str; 6] = [
     "die with parent",
     "set limits",
     "enter sandbox directory",
     "pass descriptors",
     "execute",
+    "make its file systems read-only",
 ];
 const DIE_WITH_PARENT: u8 = 0;
 const LIMITS: u8 = 1;
 const WORKING_DIR: u8 = 2;
 const DESCRIPTORS: u8 = 3;
 const EXECUTE: u8 = 4;
+const READ_ONLY: u8 = 5;
 
 /// Everything the child needs, in the form the system calls take.
 struct Image {
@@ -242,6 +250,7 @@ struct Image {
     copies: Vec<std::cell::Cell<RawFd>>,
     // Keeps `fds[0]` open.
     _null: std::fs::File,
+    read_only: bool,
 }
 
 impl Image {
@@ -278,6 +287,7 @@ impl Image {
             copies: vec![std::cell::Cell::new(-1); fds.len()],
             fds,
             _null: null,
+            read_only: spawn.read_only,
         })
     }
 
@@ -341,9 +351,13 @@ impl Image {
                 libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core),
                 LIMITS,
             )?;
+            check(libc::fchdir(self.working_dir), WORKING_DIR)?;
+            if self.read_only {
+                // Takes the working directory along into the namespace.
+                check(make_file_systems_read_only(), READ_ONLY)?;
+            }
             drop_privileges();
             check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), LIMITS)?;
-            check(libc::fchdir(self.working_dir), WORKING_DIR)?;
             self.place_descriptors()
                 .map_err(|()| (DESCRIPTORS, self.report))
         }
@@ -401,77 +415,6 @@ impl Image {
                 return Err(());
             }
             Ok(count)
-        }
-    }
-}
-
-/// Default actions and an empty mask, whatever the parent uses.
-///
-/// # Safety
-/// Only in the child of a fork.
-unsafe fn reset_signals() {
-    // SAFETY: async-signal-safe calls on local memory. Numbers that cannot be
-    // changed (SIGKILL, SIGSTOP, those of the C library) fail without effect.
-    unsafe {
-        for signal in 1..=64 {
-            libc::signal(signal, libc::SIG_DFL);
-        }
-        let mut none = std::mem::zeroed::<libc::sigset_t>();
-        libc::sigemptyset(&raw mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-    }
-}
-
-/// `struct __user_cap_header_struct` and `__user_cap_data_struct` of capget(2).
-#[repr(C)]
-struct CapHeader {
-    version: u32,
-    pid: c_int,
-}
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CapData {
-    effective: u32,
-    permitted: u32,
-    inheritable: u32,
-}
-/// `_LINUX_CAPABILITY_VERSION_3`.
-const CAP_VERSION: u32 = 0x2008_0522;
-const CAP_COUNT: libc::c_ulong = 64;
-
-/// Leaves no capability to the program that is executed next; those that are in
-/// effect now may still be needed to reach it. Without the right to do so there
-/// is little to give up.
-///
-/// # Safety
-/// Only in the child of a fork.
-unsafe fn drop_privileges() {
-    // SAFETY: system calls on local memory of the layout they document.
-    unsafe {
-        libc::prctl(
-            libc::PR_CAP_AMBIENT,
-            libc::PR_CAP_AMBIENT_CLEAR_ALL,
-            0,
-            0,
-            0,
-        );
-        for capability in 0..CAP_COUNT {
-            libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
-        }
-        let header = CapHeader {
-            version: CAP_VERSION,
-            pid: 0,
-        };
-        let mut data = [CapData {
-            effective: 0,
-            permitted: 0,
-            inheritable: 0,
-        }; 2];
-        if libc::syscall(libc::SYS_capget, &raw const header, &raw mut data) == 0 {
-            for set in &mut data {
-                set.inheritable = 0;
-            }
-            libc::syscall(libc::SYS_capset, &raw const header, &raw const data);
         }
     }
 }

@@ -15,6 +15,7 @@ mod exec;
 mod exec_process;
 mod exec_tty;
 mod features;
+mod hostile_image;
 mod kill;
 mod list;
 mod log;
@@ -31,6 +32,7 @@ mod standin;
 mod start;
 mod state;
 mod stdio;
+mod terminal;
 mod tty;
 mod update;
 

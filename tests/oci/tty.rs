@@ -1,15 +1,13 @@
 //! `terminal: true`: the pty's master goes over the console socket.
 
 use std::fs::File;
-use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
-use kuasar_runv_test_harness::{Bundle, CALL, Container, Invocation, SHORT, World, json};
+use kuasar_runv_test_harness::{Bundle, CALL, Container, Invocation, Screen, World, json};
 
 /// Receives one descriptor (SCM_RIGHTS) as conmon and the shim do.
 fn receive_descriptor(stream: &UnixStream) -> File {
@@ -41,71 +39,14 @@ fn receive_descriptor(stream: &UnixStream) -> File {
     }
 }
 
-/// The engine's end of a terminal.
-pub struct Screen {
-    master: File,
-    chunks: Receiver<Vec<u8>>,
-    seen: String,
-}
-
-impl Screen {
-    pub fn new(master: File) -> Screen {
-        let (sender, chunks) = channel();
-        let mut reader = master.try_clone().unwrap();
-        thread::spawn(move || {
-            let mut chunk = [0; 4096];
-            // The master reports EIO when the last slave is closed.
-            while let Ok(n @ 1..) = reader.read(&mut chunk) {
-                if sender.send(chunk[..n].to_vec()).is_err() {
-                    return;
-                }
-            }
-        });
-        Screen {
-            master,
-            chunks,
-            seen: String::new(),
-        }
-    }
-
-    /// Runs a call that sends its terminal to the console socket, which it gets as
-    /// its last argument so far.
-    pub fn of_call(world: &World, call: impl FnOnce(&Path) -> Invocation) -> Screen {
-        let socket = world.path("console.sock");
-        // A test may run several calls.
-        drop(std::fs::remove_file(&socket));
-        let listener = UnixListener::bind(&socket).unwrap();
-        let accepted = thread::spawn(move || receive_descriptor(&listener.accept().unwrap().0));
-        // With a terminal nothing may keep the pipes of the call open.
-        let _ = call(&socket).deadline(CALL).output().ok();
-        Screen::new(accepted.join().unwrap())
-    }
-
-    pub fn write(&mut self, text: &str) {
-        self.master.write_all(text.as_bytes()).unwrap();
-    }
-
-    #[track_caller]
-    pub fn expect(&mut self, words: &str) {
-        while !self.seen.contains(words) {
-            let Ok(chunk) = self.chunks.recv_timeout(SHORT) else {
-                panic!("{words:?} does not come; the screen shows {:?}", self.seen);
-            };
-            self.seen.push_str(&String::from_utf8_lossy(&chunk));
-        }
-    }
-
-    pub fn resize(&self, rows: u16, cols: u16) {
-        let size = libc::winsize {
-            ws_row: rows,
-            ws_col: cols,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        // SAFETY: TIOCSWINSZ reads a winsize that outlives the call.
-        let rc = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size) };
-        assert_eq!(rc, 0, "TIOCSWINSZ: {}", std::io::Error::last_os_error());
-    }
+/// Runs a call that sends a terminal to the console socket it is given.
+pub fn screen_of_call(world: &World, call: impl FnOnce(&Path) -> Invocation) -> Screen {
+    let socket = world.path("console.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let accepted = thread::spawn(move || receive_descriptor(&listener.accept().unwrap().0));
+    // With a terminal nothing may keep the pipes of the call open.
+    let _ = call(&socket).deadline(CALL).output().ok();
+    Screen::new(accepted.join().unwrap())
 }
 
 struct Terminal<'w> {
@@ -116,7 +57,7 @@ struct Terminal<'w> {
 impl<'w> Terminal<'w> {
     fn create(world: &'w World, bundle: Bundle) -> Terminal<'w> {
         let bundle = bundle.with(|c| c["process"]["terminal"] = json!(true));
-        let screen = Screen::of_call(world, |socket| {
+        let screen = screen_of_call(world, |socket| {
             let call = world.call(["create", "--console-socket"]).arg(socket);
             let call = call.arg("--pid-file").arg(world.pid_file("c"));
             call.arg("--bundle").arg(bundle.path()).arg(world.id("c"))
@@ -128,20 +69,6 @@ impl<'w> Terminal<'w> {
     }
 }
 
-impl std::ops::Deref for Terminal<'_> {
-    type Target = Screen;
-
-    fn deref(&self) -> &Screen {
-        &self.screen
-    }
-}
-
-impl std::ops::DerefMut for Terminal<'_> {
-    fn deref_mut(&mut self) -> &mut Screen {
-        &mut self.screen
-    }
-}
-
 #[test]
 fn the_program_has_a_terminal_whose_master_comes_over_the_console_socket() {
     let world = World::new();
@@ -149,10 +76,10 @@ fn the_program_has_a_terminal_whose_master_comes_over_the_console_socket() {
         read line; echo \"read <$line>\"; exit 9";
     let mut terminal = Terminal::create(&world, world.bundle().sh(script));
     terminal.container.start();
-    terminal.expect("/dev/pts/0\r\n");
-    terminal.expect("all three\r\n");
-    terminal.write("hello\n");
-    terminal.expect("read <hello>\r\n");
+    terminal.screen.expect("/dev/pts/0\r\n");
+    terminal.screen.expect("all three\r\n");
+    terminal.screen.write("hello\n");
+    terminal.screen.expect("read <hello>\r\n");
     assert_eq!(terminal.container.exit_code(), 9);
 }
 
@@ -162,9 +89,9 @@ fn the_keyboard_interrupts_the_foreground_process() {
     let script = "trap 'echo interrupted; exit 3' INT; echo ready; while :; do sleep 0.1; done";
     let mut terminal = Terminal::create(&world, world.bundle().sh(script));
     terminal.container.start();
-    terminal.expect("ready");
-    terminal.write("\x03");
-    terminal.expect("interrupted");
+    terminal.screen.expect("ready");
+    terminal.screen.write("\x03");
+    terminal.screen.expect("interrupted");
     assert_eq!(terminal.container.exit_code(), 3);
 }
 
@@ -177,12 +104,29 @@ fn a_new_window_size_reaches_the_program() {
     });
     let mut terminal = Terminal::create(&world, bundle);
     terminal.container.start();
-    terminal.expect("30 90\r\n");
-    terminal.expect("ready");
-    terminal.resize(44, 111);
-    terminal.expect("44 111\r\n");
+    terminal.screen.expect("30 90\r\n");
+    terminal.screen.expect("ready");
+    terminal.screen.resize(44, 111);
+    terminal.screen.expect("44 111\r\n");
     let _ = terminal.container.kill("KILL").ok();
     assert_eq!(terminal.container.exit_code(), 137);
+}
+
+/// What a client that goes away, or `podman attach` that is closed, leaves.
+#[test]
+fn closing_the_master_hangs_the_terminal_up() {
+    let world = World::new();
+    let script = "trap 'echo hung up >>/tmp/told' HUP; echo ready
+        while read line; do :; done; echo end of file >>/tmp/told; exit 5";
+    let bundle = world.bundle().sh(script);
+    let told = bundle.rootfs().join("tmp/told");
+    let mut terminal = Terminal::create(&world, bundle);
+    terminal.container.start();
+    terminal.screen.expect("ready");
+    drop(terminal.screen);
+    assert_eq!(terminal.container.exit_code(), 5);
+    let told = std::fs::read_to_string(told).unwrap();
+    assert_eq!(told, "hung up\nend of file\n");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! `kill -9` of every kind of process of a created and of a running container:
 //! `state` and `list` tell the truth at once, `delete` cleans up completely.
 
+use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
 use kuasar_runv_test_harness::{Container, SHORT, Value, World, leaks, process, wait_until};
@@ -168,6 +169,33 @@ fn a_guest_that_switches_itself_off_is_a_stopped_container() {
     let status = container.wait_within(SHORT);
     assert!(!status.success(), "{status}");
     is_stopped_and_can_be_deleted(&world, &container, &["delete"]);
+}
+
+/// The file server cannot confine itself without this capability, and must not
+/// serve unconfined. Nobody waits for the boot to time out then.
+#[test]
+fn a_device_that_fails_ends_the_pod_at_once_with_its_reason() {
+    const CAP_SYS_CHROOT: libc::c_ulong = 18;
+    let world = World::new();
+    let bundle = world.bundle().sh("exit 0");
+    let mut call = world.run_call(&bundle, "c");
+    // SAFETY: prctl takes integers and is async-signal-safe.
+    unsafe {
+        call.command().pre_exec(|| {
+            match libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_CHROOT, 0, 0, 0) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        });
+    }
+    let asked = Instant::now();
+    let out = call.output();
+    assert!(asked.elapsed() < SHORT, "{:?}", asked.elapsed());
+    let _ = out.fails_with(
+        1,
+        "the virtio-fs device failed: cannot start the device: Operation not permitted",
+    );
+    world.assert_clean();
 }
 
 #[test]

@@ -4,8 +4,10 @@
 // The lints keep panics out of the product; a test fails by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod comforts;
 mod concurrency;
 mod config_file;
+mod confinement;
 mod exec;
 mod faults;
 mod faults_in_between;
@@ -13,5 +15,6 @@ mod flavours;
 mod guest;
 mod limits;
 mod sizes;
+mod terminal;
 mod unsupported;
 mod victims;

@@ -41,7 +41,7 @@ use crate::sys;
 use crate::zygote::{Answer, Request};
 
 pub use failure::Failure;
-pub use terminal::set_size as set_terminal_size;
+pub use terminal::{hang_up as hang_terminal_up, set_size as set_terminal_size};
 
 /// Name of the spec in a container's private directory, as the host sent it.
 pub const SPEC_FILE: &str = "spec.json";

@@ -54,16 +54,6 @@ pub fn finish(master: &OwnedFd, process: &Process, uid: u32) -> Result<(), Failu
     give_to(&slave, uid).map_err(Failure::io("giving the terminal to the user"))
 }
 
-/// The slave of a master, by no path.
-fn open_slave(master: &OwnedFd) -> io::Result<OwnedFd> {
-    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
-    // SAFETY: TIOCGPTPEER takes open flags and returns a descriptor.
-    let slave =
-        sys::check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())?;
-    // SAFETY: just made for us; descriptors fit an int.
-    Ok(unsafe { OwnedFd::from_raw_fd(slave as RawFd) })
-}
-
 /// Makes a terminal in the container this process has entered, and makes it the
 /// terminal and the stdio of this process, the leader of a session. Returns its
 /// master. `uid` is as seen here.
@@ -120,4 +110,28 @@ pub fn set_size(master: &OwnedFd, rows: u16, cols: u16) -> io::Result<()> {
     let set = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
     sys::check(set.into())?;
     Ok(())
+}
+
+/// Hangs the terminal up as the end of its last master would.
+///
+/// # Errors
+/// Of the ioctls.
+pub fn hang_up(master: &OwnedFd) -> io::Result<()> {
+    let slave = open_slave(master)?;
+    // SAFETY: TIOCVHANGUP takes no argument.
+    sys::check(unsafe { libc::ioctl(slave.as_raw_fd(), TIOCVHANGUP) }.into())?;
+    Ok(())
+}
+
+/// `include/uapi/asm-generic/ioctls.h`.
+const TIOCVHANGUP: libc::Ioctl = 0x5437;
+
+/// The slave of a master, by no path.
+fn open_slave(master: &OwnedFd) -> io::Result<OwnedFd> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes open flags and returns a descriptor.
+    let slave =
+        sys::check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())?;
+    // SAFETY: just made for us; descriptors fit an int.
+    Ok(unsafe { OwnedFd::from_raw_fd(slave as RawFd) })
 }

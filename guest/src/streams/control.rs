@@ -1,5 +1,5 @@
-//! The control connection of a process: signals and window sizes in, the exit
-//! status out.
+//! The control connection of a process: signals, window sizes and hang-ups in,
+//! the exit status out.
 
 use std::io;
 use std::net::Shutdown;
@@ -62,6 +62,7 @@ fn handle(frame: Frame, process: &Process) {
             Err(e) => Err(e.to_string()),
         },
         Frame::WindowSize { rows, cols } => process.resize(rows, cols).map_err(|e| e.to_string()),
+        Frame::Hangup => process.hang_up().map_err(|e| e.to_string()),
         Frame::Exited(_) | Frame::Killed(_) => Err("frame of the other direction".to_owned()),
     };
     if let Err(e) = result {

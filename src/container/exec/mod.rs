@@ -20,18 +20,20 @@ use kuasar_runv_protocol::agent::ExecProcessRequest;
 use nix::pty::Winsize;
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::console::Console;
 use super::create::{stream_flags, trace, wanted_streams};
 use super::execs::{self, ExecRecord};
-use super::run::{self, Outcome, RawTerminal};
+use super::run::{self, Outcome};
 use super::state::{ContainerRecord, Status};
+use super::terminal::CallersTerminal;
 use super::{Error, check_id, context};
 use crate::agent_client;
 use crate::root::Root;
 use crate::sandbox::Guest;
 use crate::standin::spawn::{self, Beside, StandIn};
+use crate::standin::{ATTACHED, TERMINAL};
 use crate::sys::process::ProcessRef;
 use process::Source;
 
@@ -63,10 +65,14 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
         Status::Paused if !options.ignore_paused => return Err(Error::ExecPaused),
         Status::Created | Status::Running | Status::Paused => {}
     }
-    let process = options.process.load(&record.bundle)?;
+    let mut process = options.process.load(&record.bundle)?;
     let terminal = process["terminal"] == Value::Bool(true);
     check_options(options, terminal)?;
     let cgroup = sub_cgroup(&options.cgroups)?;
+    let callers = match terminal && !options.detach {
+        true => Some(callers_terminal(&mut process)?),
+        false => None,
+    };
     // Before there is any other process or thread: they would take the signals.
     let signals = match options.detach {
         true => None,
@@ -93,7 +99,7 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
         terminal: slave,
     })?)?;
     let on_record = execs::add(root, &options.id, standin.process)?;
-    standin.of.release()?;
+    standin.of()?.release()?;
     let request = ExecProcessRequest {
         container_id: options.id.clone(),
         // Unique on this host until it reboots.
@@ -104,7 +110,11 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
         umask: current_umask(),
         ..Default::default()
     };
-    start_in_guest(&guest, &standin, request, terminal)?;
+    let mut flags = if terminal { TERMINAL } else { 0 };
+    if !options.detach {
+        flags |= ATTACHED;
+    }
+    start_in_guest(&guest, &standin, request, flags)?;
     if let (Some(console), Some(socket)) = (console, &options.console_socket) {
         console
             .send(socket)
@@ -115,18 +125,32 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
         crate::sys::atomic_file::write(path, pid.as_bytes(), 0o644)
             .map_err(context(format!("writing the pid file {}", path.display())))?;
     }
-    let raw = (terminal && !options.detach)
-        .then(RawTerminal::enter)
-        .flatten();
-    let process = standin.commit()?;
+    let raw = match callers.map(CallersTerminal::raw) {
+        Some(raw) => Some(raw.map_err(context("setting the terminal to raw mode"))?),
+        None => None,
+    };
+    let (process, standin) = standin.commit()?;
     let Some(signals) = signals else {
         leave(root, &options.id, on_record);
         return Ok(Outcome::Detached);
     };
-    let code = run::wait(process, &signals)?;
-    drop(raw);
+    let code = run::wait(process, &signals, raw.as_ref())?;
+    // While it is open, the stand-in knows that somebody looks after the terminal.
+    drop((raw, standin));
     trace("exec-end");
     Ok(Outcome::Ended(code))
+}
+
+/// The terminal of a caller that stays, whose size the process's starts with.
+fn callers_terminal(process: &mut Value) -> Result<CallersTerminal, Error> {
+    let terminal = CallersTerminal::find().map_err(context("open /dev/tty"))?;
+    terminal
+        .wait_for_foreground()
+        .map_err(context("waiting for the terminal"))?;
+    if let Some(size) = terminal.size() {
+        process["consoleSize"] = json!({"height": size.ws_row, "width": size.ws_col});
+    }
+    Ok(terminal)
 }
 
 /// Leaves a detached exec. Its record stays until it has ended, so this is when
@@ -140,31 +164,34 @@ fn leave(root: &Root, id: &str, on_record: ExecRecord) {
 
 /// A stand-in until it is complete; dropped before, it is ended.
 struct Started {
-    of: StandIn,
+    /// `None` when it is complete.
+    of: Option<StandIn>,
     process: ProcessRef,
-    committed: bool,
 }
 
 impl Started {
     fn new(of: StandIn) -> Result<Started, Error> {
         let process = ProcessRef::of(of.pid).map_err(context("the stand-in"))?;
         Ok(Started {
-            of,
+            of: Some(of),
             process,
-            committed: false,
         })
     }
 
-    fn commit(mut self) -> Result<ProcessRef, Error> {
-        self.of.commit()?;
-        self.committed = true;
-        Ok(self.process)
+    fn of(&self) -> Result<&StandIn, Error> {
+        self.of.as_ref().ok_or(Error::NotRunning)
+    }
+
+    fn commit(mut self) -> Result<(ProcessRef, StandIn), Error> {
+        self.of()?.commit()?;
+        let of = self.of.take().ok_or(Error::NotRunning)?;
+        Ok((self.process, of))
     }
 }
 
 impl Drop for Started {
     fn drop(&mut self) {
-        if self.committed {
+        if self.of.is_none() {
             return;
         }
         // It is a child of this process, which has reaped none: the pid is its.
@@ -173,13 +200,15 @@ impl Drop for Started {
     }
 }
 
-/// Lets the guest start the process and gives its streams to the stand-in.
+/// Lets the guest start the process and gives its streams to the stand-in; `flags`
+/// say what the stand-in has to know besides.
 fn start_in_guest(
     guest: &Guest,
     standin: &Started,
     mut request: ExecProcessRequest,
-    terminal: bool,
+    flags: u8,
 ) -> Result<(), Error> {
+    let terminal = flags & TERMINAL != 0;
     let wanted = wanted_streams(terminal);
     request.stdin = wanted.stdin;
     request.stdout = wanted.stdout;
@@ -195,10 +224,9 @@ fn start_in_guest(
     })?;
     trace("exec-started");
     let streams = guest.finish_streams(opening)?;
-    standin.of.wait_ready()?;
-    standin
-        .of
-        .attach(stream_flags(wanted, terminal), &streams)?;
+    let flags = flags | stream_flags(wanted, terminal);
+    standin.of()?.wait_ready()?;
+    standin.of()?.attach(flags, &streams)?;
     trace("exec-attached");
     Ok(())
 }

@@ -12,8 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::{Error as ProtocolError, Listener};
@@ -52,7 +51,6 @@ pub enum Error {
 /// that is connected lives as long as the VMM.
 #[derive(Debug)]
 pub struct Handle {
-    thread: Option<JoinHandle<Result<(), Error>>>,
     cancel: Arc<EventFd>,
     status: Arc<Status>,
 }
@@ -60,7 +58,8 @@ pub struct Handle {
 /// Whether a device works, shared by its threads and its [`Handle`].
 #[derive(Debug)]
 pub(super) struct Status {
-    failed: AtomicBool,
+    /// Why it does not work any more.
+    failure: OnceLock<String>,
     /// Readable when the device has ended or failed.
     changed: EventFd,
 }
@@ -70,16 +69,15 @@ impl Status {
     /// No descriptor is to be had.
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            failed: AtomicBool::new(false),
+            failure: OnceLock::new(),
             changed: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         }))
     }
 
-    /// The device no longer works; `false` if that was known.
-    fn fail(&self) -> bool {
-        let first = !self.failed.swap(true, Ordering::AcqRel);
+    /// The device no longer works. The first reason counts.
+    fn fail(&self, reason: String) {
+        self.failure.get_or_init(|| reason);
         self.announce();
-        first
     }
 
     fn announce(&self) {
@@ -102,59 +100,30 @@ impl Handle {
             status: Status::new()?,
         };
         let (cancel, status) = (control.cancel.clone(), control.status.clone());
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
-                let result = serve(&control);
-                if result.is_err() {
-                    control.status.fail();
+                match catch_unwind(AssertUnwindSafe(|| serve(&control))) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(e)) => control.status.fail(e.to_string()),
+                    Err(panic) => control.status.fail(panic_text(&*panic).to_owned()),
                 }
                 control.status.announce();
-                result
             })?;
-        Ok(Self {
-            thread: Some(thread),
-            cancel,
-            status,
-        })
+        Ok(Self { cancel, status })
     }
 
-    /// Whether the device has ended, for whatever reason.
+    /// Why the device no longer works although the VM may still run: the VM is of
+    /// no use any more. `None` while it works, and when it ended with its VMM.
     #[must_use]
-    pub fn is_finished(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-
-    /// Whether the device no longer works although the VM may still run: the VM
-    /// is of no use any more.
-    #[must_use]
-    pub fn is_failed(&self) -> bool {
-        self.status.failed.load(Ordering::Acquire)
-    }
-
-    /// Waits until the device has ended. Call it when the VMM has ended, which ends
-    /// the wait: at once for a file system, and within ten seconds for sockets, whose
-    /// readers may still have bytes to collect.
-    ///
-    /// # Errors
-    /// Why the device ended before.
-    pub fn join(mut self) -> Result<(), Error> {
-        match self.thread.take() {
-            Some(thread) => thread.join().unwrap_or(Err(Error::Panicked)),
-            None => Ok(()),
-        }
-    }
-
-    /// Gives up waiting for a VMM that has not connected yet.
-    pub fn cancel(&self) {
-        // Fails only when the counter is full, that is, when it is set already.
-        let _ = self.cancel.write(1);
+    pub fn failure(&self) -> Option<&str> {
+        self.status.failure.get().map(String::as_str)
     }
 }
 
 impl AsFd for Handle {
-    /// Readable once the device has ended or failed: then see
-    /// [`Handle::is_finished`] and [`Handle::is_failed`].
+    /// Readable once the device has failed, see [`Handle::failure`], or has ended
+    /// because the VMM closed the connection.
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the event descriptor is open as long as `self` lives.
         unsafe { BorrowedFd::borrow_raw(self.status.changed.as_raw_fd()) }
@@ -163,7 +132,8 @@ impl AsFd for Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.cancel();
+        // Fails only when the counter is full, that is, when it is set already.
+        let _ = self.cancel.write(1);
     }
 }
 
@@ -174,12 +144,10 @@ pub(super) struct Control {
 }
 
 /// Runs a step of a worker. A panic must not end the worker behind everyone's
-/// back: it is logged, and the device reported as failed.
+/// back: the device is reported as failed.
 pub(super) fn guarded(status: &Status, step: impl FnOnce()) {
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(step))
-        && status.fail()
-    {
-        log::error!("device failed: {}", panic_text(&*panic));
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(step)) {
+        status.fail(panic_text(&*panic).to_owned());
     }
 }
 
@@ -447,15 +415,26 @@ mod tests {
         (dir, listener)
     }
 
+    fn wait_for_vmm(listener: UnixListener) -> Handle {
+        Handle::spawn("test", move |control| control.wait_for_vmm(&listener)).unwrap()
+    }
+
     #[test]
-    fn waiting_for_a_vmm_can_be_cancelled() {
+    fn waiting_for_a_vmm_ends_with_the_handle() {
         let (_dir, listener) = listener();
-        let handle = Handle::spawn("test", move |control| control.wait_for_vmm(&listener)).unwrap();
-        assert!(!handle.is_finished() && !handle.is_failed());
-        handle.cancel();
+        let handle = wait_for_vmm(listener);
+        let status = handle.status.clone();
+        assert!(handle.failure().is_none());
+        drop(handle);
+        let handle = Handle {
+            cancel: Arc::new(EventFd::new(EFD_CLOEXEC).unwrap()),
+            status,
+        };
         assert!(is_readable(&handle));
-        assert!(handle.is_failed());
-        assert!(matches!(handle.join(), Err(Error::Cancelled)));
+        assert_eq!(
+            handle.failure().unwrap(),
+            "waiting for the VMM was cancelled"
+        );
     }
 
     #[test]
@@ -468,21 +447,24 @@ mod tests {
         assert!(dir.path().join("vsock.sock").exists());
         drop(std::os::unix::net::UnixStream::connect(&path).unwrap());
         assert!(is_readable(&handle));
-        assert!(!handle.is_failed());
-        handle.join().unwrap();
+        assert_eq!(handle.failure(), None);
         assert!(!dir.path().join("vsock.sock").exists());
     }
 
     #[test]
-    fn a_panic_of_the_worker_is_reported() {
-        let handle = Handle::spawn("test", |control| {
+    fn a_panic_of_either_thread_is_reported_with_its_reason() {
+        let worker = Handle::spawn("test", |control| {
             let status = control.status();
-            guarded(&status, || panic!("on purpose"));
+            guarded(&status, || panic!("worker, on purpose"));
+            guarded(&status, || panic!("later ones do not matter"));
             std::thread::sleep(Duration::from_millis(10));
             Ok(())
         })
         .unwrap();
-        assert!(is_readable(&handle));
-        assert!(handle.is_failed());
+        assert!(is_readable(&worker));
+        assert_eq!(worker.failure(), Some("worker, on purpose"));
+        let control = Handle::spawn("test", |_| panic!("control, on purpose")).unwrap();
+        assert!(is_readable(&control));
+        assert_eq!(control.failure(), Some("control, on purpose"));
     }
 }

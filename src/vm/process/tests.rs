@@ -32,6 +32,7 @@ fn run_recorded(
         working_dir: working_dir.as_fd(),
         output: output.as_fd(),
         fds,
+        read_only: true,
     };
     let result = Process::spawn(&spawn, on_spawn).map(|mut process| {
         assert!(wait_readable(process.as_fd(), DEADLINE).unwrap());
@@ -141,6 +142,7 @@ fn kill_ends_a_child_that_ignores_everything_else() {
         working_dir: dir.as_fd(),
         output: output.as_fd(),
         fds: &[],
+        read_only: false,
     };
     let mut process = Process::spawn(&spawn, &mut |_| Ok(())).unwrap();
     assert_eq!(process.try_wait().unwrap(), None);

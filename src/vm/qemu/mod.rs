@@ -10,7 +10,9 @@
 //! before QEMU exists.
 
 mod command_line;
+mod events;
 mod qmp;
+pub mod requirements;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -24,10 +26,11 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use rustix::event::epoll;
 
 use self::command_line::{Accel, CommandLine};
-use self::qmp::{Message, Qmp};
+use self::events::on_message;
+use self::qmp::Qmp;
 use super::log_pump::{LogPump, PERIOD};
 use super::process::{FIRST_FD, Process, Spawn};
-use super::{Capabilities, Device, Error, Vm, VmConfig, VmEvent, VmExit, VmSize, detect};
+use super::{Capabilities, Device, Error, Vm, VmConfig, VmEvent, VmExit, VmSize};
 use crate::config::{self, Config};
 
 pub use qmp::QmpError;
@@ -77,15 +80,11 @@ impl QemuVm {
     /// See [`super::create`].
     pub(super) fn new(config: &Config, vm: VmConfig, cache_dir: &Path) -> Result<QemuVm, Error> {
         let qemu = config.qemu.clone();
-        check_program(&qemu.path)?;
-        open(
-            "firmware",
-            &qemu.firmware,
-            "it comes with the package qemu-system-data; or set qemu.firmware in config.toml",
-        )?;
-        let kernel = open("guest kernel", &vm.kernel, INSTALL_GUEST)?;
-        let initrd = open("guest image", &vm.initrd, INSTALL_GUEST)?;
-        let accel = choose_accel(qemu.accel, cache_dir)?;
+        requirements::program(&qemu)?;
+        requirements::firmware(&qemu)?;
+        let kernel = requirements::kernel(&vm.kernel)?;
+        let initrd = requirements::image(&vm.initrd)?;
+        let accel = requirements::accel(qemu.accel, cache_dir)?;
 
         let io = |source| Error::Io {
             context: "cannot watch QEMU",
@@ -142,6 +141,7 @@ impl QemuVm {
             working_dir: sandbox_dir.as_fd(),
             output: messages_sink.as_fd(),
             fds: &fds,
+            read_only: self.qemu.sandbox,
         };
         let process = Process::spawn(&spawn, on_spawn)?;
         let running = Running {
@@ -423,8 +423,6 @@ impl Vm for QemuVm {
 /// The first byte wakes, later ones wait for the timer.
 const FIRST_BYTE: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFlags::ONESHOT);
 
-const INSTALL_GUEST: &str = "install kernel and image with `make install`, or set guest.kernel and guest.image in config.toml";
-
 fn watch(
     epoll: &OwnedFd,
     fd: &impl AsFd,
@@ -432,97 +430,6 @@ fn watch(
     flags: epoll::EventFlags,
 ) -> io::Result<()> {
     epoll::add(epoll, fd, epoll::EventData::new_u64(source as u64), flags)?;
-    Ok(())
-}
-
-fn open(what: &'static str, path: &Path, hint: &'static str) -> Result<File, Error> {
-    let unusable = |source| Error::File {
-        what,
-        path: path.to_owned(),
-        source,
-        hint,
-    };
-    let file = File::open(path).map_err(unusable)?;
-    if file.metadata().map_err(unusable)?.is_file() {
-        Ok(file)
-    } else {
-        Err(unusable(io::Error::other("not a file")))
-    }
-}
-
-fn check_program(path: &Path) -> Result<(), Error> {
-    let hint = "install the package qemu-system-x86, or set qemu.path in config.toml";
-    open("QEMU binary", path, hint)?;
-    rustix::fs::access(path, rustix::fs::Access::EXEC_OK).map_err(|e| Error::File {
-        what: "QEMU binary",
-        path: path.to_owned(),
-        source: e.into(),
-        hint,
-    })
-}
-
-fn choose_accel(wanted: config::Accel, cache_dir: &Path) -> Result<Accel, Error> {
-    use detect::KvmStatus;
-    let status = match wanted {
-        config::Accel::Tcg => None,
-        config::Accel::Kvm | config::Accel::Auto => Some(detect::kvm(cache_dir)),
-    };
-    match (status, wanted) {
-        (Some(KvmStatus::Usable), _) => return Ok(Accel::Kvm),
-        (Some(status), config::Accel::Kvm) => {
-            return Err(Error::KvmUnusable {
-                reason: status.to_string(),
-            });
-        }
-        (Some(status), _) => log::debug!("emulating, because KVM is not used: {status}"),
-        (None, _) => {}
-    }
-    Ok(Accel::Tcg {
-        tsc_khz: detect::tsc_frequency_khz(cache_dir),
-    })
-}
-
-/// Draws the consequences of what QEMU says.
-fn on_message(
-    message: Message,
-    qmp: &mut Qmp,
-    status_query: &mut Option<u64>,
-    events: &mut VecDeque<VmEvent>,
-) -> Result<(), QmpError> {
-    match message {
-        Message::Greeting => {}
-        Message::Event { name, data } => match name.as_str() {
-            "SHUTDOWN" => events.push_back(match data["reason"].as_str() {
-                Some("guest-reset" | "subsystem-reset") => VmEvent::GuestReset,
-                Some("guest-panic") => VmEvent::GuestPanicked,
-                Some("guest-shutdown") => VmEvent::GuestShutdown,
-                // Signals and errors of the host's side: `Exited` follows.
-                _ => return Ok(()),
-            }),
-            "GUEST_PANICKED" => events.push_back(VmEvent::GuestPanicked),
-            // Our own pause, or the end: an internal error of KVM has no event
-            // of its own.
-            "STOP" => *status_query = Some(qmp.send("query-status", None)?),
-            _ => {}
-        },
-        Message::Answer { id, result } if Some(id) == *status_query => {
-            *status_query = None;
-            let status = result.unwrap_or_default();
-            // RunState of QEMU's qapi/run-state.json.
-            if let Some(reason @ ("internal-error" | "io-error" | "watchdog")) =
-                status["status"].as_str()
-            {
-                events.push_back(VmEvent::Stalled {
-                    reason: format!("QEMU reports {reason}"),
-                });
-            }
-        }
-        Message::Answer { id, result } => {
-            if let Err(description) = result {
-                log::warn!("QEMU refused request {id}: {description}");
-            }
-        }
-    }
     Ok(())
 }
 

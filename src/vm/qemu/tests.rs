@@ -5,6 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use super::super::detect;
 use super::super::process::wait_readable;
 use super::*;
 use crate::vm::FsDevice;

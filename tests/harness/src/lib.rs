@@ -35,6 +35,7 @@ pub mod probe;
 pub mod process;
 pub mod reaper;
 pub mod runtime;
+pub mod screen;
 pub mod wait;
 pub mod world;
 
@@ -42,6 +43,7 @@ pub use bundle::Bundle;
 pub use container::Container;
 pub use invocation::{Invocation, Output, Running};
 pub use runtime::{Flavour, Runtime};
+pub use screen::Screen;
 pub use wait::{CALL, SHORT, wait_until};
 pub use world::World;
 

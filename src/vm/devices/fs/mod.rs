@@ -18,7 +18,8 @@
 //! the directory as their root, so that even a path that slipped through would end
 //! there. These threads keep root, working directory and umask to themselves
 //! (`CLONE_FS`), and take on the user and groups of the guest's process per thread
-//! and per request: nothing changes for the rest of the process.
+//! and per request: nothing changes for the rest of the process. Of the process's
+//! capabilities they keep those of a file server ([`CAPABILITIES`]).
 //!
 //! The threads see the mount namespace of the thread that called [`spawn`]. A mount
 //! in the directory is kept busy by the files in it that the guest knows, so it is
@@ -46,12 +47,14 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
+use rustix::thread::CapabilitySet;
 use virtiofsd::passthrough::PassthroughFs;
 
 use self::device::Device;
 use self::guard::Guard;
 use self::vhost_user::Backend;
 use super::vhost_user::{Error, Handle, serve};
+use crate::sys::capabilities::limit_to;
 
 /// Serves `shared` to the VMM that connects to `listener`.
 ///
@@ -70,6 +73,17 @@ pub fn spawn(listener: UnixListener, shared: OwnedFd) -> io::Result<Handle> {
     })
 }
 
+/// What a file server needs to act for any user of the guest, as `virtiofsd` keeps
+/// by default. Nothing that could mount, trace, or leave the directory.
+pub const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP);
+
 /// Confines the calling thread, and those it will start, to the directory.
 fn confine(shared: &OwnedFd) -> io::Result<Device> {
     // From here on, working directory, root and umask are this thread's own.
@@ -80,5 +94,6 @@ fn confine(shared: &OwnedFd) -> io::Result<Device> {
     nix::unistd::chroot(".")?;
     nix::unistd::chdir("/")?;
     let files = PassthroughFs::new(config)?;
+    limit_to(CAPABILITIES)?;
     Ok(Device::new(Guard::new(files, descriptors)))
 }

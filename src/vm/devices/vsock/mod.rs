@@ -40,9 +40,12 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
+use rustix::thread::CapabilitySet;
+
 use self::device::Device;
 use self::vhost_user::{Backend, CONTINUE_EVENT, HOST_EVENT};
 use super::vhost_user::{Error, Handle, serve};
+use crate::sys::capabilities::limit_to;
 
 /// Serves the socket device of a VM to the VMM that connects to `listener`.
 ///
@@ -56,6 +59,8 @@ pub fn spawn(listener: UnixListener, dir: OwnedFd, guest_cid: u64) -> io::Result
     let device = Device::new(guest_cid, dir)?;
     let host = device.poll_fd();
     Handle::spawn("vsock", move |control| {
+        // The sockets belong to this user.
+        limit_to(CapabilitySet::empty()).map_err(Error::Start)?;
         let backend = Backend::new(device, control.status()).map_err(Error::Start)?;
         let extra = [
             (host, HOST_EVENT),

@@ -1,0 +1,348 @@
+//! The sandboxer: the resident process of one pod.
+//!
+//! It owns the VM (the hypervisor is its child and dies with it), serves the
+//! VM's vsock and virtio-fs devices from threads of its own, keeps the shared
+//! directory in a private mount namespace, and answers the commands. One
+//! poll(2) loop; it ends when the VM ends, and the VM ends when it does.
+//!
+//! It holds no descriptor of its caller (containerd hands its listening socket
+//! to the runtime, and waits for the end of the pipes it gave it).
+
+mod agent;
+mod clients;
+mod machine;
+mod privileges;
+mod spawn;
+mod subscribers;
+
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use kuasar_runv_protocol::{EVENT_PORT, GUEST_CID};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use self::agent::AgentEvents;
+use self::clients::Client;
+use super::control::{self, Listener, ReadyInfo, Reply, SandboxerConfig, monotonic_us};
+use super::record::SandboxRecord;
+use super::share::Share;
+use super::{CONTROL_SOCKET, VSOCK_SOCKET};
+use crate::root::Root;
+use crate::sys::process::ProcessRef;
+use crate::sys::seqpacket::Channel;
+use crate::sys::unix_socket;
+use crate::vm::devices::{self, fs, vsock};
+use crate::vm::{self, Vm};
+
+pub use spawn::spawn;
+
+/// The sandboxer's name on the hidden command line.
+pub const COMMAND: &str = "sandboxer";
+const CHANNEL_FD: i32 = 3;
+
+const VSOCK_VHOST_SOCKET: &str = "vsock-vhost.sock";
+const FS_VHOST_SOCKET: &str = "fs-vhost.sock";
+
+/// How long the creator may take to send the configuration, and to ask why the
+/// VM could not be started.
+const CREATOR_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a VM may go on after its hypervisor has let go of a device, which it
+/// does when it ends.
+const DEVICE_GRACE: Duration = Duration::from_secs(5);
+
+/// Runs a sandboxer until its VM ends; the return value is the exit code.
+pub fn main() -> u8 {
+    let start_us = monotonic_us();
+    // SAFETY: `spawn` has put the channel there, and nothing else in this
+    // process knows of it.
+    let channel = Channel::from(unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) });
+    let config: SandboxerConfig = match channel.recv(CREATOR_DEADLINE) {
+        Ok(Some(message)) => match control::decode(&message) {
+            Ok(config) => config,
+            Err(_) => return 1,
+        },
+        // The creator died before it recorded this process.
+        _ => return 1,
+    };
+    crate::logging::init_sandboxer(config.debug);
+    let started = privileges::start()
+        .map_err(context("giving up capabilities"))
+        .and_then(|()| Sandboxer::start(&config, start_us));
+    match started {
+        Ok(sandboxer) => sandboxer.run(channel),
+        Err(e) => {
+            log::error!("{e}");
+            explain(&channel, &e.to_string());
+            1
+        }
+    }
+}
+
+/// Answers the creator's next request with the reason why there is no VM.
+fn explain(channel: &Channel, reason: &str) {
+    if let Ok(Some(_)) = channel.recv(CREATOR_DEADLINE) {
+        let reply = Reply {
+            error: Some(reason.to_owned()),
+            ..Reply::default()
+        };
+        // The creator may be gone; the log has the reason too.
+        let _ = control::reply(channel, &reply);
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("{context}: {source}")]
+    Io {
+        context: &'static str,
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Vm(#[from] vm::Error),
+    #[error("reading the record: {0}")]
+    Record(#[from] crate::container::state::RecordError),
+}
+
+fn context(context: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Io { context, source }
+}
+
+/// Where the boot stands.
+enum Boot {
+    Running { deadline: Instant },
+    Ready(ReadyInfo),
+}
+
+struct Sandboxer {
+    vm: Box<dyn Vm>,
+    share: Share,
+    listener: Listener,
+    /// Takes the agent's one connection, before any container runs.
+    event_listener: Option<UnixListener>,
+    agent: Option<AgentEvents>,
+    boot: Boot,
+    start_us: u64,
+    vmm_start_us: u64,
+    clients: Vec<Client>,
+    dir: PathBuf,
+    stop_deadline: Duration,
+    /// Those that still have something to say.
+    devices: Vec<Device>,
+    /// When the VM has to have ended by itself, once its end has begun.
+    vm_ends_by: Option<Instant>,
+}
+
+/// A device served to the hypervisor.
+struct Device {
+    name: &'static str,
+    handle: devices::vhost_user::Handle,
+}
+
+impl Sandboxer {
+    fn start(config: &SandboxerConfig, start_us: u64) -> Result<Sandboxer, Error> {
+        let root = Root::new(Some(config.root.clone()));
+        let dir = root.sandbox(&config.id);
+        let dir_fd =
+            unix_socket::open_dir(&dir).map_err(context("opening the sandbox directory"))?;
+        let bind = |name: &str| {
+            unix_socket::bind(dir_fd.as_fd(), name).map_err(context("making a socket"))
+        };
+        let vsock_vhost = bind(VSOCK_VHOST_SOCKET)?;
+        let fs_vhost = bind(FS_VHOST_SOCKET)?;
+        let event_listener = bind(&format!("{VSOCK_SOCKET}_{EVENT_PORT}"))?;
+        let known = Root::of_machine().map_err(context("the directory for what is detected"))?;
+        let share = Share::create(dir.join("share"), &[&known, &dir])
+            .map_err(context("the shared directory"))?;
+        let mut machine = vm::create(&config.config, machine::vm_config(config, &dir), &known)?;
+
+        let vmm_start_us = monotonic_us();
+        let mut record = SandboxRecord::read(&root, &config.id)?;
+        machine.boot(&mut |pid| {
+            record.vm = Some(ProcessRef::of(pid)?);
+            record.write(&root).map_err(io::Error::other)
+        })?;
+        let shared = unix_socket::open_dir(share.dir()).map_err(context("the shared directory"))?;
+        let fs = fs::spawn(fs_vhost, shared).map_err(context("the virtio-fs device"))?;
+        let listener =
+            Listener::bind(dir_fd.as_fd(), CONTROL_SOCKET).map_err(context("making a socket"))?;
+        let vsock = vsock::spawn(vsock_vhost, dir_fd, u64::from(GUEST_CID))
+            .map_err(context("the vsock device"))?;
+        privileges::keep_running().map_err(context("giving up capabilities"))?;
+        let timeout = config.config.timeouts.boot(machine.capabilities().emulated);
+        Ok(Sandboxer {
+            vm: machine,
+            share,
+            listener,
+            event_listener: Some(event_listener),
+            agent: None,
+            boot: Boot::Running {
+                deadline: Instant::now() + timeout,
+            },
+            start_us,
+            vmm_start_us,
+            clients: Vec::new(),
+            dir,
+            stop_deadline: config.config.timeouts.stop(),
+            devices: vec![
+                Device {
+                    name: "vsock",
+                    handle: vsock,
+                },
+                Device {
+                    name: "virtio-fs",
+                    handle: fs,
+                },
+            ],
+            vm_ends_by: None,
+        })
+    }
+
+    fn run(mut self, creator: Channel) -> u8 {
+        self.clients.push(Client {
+            channel: creator,
+            is_creator: true,
+            waits_for_boot: false,
+            listens_to: None,
+        });
+        let code = loop {
+            match self.step() {
+                Ok(()) => {}
+                Err(End::Quietly) => break 0,
+                Err(End::Failed(reason)) => {
+                    log::error!("{reason}");
+                    self.answer_waiting(&Reply {
+                        error: Some(reason),
+                        ..Reply::default()
+                    });
+                    break 1;
+                }
+            }
+        };
+        if let Err(e) = self.vm.stop(self.stop_deadline) {
+            log::error!("stopping the virtual machine: {e}");
+        }
+        code
+    }
+
+    /// Waits for something to happen and deals with it.
+    fn step(&mut self) -> Result<(), End> {
+        let ready = self.wait().map_err(|e| End::Failed(format!("poll: {e}")))?;
+        if ready.vm {
+            self.vm_events()?;
+        }
+        for index in ready.devices.into_iter().rev() {
+            self.device_event(index)?;
+        }
+        if ready.event_listener {
+            self.accept_agent();
+        }
+        if ready.agent {
+            self.agent_events()?;
+        }
+        if ready.listener {
+            self.accept_client();
+        }
+        // From the back, because a client that is done is removed.
+        for index in ready.clients.into_iter().rev() {
+            self.serve(index)?;
+        }
+        self.check_deadlines()
+    }
+
+    fn check_deadlines(&self) -> Result<(), End> {
+        let now = Instant::now();
+        if let Boot::Running { deadline } = self.boot
+            && now >= deadline
+        {
+            return Err(End::Failed(format!(
+                "the guest's agent was not ready in time{}",
+                machine::console_tail(&self.dir)
+            )));
+        }
+        if self.vm_ends_by.is_some_and(|deadline| now >= deadline) {
+            return Err(End::Failed(
+                "the hypervisor has let go of a device and does not end".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// How long there is to wait for what has a deadline.
+    fn time_left(&self) -> Option<Timespec> {
+        let boot = match self.boot {
+            Boot::Running { deadline } => Some(deadline),
+            Boot::Ready(_) => None,
+        };
+        let deadline = [boot, self.vm_ends_by].into_iter().flatten().min()?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        Some(Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: left.subsec_nanos().into(),
+        })
+    }
+
+    fn wait(&self) -> io::Result<ReadyFds> {
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(self.vm.event_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN),
+        ];
+        let event_listener = self.event_listener.as_ref().map(|l| {
+            fds.push(PollFd::from_borrowed_fd(l.as_fd(), PollFlags::IN));
+            fds.len() - 1
+        });
+        let agent = self.agent.as_ref().map(|a| {
+            fds.push(PollFd::from_borrowed_fd(a.stream.as_fd(), PollFlags::IN));
+            fds.len() - 1
+        });
+        let first_client = fds.len();
+        for client in &self.clients {
+            fds.push(PollFd::from_borrowed_fd(
+                client.channel.as_fd(),
+                PollFlags::IN,
+            ));
+        }
+        let first_device = fds.len();
+        for device in &self.devices {
+            fds.push(PollFd::from_borrowed_fd(
+                device.handle.as_fd(),
+                PollFlags::IN,
+            ));
+        }
+        let timeout = self.time_left();
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let is_ready = |index: usize| !fds[index].revents().is_empty();
+        Ok(ReadyFds {
+            vm: is_ready(0),
+            listener: is_ready(1),
+            event_listener: event_listener.is_some_and(is_ready),
+            agent: agent.is_some_and(is_ready),
+            clients: (0..self.clients.len())
+                .filter(|index| is_ready(first_client + index))
+                .collect(),
+            devices: (0..self.devices.len())
+                .filter(|index| is_ready(first_device + index))
+                .collect(),
+        })
+    }
+}
+
+/// Why the loop ends.
+enum End {
+    Quietly,
+    Failed(String),
+}
+
+struct ReadyFds {
+    vm: bool,
+    listener: bool,
+    event_listener: bool,
+    agent: bool,
+    clients: Vec<usize>,
+    devices: Vec<usize>,
+}
