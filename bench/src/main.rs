@@ -3,6 +3,7 @@
 //! ```text
 //!  start       floor (same QEMU and kernel, an init that prints) | run | run --debug
 //!  commands    state and list of kuasar-runv | runc | crun
+//!  exec        exec of `true` | the guest's part of it | runc; a hundred at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
@@ -21,6 +22,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod commands;
+mod exec;
 mod floor;
 mod keys;
 mod machine;
@@ -61,6 +63,7 @@ struct Options {
 enum Part {
     Start,
     Commands,
+    Exec,
     Memory,
     Throughput,
     Keys,
@@ -79,6 +82,9 @@ fn main() {
     }
     if wanted(Part::Commands) {
         report.add(commands::measure(options.command_rounds));
+    }
+    if wanted(Part::Exec) {
+        report.add(exec::measure(options.command_rounds));
     }
     if wanted(Part::Memory) {
         report.add(memory::measure(options.rounds));

@@ -4,13 +4,19 @@
 //! start of its creation to the end of its removal. What exists of it is its
 //! process, its private directory below [`STATE_DIR`] and its cgroup; the mounts
 //! go with the last process of its mount namespace.
+//!
+//! Its other processes ([`exec`]) are its own while they run; nothing of them is
+//! left when they have ended.
+
+mod exec;
+mod list;
 
 mod resources;
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,7 +37,7 @@ use crate::streams::{
     relay_terminal_output, serve_control,
 };
 use crate::sys;
-use crate::zygote::{CreateRequest, FailureKind, Zygote, ZygoteError};
+use crate::zygote::{CreateRequest, Created, FailureKind, Request, Zygote, ZygoteError};
 
 /// Where the containers' private directories are; on the agent's tmpfs.
 pub const STATE_DIR: &str = "/run/kuasar/containers";
@@ -57,6 +63,12 @@ pub enum ContainerError {
     AlreadyStarted,
     #[error("cannot start a container that has stopped")]
     Stopped,
+    #[error("cannot exec in a stopped container")]
+    ExecStopped,
+    #[error("cannot exec in a paused container (use --ignore-paused to override)")]
+    ExecPaused,
+    #[error("process with given ID already exists")]
+    ExecExists,
     #[error("cannot start a container in the paused state")]
     Paused,
     #[error("another operation on the container is in progress")]
@@ -83,6 +95,8 @@ impl ContainerError {
     }
 }
 
+pub use exec::NewProcess;
+
 type Result<T> = std::result::Result<T, ContainerError>;
 
 /// What the host asks a container to be.
@@ -102,6 +116,9 @@ struct Container {
     dir: PathBuf,
     cgroup: Cgroup,
     process: Arc<Process>,
+    no_new_keyring: bool,
+    /// Its other processes by their exec ids; none while one is being started.
+    execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     /// Its processes are frozen, or about to be.
     paused: AtomicBool,
     oom: Arc<OomWatch>,
@@ -205,13 +222,16 @@ impl Containers {
         }
     }
 
-    /// Sends a signal to a container's process, or with `all` to every process
-    /// in its cgroup.
+    /// Sends a signal to a container's process, to the one named by a non-empty
+    /// `exec_id`, or with `all` to every process in its cgroup.
     ///
     /// # Errors
     /// `NotFound`, `NotRunning`.
-    pub fn signal(&self, id: &str, signal: i32, all: bool) -> Result<()> {
+    pub fn signal(&self, id: &str, exec_id: &str, signal: i32, all: bool) -> Result<()> {
         let container = self.get(id)?;
+        if !exec_id.is_empty() {
+            return Ok(container.exec_of(exec_id)?.signal(signal)?);
+        }
         if !all {
             return Ok(container.process.signal(signal)?);
         }
@@ -275,15 +295,33 @@ impl Containers {
             .map_err(ContainerError::io("writing the spec"))?;
         let announced = [new.stdin, new.stdout, new.stderr];
         let (pipes, theirs) = make_pipes(announced).map_err(ContainerError::io("making pipes"))?;
-        let request = CreateRequest {
+        let request = Request::Create(CreateRequest {
             container_id: new.id.clone(),
             dir: dir.to_owned(),
             stdio: announced,
             no_pivot: new.no_pivot,
             no_new_keyring: new.no_new_keyring,
-        };
-        let created = self.zygote.create(&request, &theirs).await?;
+        });
+        let with: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
+        let created = self.zygote.submit(&request, &with).await?;
         drop(theirs);
+        let process = self.adopt(created)?;
+        self.attach_streams(&new.id, "", &process, pipes);
+        let oom = OomWatch::new(&new.id, cgroup, &self.events);
+        self.report_end(&new.id, &process, &oom);
+        Ok(Arc::new(Container {
+            dir: dir.to_owned(),
+            cgroup: cgroup.clone(),
+            process,
+            no_new_keyring: new.no_new_keyring,
+            execs: Mutex::default(),
+            paused: AtomicBool::new(false),
+            oom,
+        }))
+    }
+
+    /// Makes the agent the parent of a process that a helper has made.
+    fn adopt(&self, created: Created) -> Result<Arc<Process>> {
         let exit = self.reaper.watch(created.pid);
         let terminal = created
             .terminal
@@ -292,33 +330,25 @@ impl Containers {
             .map_err(ContainerError::io("terminal"))?;
         let process = Process::new(created.pid, exit, terminal)
             .map(Arc::new)
-            .map_err(ContainerError::io("opening the container's process"))?;
-        // From here on the agent is the parent of the process.
+            .map_err(ContainerError::io("opening the process"))?;
         drop(created.hold);
+        Ok(process)
+    }
+
+    /// Starts the tasks that connect a process with its stand-in.
+    fn attach_streams(&self, id: &str, exec_id: &str, process: &Arc<Process>, pipes: Pipes) {
         // Whether there is a terminal is in the spec, which the helper reads.
         let pipes = match process.terminal() {
             Some(_) => Pipes::default(),
             None => pipes,
         };
-        let oom = OomWatch::new(&new.id, cgroup, &self.events);
-        self.attach_streams(&new.id, &process, pipes, &oom);
-        Ok(Arc::new(Container {
-            dir: dir.to_owned(),
-            cgroup: cgroup.clone(),
-            process,
-            paused: AtomicBool::new(false),
-            oom,
-        }))
-    }
-
-    /// Starts the tasks that connect a process with its stand-in.
-    fn attach_streams(&self, id: &str, process: &Arc<Process>, pipes: Pipes, oom: &Arc<OomWatch>) {
         let stream = |kind| {
-            let (streams, container_id) = (Arc::clone(&self.streams), id.to_owned());
+            let streams = Arc::clone(&self.streams);
+            let (container_id, exec_id) = (id.to_owned(), exec_id.to_owned());
             async move {
                 let id = StreamId {
                     container_id,
-                    exec_id: String::new(),
+                    exec_id,
                     kind,
                 };
                 streams.claim(id).await
@@ -362,13 +392,17 @@ impl Containers {
                 serve_control(connection, of).await;
             }
         });
+    }
+
+    /// Reports the end of a container's own process when it comes.
+    fn report_end(&self, id: &str, process: &Arc<Process>, oom: &Arc<OomWatch>) {
         let (events, of, id) = (self.events.clone(), Arc::clone(process), id.to_owned());
         let oom = Arc::clone(oom);
         sys::spawn(async move {
             let status = of.ended().await;
             oom.report();
             log::debug!("{id}: {status:?}");
-            events.exited(&id, status);
+            events.exited(&id, "", status, 0);
         });
     }
 
@@ -431,14 +465,15 @@ fn make_pipes(announced: [bool; 3]) -> io::Result<(Pipes, Vec<OwnedFd>)> {
 
 /// Kills what is left in the cgroup and removes it and the directory.
 async fn remove_leftovers(dir: &Path, cgroup: &Cgroup) -> Result<()> {
-    match cgroup.kill() {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            return Err(ContainerError::io("killing the cgroup")(e));
-        }
-        _ => {}
-    }
     let deadline = Instant::now() + KILL_DEADLINE;
     loop {
+        // Each time: an exec may just have put another process there.
+        match cgroup.kill() {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(ContainerError::io("killing the cgroup")(e));
+            }
+            _ => {}
+        }
         match cgroup.remove() {
             Ok(()) => break,
             Err(e) if e.raw_os_error() != Some(libc::EBUSY) => {

@@ -61,8 +61,9 @@ impl Events {
         Ok(Events(sender))
     }
 
-    /// Reports the end of a container's own process.
-    pub fn exited(&self, container_id: &str, status: ExitStatus) {
+    /// Reports the end of a container's own process, or with an exec id of another,
+    /// which took `exec_us` from its request to its end.
+    pub fn exited(&self, container_id: &str, exec_id: &str, status: ExitStatus, exec_us: u64) {
         let (code, signal) = match status {
             ExitStatus::Exited(code) => (code, 0),
             ExitStatus::Killed(signal) => (0, signal),
@@ -70,6 +71,8 @@ impl Events {
         let mut event = Event::new();
         event.set_exited(Exited {
             container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            exec_us,
             code,
             signal,
             ..Exited::new()

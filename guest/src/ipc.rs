@@ -12,9 +12,9 @@ use nix::sys::socket::{
 };
 
 /// Longest body, in bytes. Specs do not travel here, they are files.
-const MAX_BODY: usize = 16 * 1024;
-/// The answer socket and three streams.
-pub const MAX_FDS: usize = 4;
+pub const MAX_BODY: usize = 16 * 1024;
+/// The answer socket, what an exec needs besides, and three streams.
+pub const MAX_FDS: usize = 6;
 
 /// A connected pair, close-on-exec and blocking.
 ///

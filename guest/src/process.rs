@@ -53,6 +53,11 @@ impl Process {
         self.exit.clone()
     }
 
+    /// A descriptor that means it and no later process.
+    pub fn pidfd(&self) -> &OwnedFd {
+        &self.pidfd
+    }
+
     /// Its terminal, if it has one.
     pub fn terminal(&self) -> Option<&Connection> {
         self.terminal.as_ref()

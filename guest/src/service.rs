@@ -6,18 +6,19 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kuasar_runv_protocol::agent::{
     CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, Empty,
-    GetInfoResponse, GetStatsRequest, GetStatsResponse, PauseContainerRequest,
-    ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest,
-    WatchOomRequest,
+    ExecProcessRequest, ExecProcessResponse, GetInfoResponse, GetStatsRequest, GetStatsResponse,
+    ListProcessesRequest, ListProcessesResponse, PauseContainerRequest, ResumeContainerRequest,
+    SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, WatchOomRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::Agent;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Error, get_status};
 
 use crate::cgroup::settings::Setting;
-use crate::containers::{ContainerError, Containers, NewContainer};
+use crate::containers::{ContainerError, Containers, NewContainer, NewProcess};
 use crate::events::{AGENT_VERSION, kernel_release};
 use crate::process::SignalError;
+use crate::sys::boottime_us;
 use crate::zygote::ZygoteError;
 
 /// Largest valid signal number.
@@ -42,10 +43,12 @@ fn status(code: Code, message: impl Into<String>) -> Error {
 fn to_status(error: &ContainerError) -> Error {
     let code = match error {
         ContainerError::NotFound => Code::NOT_FOUND,
-        ContainerError::Exists => Code::ALREADY_EXISTS,
+        ContainerError::Exists | ContainerError::ExecExists => Code::ALREADY_EXISTS,
         ContainerError::Signal(SignalError::NotRunning)
         | ContainerError::AlreadyStarted
         | ContainerError::Stopped
+        | ContainerError::ExecStopped
+        | ContainerError::ExecPaused
         | ContainerError::Paused
         | ContainerError::Busy => Code::FAILED_PRECONDITION,
         ContainerError::Unkillable
@@ -108,9 +111,6 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         request: SignalProcessRequest,
     ) -> ttrpc::Result<Empty> {
-        if !request.exec_id.is_empty() {
-            return Err(status(Code::NOT_FOUND, "process does not exist"));
-        }
         let signal = match request.signal {
             signal @ 1..=MAX_SIGNAL => signal as i32,
             signal => {
@@ -121,7 +121,7 @@ impl Agent for AgentService {
             }
         };
         self.containers
-            .signal(&request.container_id, signal, request.all)
+            .signal(&request.container_id, &request.exec_id, signal, request.all)
             .map_err(|e| to_status(&e))?;
         Ok(Empty::new())
     }
@@ -142,6 +142,39 @@ impl Agent for AgentService {
             kernel_release: kernel_release().map_err(|e| status(Code::INTERNAL, e.to_string()))?,
             ..GetInfoResponse::new()
         })
+    }
+
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> ttrpc::Result<ExecProcessResponse> {
+        let new = NewProcess {
+            received_us: boottime_us(),
+            container_id: request.container_id,
+            exec_id: request.exec_id,
+            process: request.process_json,
+            stdio: [request.stdin, request.stdout, request.stderr],
+            ignore_paused: request.ignore_paused,
+            cgroup: request.cgroup,
+            umask: request.umask,
+        };
+        let pid = to_the_end(Arc::clone(&self.containers).exec(new)).await?;
+        Ok(ExecProcessResponse {
+            pid,
+            ..ExecProcessResponse::new()
+        })
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ListProcessesRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        self.containers
+            .list_processes(&request.container_id)
+            .await
+            .map_err(|e| to_status(&e))
     }
 
     async fn pause_container(

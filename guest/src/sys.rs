@@ -120,6 +120,47 @@ pub unsafe fn clone_sibling() -> io::Result<Cloned> {
     Ok(Cloned::Parent(unsafe { OwnedFd::from_raw_fd(pidfd) }))
 }
 
+/// What [`fork_into`] returned, and where.
+pub enum Forked {
+    /// In the caller: the pid, as the caller's pid namespace counts.
+    Parent(i32),
+    Child,
+}
+
+/// `fork` whose child is born in a cgroup, given by its directory. Moving it
+/// there later would make every fork and exit of the machine wait.
+///
+/// # Errors
+/// `EAGAIN` at a limit of the cgroup, `EBUSY` when it may hold no processes,
+/// `ENODEV` when it has been removed, `ENOMEM` when the pid namespace has ended.
+///
+/// # Safety
+/// The caller must have a single thread: libc's fork handlers do not run.
+pub unsafe fn fork_into(cgroup: Option<&OwnedFd>) -> io::Result<Forked> {
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    // SAFETY: clone_args is plain integers, for which zero is the default.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        args.flags = CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: args outlives the call, has no stack of its own (as in fork), and
+    // the caller promised to have one thread.
+    let result = check(unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut args,
+            std::mem::size_of::<libc::clone_args>(),
+        )
+    })?;
+    match i32::try_from(result) {
+        Ok(0) => Ok(Forked::Child),
+        // Pids are far below 2^31.
+        pid => Ok(Forked::Parent(pid.unwrap_or(i32::MAX))),
+    }
+}
+
 /// Makes descriptor `to` refer to what `from` does, without close-on-exec.
 ///
 /// # Errors

@@ -12,9 +12,9 @@ use tokio::io::unix::AsyncFd;
 
 use crate::sys;
 
-/// Connections waiting to be accepted: the stand-ins of many containers come at
-/// once.
-const BACKLOG: i32 = 128;
+/// Connections waiting to be accepted: the streams of hundreds of processes come
+/// at once.
+const BACKLOG: i32 = 1024;
 
 /// How ports are reached.
 #[derive(Debug, Clone)]

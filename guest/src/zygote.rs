@@ -15,49 +15,36 @@
 //! Until then it, and not the agent, is the parent of the container's first
 //! process, so that the process cannot be reaped before the agent knows it.
 
-use std::ffi::OsStr;
+mod request;
+
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::ForkResult;
-use std::os::fd::AsFd;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use crate::{helper, ipc, logging, sys};
+pub use request::{CreateRequest, ExecRequest, Request};
 
 /// How long a helper may take for one operation.
 const OPERATION_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a request may wait for a free helper, those before it included.
 const QUEUE_DEADLINE: Duration = Duration::from_secs(120);
 
-/// What a helper is asked to do: create one container.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CreateRequest {
-    pub container_id: String,
-    /// Private directory of the container, with [`helper::SPEC_FILE`] in it.
-    pub dir: PathBuf,
-    /// Which of stdin, stdout and stderr follow as descriptors.
-    pub stdio: [bool; 3],
-    pub no_pivot: bool,
-    pub no_new_keyring: bool,
-}
-
 /// What a helper answers.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Answer {
     /// The request was taken; a pidfd of the helper comes along.
     Started,
-    /// The container's process waits. With a terminal its master comes along.
+    /// The process is there: it waits for the start of its container, or for an
+    /// exec its program has been started. With a terminal its master comes along.
     Created { pid: i32 },
-    /// The container was not created; what is left of it is the agent's to
-    /// remove.
+    /// There is none; what is left of a container is the agent's to remove.
     Failed { kind: FailureKind, message: String },
 }
 
@@ -73,48 +60,6 @@ const STARTED: u8 = 0;
 const CREATED: u8 = 1;
 const INVALID_SPEC: u8 = 2;
 const FAILED: u8 = 3;
-
-const NO_PIVOT: u8 = 1 << 3;
-const NO_NEW_KEYRING: u8 = 1 << 4;
-
-// Both ends are the same executable, so the encoding only has to be small: the
-// first request of a machine pays for translating every line of it.
-
-impl CreateRequest {
-    /// A byte of flags, then the strings, separated by a NUL that neither can
-    /// have.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        let mut flags = 0;
-        for (bit, announced) in self.stdio.into_iter().enumerate() {
-            flags |= u8::from(announced) << bit;
-        }
-        if self.no_pivot {
-            flags |= NO_PIVOT;
-        }
-        if self.no_new_keyring {
-            flags |= NO_NEW_KEYRING;
-        }
-        let mut bytes = vec![flags];
-        bytes.extend_from_slice(self.container_id.as_bytes());
-        bytes.push(0);
-        bytes.extend_from_slice(self.dir.as_os_str().as_bytes());
-        bytes
-    }
-
-    #[must_use]
-    pub fn decode(bytes: &[u8]) -> Option<CreateRequest> {
-        let (&flags, strings) = bytes.split_first()?;
-        let end = strings.iter().position(|&b| b == 0)?;
-        Some(CreateRequest {
-            container_id: String::from_utf8(strings[..end].to_vec()).ok()?,
-            dir: PathBuf::from(OsStr::from_bytes(&strings[end + 1..])),
-            stdio: [flags & 1 != 0, flags & 2 != 0, flags & 4 != 0],
-            no_pivot: flags & NO_PIVOT != 0,
-            no_new_keyring: flags & NO_NEW_KEYRING != 0,
-        })
-    }
-}
 
 impl Answer {
     /// A byte for the variant, then its content.
@@ -157,16 +102,16 @@ pub enum ZygoteError {
     Failed { kind: FailureKind, message: String },
     #[error("the helper process ended without an answer")]
     HelperDied,
-    #[error("creating the container took longer than {0:?}")]
+    #[error("setting the process up took longer than {0:?}")]
     Deadline(Duration),
     #[error("talking to the helper: {0}")]
     Io(#[from] io::Error),
 }
 
-/// A container that was just created.
+/// A process that was just made.
 pub struct Created {
     pub pid: i32,
-    /// Master of the container's terminal.
+    /// Master of its terminal.
     pub terminal: Option<OwnedFd>,
     /// Dropping this ends the helper, and makes the agent the process's parent.
     pub hold: AnswerSocket,
@@ -208,15 +153,15 @@ impl Zygote {
         }
     }
 
-    /// Has a helper create a container. `stdio` holds the streams announced in
-    /// the request, in order.
+    /// Has a helper carry out a request, and hands it the descriptors that belong
+    /// to it.
     ///
     /// # Errors
     /// See [`ZygoteError`].
-    pub async fn create(
+    pub async fn submit(
         &self,
-        request: &CreateRequest,
-        stdio: &[OwnedFd],
+        request: &Request,
+        with: &[BorrowedFd<'_>],
     ) -> Result<Created, ZygoteError> {
         let _turn = timeout(QUEUE_DEADLINE, self.one_at_a_time.lock())
             .await
@@ -224,7 +169,7 @@ impl Zygote {
         let (ours, theirs) = ipc::pair()?;
         sys::set_nonblocking(&ours)?;
         let mut fds: Vec<RawFd> = vec![theirs.as_raw_fd()];
-        fds.extend(stdio.iter().map(AsRawFd::as_raw_fd));
+        fds.extend(with.iter().map(AsRawFd::as_raw_fd));
         ipc::send(&self.requests, &request.encode(), &fds)?;
         drop(theirs);
         let answers = AnswerSocket(sys::on_runtime(ours, Interest::READABLE)?);
@@ -368,22 +313,6 @@ fn wait_for(fd: &OwnedFd, events: PollFlags, timeout: PollTimeout) -> io::Result
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn requests_survive_the_round_trip() {
-        for bits in 0..32 {
-            let request = CreateRequest {
-                container_id: "c-1".into(),
-                dir: "/run/x/1".into(),
-                stdio: [bits & 1 != 0, bits & 2 != 0, bits & 4 != 0],
-                no_pivot: bits & 8 != 0,
-                no_new_keyring: bits & 16 != 0,
-            };
-            assert_eq!(CreateRequest::decode(&request.encode()), Some(request));
-        }
-        assert_eq!(CreateRequest::decode(b""), None);
-        assert_eq!(CreateRequest::decode(b"\0no end"), None);
-    }
 
     #[test]
     fn answers_survive_the_round_trip() {

@@ -44,6 +44,11 @@ pub const EVENT_PORT: u32 = 1027;
 /// host, which the state of `startContainer` hooks names. The guest takes it out.
 pub const BUNDLE_ANNOTATION: &str = "io.kuasar.runv.bundle";
 
+/// Most processes of a container that are listed, and bytes of the arguments of
+/// each. Together they stay below ttrpc's 4 MiB for a message.
+pub const MAX_PROCESSES: usize = 1024;
+pub const MAX_ARGS_LEN: usize = 3072;
+
 /// virtio-fs tag of the pod's one shared directory and where the agent mounts it.
 pub const SHARE_TAG: &str = "kuasar-share";
 pub const GUEST_SHARE_DIR: &str = "/run/kuasar/share";

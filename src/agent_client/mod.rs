@@ -13,7 +13,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use kuasar_runv_protocol::agent::{
-    CreateContainerRequest, SignalProcessRequest, StartContainerRequest,
+    CreateContainerRequest, ExecProcessRequest, ListProcessesRequest, ListProcessesResponse,
+    SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
 use ttrpc::Code;
@@ -102,6 +103,31 @@ impl Agent {
         self.stub
             .signal_process(self.context(), &request)
             .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// Starts another process in a container.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn exec_process(&self, request: &ExecProcessRequest) -> Result<(), Error> {
+        self.stub
+            .exec_process(self.context(), request)
+            .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// The processes of a container, as many as are listed; not yet checked.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn list_processes(&self, id: &str) -> Result<ListProcessesResponse, Error> {
+        let request = ListProcessesRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.stub
+            .list_processes(self.context(), &request)
             .map_err(|e| self.error(e))
     }
 

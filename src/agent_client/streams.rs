@@ -1,6 +1,6 @@
 //! The streams of one guest process, opened for its stand-in.
 
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -31,25 +31,23 @@ impl Wanted {
     }
 }
 
-/// Opens the control stream and the wanted ones, all at once.
+/// Streams that have been asked for.
+#[derive(Debug)]
+pub struct Opening(Vec<vsock::Dialing>);
+
+/// Asks for the control stream and the wanted ones, all at once.
 ///
 /// # Errors
-/// When the guest refuses one or does not accept it in time.
-pub fn open(
+/// As connect(2), and for ids that are too long.
+pub fn start(
     dir: BorrowedFd<'_>,
     socket: &str,
     container_id: &str,
     exec_id: &str,
     wanted: Wanted,
-    deadline: Duration,
-) -> io::Result<Vec<OwnedFd>> {
+) -> io::Result<Opening> {
     let mut dialing = Vec::new();
     for kind in wanted.kinds() {
-        dialing.push((kind, vsock::start(dir, socket, STREAM_PORT)?));
-    }
-    let mut streams = Vec::new();
-    for (kind, pending) in dialing {
-        let mut stream = pending.finish(deadline)?;
         let header = Header {
             kind,
             container_id: container_id.to_owned(),
@@ -57,10 +55,24 @@ pub fn open(
         }
         .encode()
         .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
-        stream.write_all(&header)?;
-        streams.push(OwnedFd::from(stream));
+        let mut stream = vsock::start(dir, socket, STREAM_PORT)?;
+        stream.say(&header)?;
+        dialing.push(stream);
     }
-    Ok(streams)
+    Ok(Opening(dialing))
+}
+
+impl Opening {
+    /// Waits until they are open.
+    ///
+    /// # Errors
+    /// When the guest refuses one or does not accept it in time.
+    pub fn finish(self, deadline: Duration) -> io::Result<Vec<OwnedFd>> {
+        let streams = self.0.into_iter();
+        streams
+            .map(|stream| stream.finish(deadline).map(OwnedFd::from))
+            .collect()
+    }
 }
 
 /// Whether a descriptor leads anywhere: `/dev/null` needs no stream.

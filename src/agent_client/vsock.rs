@@ -25,22 +25,20 @@ pub fn start(dir: BorrowedFd<'_>, name: &str, port: u32) -> io::Result<Dialing> 
     Ok(Dialing(stream))
 }
 
-/// # Errors
-/// As [`start`] and [`Dialing::finish`].
-pub fn dial(
-    dir: BorrowedFd<'_>,
-    name: &str,
-    port: u32,
-    deadline: Duration,
-) -> io::Result<UnixStream> {
-    start(dir, name, port)?.finish(deadline)
-}
-
 /// A connection that has been asked for.
 #[derive(Debug)]
 pub struct Dialing(UnixStream);
 
 impl Dialing {
+    /// Sends the first bytes of the stream ahead; the device keeps them until the
+    /// guest has accepted. They have to fit into the socket's buffer.
+    ///
+    /// # Errors
+    /// As write(2).
+    pub fn say(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all(bytes)
+    }
+
     /// Waits for the guest to accept.
     ///
     /// # Errors

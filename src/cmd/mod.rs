@@ -8,11 +8,13 @@ mod create;
 mod delete;
 mod env;
 mod events;
+mod exec;
 mod features;
 mod kill;
 mod list;
 mod man;
 mod pause;
+mod ps;
 mod restore;
 mod resume;
 mod run;
@@ -99,11 +101,13 @@ enum Command {
     Delete(delete::Args),
     Env(env::Args),
     Events(events::Args),
+    Exec(exec::Args),
     Features(features::Args),
     Kill(kill::Args),
     List(list::Args),
     Man(man::Args),
     Pause(pause::Args),
+    Ps(ps::Args),
     Restore(restore::Args),
     Resume(resume::Args),
     Run(run::Args),
@@ -183,11 +187,13 @@ pub fn run() -> u8 {
         Command::Delete(args) => delete::run(&context, &args),
         Command::Env(args) => env::run(&context, &args),
         Command::Events(args) => events::run(&context, &args),
+        Command::Exec(args) => exec::run(&context, args),
         Command::Features(args) => features::run(&context, &args),
         Command::Kill(args) => kill::run(&context, &args),
         Command::List(args) => list::run(&context, &args),
         Command::Man(args) => man::run(&args),
         Command::Pause(args) => pause::run(&context, &args),
+        Command::Ps(args) => ps::run(&context, &args),
         Command::Restore(args) => restore::run(&context, &args),
         Command::Resume(args) => resume::run(&context, &args),
         Command::Run(args) => run::run(&context, args),

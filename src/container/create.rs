@@ -23,7 +23,7 @@ use super::mount_options::Depth;
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::CallersTerminal;
-use super::{Error, cgroup, check_id, context, delete};
+use super::{Error, cgroup, check_id, context, delete, execs};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -329,6 +329,7 @@ fn begin(
         _lock: lock,
     };
     record.write(root)?;
+    execs::prepare(root, &options.id)?;
     Ok((record, undo))
 }
 
@@ -479,7 +480,7 @@ fn create_in_guest(
     Ok(agent)
 }
 
-fn wanted_streams(terminal: bool) -> Wanted {
+pub(super) fn wanted_streams(terminal: bool) -> Wanted {
     if terminal {
         return Wanted {
             stdin: true,
@@ -494,7 +495,7 @@ fn wanted_streams(terminal: bool) -> Wanted {
     }
 }
 
-fn stream_flags(wanted: Wanted, terminal: bool) -> u8 {
+pub(super) fn stream_flags(wanted: Wanted, terminal: bool) -> u8 {
     let mut flags = 0;
     for (is_set, flag) in [
         (wanted.stdin, HAS_STDIN),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::state::{ContainerRecord, RecordError, Status};
-use super::{Error, cgroup, check_id, context, hooks, lock};
+use super::{Error, cgroup, check_id, context, execs, hooks, lock};
 use crate::root::{self, Root};
 use crate::sandbox;
 
@@ -65,6 +65,8 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
             .kill(KILL_DEADLINE)
             .map_err(context("killing the stand-in"))?;
     }
+    // From here on nobody can start another.
+    let _no_more = execs::end_all(root, id, same_boot, KILL_DEADLINE)?;
     let sandbox_id = record.as_ref().map_or(id, |r| r.sandbox_id.as_str());
     sandbox::end(root, sandbox_id)?;
     if let Some(record) = &record {
@@ -76,6 +78,7 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
             &hooks::State::of(record, Status::Stopped),
         );
     }
+    execs::remove_dir(root, id)?;
     root::remove_private_dir(&root.container(id)).map_err(context(format!(
         "removing {}",
         root.container(id).display()

@@ -1,7 +1,8 @@
 //! OCI containers on the host: bundle, record, life.
 //!
-//! [`create`], [`start`], [`kill`], [`delete`], [`pause`], [`update`] and
-//! [`events`] are what the commands of the same names do; [`state`] is what is on disk and what follows from it.
+//! [`create`], [`start`], [`exec`], [`ps`], [`kill`], [`delete`], [`pause`],
+//! [`update`] and [`events`] are what the commands of the same names do; [`state`]
+//! is what is on disk and what follows from it.
 
 pub mod bundle;
 pub mod cgroup;
@@ -9,12 +10,15 @@ pub mod console;
 pub mod create;
 pub mod delete;
 pub mod events;
+pub mod exec;
+pub mod execs;
 pub mod guest_spec;
 pub mod hooks;
 pub mod kill;
 pub mod limits;
 mod mount_options;
 pub mod pause;
+pub mod ps;
 pub mod resources;
 pub mod run;
 pub mod signal;
@@ -53,6 +57,16 @@ pub enum Error {
     HasStopped,
     #[error("cannot start a container that is still being created")]
     StillCreating,
+    #[error("cannot exec in a stopped container")]
+    ExecStopped,
+    #[error("cannot exec in a paused container (use --ignore-paused to override)")]
+    ExecPaused,
+    #[error("cannot exec in a container that is still being created")]
+    ExecCreating,
+    #[error(transparent)]
+    ExecProcess(#[from] exec::process::Error),
+    #[error(transparent)]
+    Ps(#[from] ps::Error),
     #[error("cannot start a container in the paused state")]
     StartPaused,
     #[error("container not paused")]

@@ -65,7 +65,7 @@ pub fn run(root: &Root, options: &Options, keep: bool) -> Result<Outcome, Error>
 }
 
 /// Blocks every signal and makes them readable.
-fn all_signals() -> Result<SignalFd, Error> {
+pub(super) fn all_signals() -> Result<SignalFd, Error> {
     let set = SigSet::all();
     set.thread_block()
         .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK))
@@ -73,7 +73,11 @@ fn all_signals() -> Result<SignalFd, Error> {
 }
 
 /// Passes signals on to the stand-in until it ends; the code a shell would report.
-fn wait(standin: ProcessRef, signals: &SignalFd, raw: Option<&RawMode>) -> Result<u8, Error> {
+pub(super) fn wait(
+    standin: ProcessRef,
+    signals: &SignalFd,
+    raw: Option<&RawMode>,
+) -> Result<u8, Error> {
     let failed = |e: nix::Error| context("waiting for the container")(io::Error::from(e));
     let pid = Pid::from_raw(standin.pid);
     let pidfd = standin.pidfd().map_err(context("watching the stand-in"))?;

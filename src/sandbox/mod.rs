@@ -70,10 +70,89 @@ pub enum Error {
 pub struct Sandbox {
     id: String,
     dir: PathBuf,
-    dir_fd: OwnedFd,
+    guest: Guest,
     connection: Connection,
-    /// Longest wait for an answer of the guest's agent.
-    agent_deadline: Duration,
+}
+
+/// The guest of a running pod; to talk to it does not take the sandboxer.
+#[derive(Debug)]
+pub struct Guest {
+    /// The sandbox directory, with the sockets of the guest's ports.
+    dir: OwnedFd,
+    /// Longest wait for an answer of its agent.
+    deadline: Duration,
+}
+
+impl Guest {
+    /// The guest of the pod `id`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn open(root: &Root, id: &str) -> Result<Guest, Error> {
+        let record = SandboxRecord::read(root, id)?;
+        let dir = unix_socket::open_dir(&root.sandbox(id)).map_err(|source| Error::Io {
+            id: id.to_owned(),
+            source,
+        })?;
+        Ok(Guest {
+            dir,
+            deadline: Duration::from_secs(record.agent_timeout_s.into()),
+        })
+    }
+
+    /// Connects to the agent.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] when it does not listen, [`Error::Agent`].
+    pub fn agent(&self) -> Result<Agent, Error> {
+        self.finish_agent(self.start_agent()?)
+    }
+
+    /// Asks for a connection to the agent.
+    ///
+    /// # Errors
+    /// [`Error::Connect`].
+    pub fn start_agent(&self) -> Result<vsock::Dialing, Error> {
+        vsock::start(self.dir.as_fd(), VSOCK_SOCKET, AGENT_PORT).map_err(refused(AGENT_PORT))
+    }
+
+    /// Waits for the connection to the agent.
+    ///
+    /// # Errors
+    /// As [`agent`](Self::agent).
+    pub fn finish_agent(&self, dialing: vsock::Dialing) -> Result<Agent, Error> {
+        let stream = dialing.finish(self.deadline).map_err(refused(AGENT_PORT))?;
+        Ok(Agent::new(stream, self.deadline)?)
+    }
+
+    /// Asks for the streams of a guest process.
+    ///
+    /// # Errors
+    /// [`Error::Connect`].
+    pub fn start_streams(
+        &self,
+        container: &str,
+        exec: &str,
+        wanted: Wanted,
+    ) -> Result<streams::Opening, Error> {
+        streams::start(self.dir.as_fd(), VSOCK_SOCKET, container, exec, wanted)
+            .map_err(refused(STREAM_PORT))
+    }
+
+    /// Waits for the streams, control first.
+    ///
+    /// # Errors
+    /// [`Error::Connect`].
+    pub fn finish_streams(&self, opening: streams::Opening) -> Result<Vec<OwnedFd>, Error> {
+        opening.finish(self.deadline).map_err(refused(STREAM_PORT))
+    }
+}
+
+fn refused(port: u32) -> impl Fn(io::Error) -> Error {
+    move |e| Error::Connect {
+        port,
+        reason: e.to_string(),
+    }
 }
 
 impl Sandbox {
@@ -113,9 +192,11 @@ impl Sandbox {
             let sandbox = Sandbox {
                 id: id.to_owned(),
                 dir: dir.clone(),
-                dir_fd,
+                guest: Guest {
+                    dir: dir_fd,
+                    deadline: config.timeouts.agent(),
+                },
                 connection: Connection::new(ours),
-                agent_deadline: config.timeouts.agent(),
             };
             sandbox
                 .connection
@@ -139,16 +220,14 @@ impl Sandbox {
             id: id.to_owned(),
             source,
         };
-        let dir = root.sandbox(id);
-        let dir_fd = unix_socket::open_dir(&dir).map_err(io_error)?;
-        let connection = Connection::connect(dir_fd.as_fd(), CONTROL_SOCKET).map_err(io_error)?;
-        let record = SandboxRecord::read(root, id)?;
+        let guest = Guest::open(root, id)?;
+        let connection =
+            Connection::connect(guest.dir.as_fd(), CONTROL_SOCKET).map_err(io_error)?;
         Ok(Sandbox {
             id: id.to_owned(),
-            dir,
-            dir_fd,
+            dir: root.sandbox(id),
+            guest,
             connection,
-            agent_deadline: Duration::from_secs(record.agent_timeout_s.into()),
         })
     }
 
@@ -239,15 +318,7 @@ impl Sandbox {
     /// # Errors
     /// [`Error::Connect`] when it does not listen, [`Error::Agent`].
     pub fn agent(&self) -> Result<Agent, Error> {
-        let dir = self.dir_fd.as_fd();
-        let stream =
-            vsock::dial(dir, VSOCK_SOCKET, AGENT_PORT, self.agent_deadline).map_err(|e| {
-                Error::Connect {
-                    port: AGENT_PORT,
-                    reason: e.to_string(),
-                }
-            })?;
-        Ok(Agent::new(stream, self.agent_deadline)?)
+        self.guest.agent()
     }
 
     /// Opens the streams of a guest process for its stand-in, control first.
@@ -260,13 +331,8 @@ impl Sandbox {
         exec: &str,
         wanted: Wanted,
     ) -> Result<Vec<OwnedFd>, Error> {
-        let (dir, deadline) = (self.dir_fd.as_fd(), self.agent_deadline);
-        streams::open(dir, VSOCK_SOCKET, container, exec, wanted, deadline).map_err(|e| {
-            Error::Connect {
-                port: STREAM_PORT,
-                reason: e.to_string(),
-            }
-        })
+        let opening = self.guest.start_streams(container, exec, wanted)?;
+        self.guest.finish_streams(opening)
     }
 
     fn control_error(&self, error: control::Error) -> Error {

@@ -1,9 +1,10 @@
 //! Making a stand-in: the part that runs in the command, and in the child
 //! between fork and exec.
 //!
-//! The child waits until its pid is recorded, enters namespaces of its own and
-//! mounts the container's rootfs and volumes there. When its creator has nothing
-//! more to do with it in that state, it makes them its root, gives up every
+//! The child waits until its pid is recorded. That of a container enters
+//! namespaces of its own and mounts the container's rootfs and volumes there; when
+//! its creator has nothing more to do with it in that state, it makes them its
+//! root. That of an exec enters the namespaces of its container's. It gives up every
 //! capability, and executes this binary anew, through a read-only mount of it
 //! ([`own_binary`](crate::sys::own_binary)), for a small address space. It
 //! resolves every path of the container inside the container's root.
@@ -17,13 +18,14 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{ForkResult, chdir, dup2, fchdir, fork, pivot_root, setsid};
 use rustix::fs::{Mode, OFlags, mkdirat, openat, readlinkat};
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
 use super::{CHANNEL_FD, COMMAND};
+use crate::container::cgroup;
 use crate::sys::capabilities;
 use crate::sys::mount as mounts;
 use crate::sys::seqpacket::{Channel, wait_any_readable};
@@ -79,6 +81,18 @@ pub struct Plan<'a> {
     pub in_rootfs: Option<InRootfs<'a>>,
 }
 
+/// What the stand-in of an exec needs.
+pub struct Beside<'a> {
+    /// As [`Plan::label`].
+    pub label: &'a str,
+    /// A pidfd of the container's stand-in.
+    pub of: OwnedFd,
+    /// Host cgroup directories of the container.
+    pub cgroups: &'a [PathBuf],
+    /// As [`Plan::terminal`].
+    pub terminal: Option<OwnedFd>,
+}
+
 /// A child that is a stand-in, or about to become one.
 #[derive(Debug)]
 pub struct StandIn {
@@ -91,7 +105,48 @@ pub struct StandIn {
 ///
 /// # Errors
 /// As fork(2).
-pub fn spawn(plan: Plan<'_>) -> Result<StandIn, Error> {
+pub fn spawn(mut plan: Plan<'_>) -> Result<StandIn, Error> {
+    let terminal = plan.terminal.take();
+    launch(plan.label, terminal, move |channel| {
+        enter_namespaces(&plan).map_err(step("entering namespaces"))?;
+        mount_rootfs(&plan)?;
+        channel.send(b"mounted", &[])?;
+        match channel.recv(UNBOUNDED)? {
+            Some(message) if message.bytes == b"enter" => {}
+            _ => return Err(Error::Setup("its creator is gone".into())),
+        }
+        if let Some(work) = plan.in_rootfs {
+            // A pid fits into an i32 on Linux (PID_MAX_LIMIT is 2^22).
+            #[allow(clippy::cast_possible_wrap)]
+            work(std::process::id() as i32, channel.as_fd()).map_err(Error::InRootfs)?;
+        }
+        pivot()
+    })
+}
+
+/// Forks the stand-in of an exec, as [`spawn`]. It joins the cgroups itself: the
+/// kernel may take its time over that, which the guest can use.
+///
+/// # Errors
+/// As fork(2).
+pub fn spawn_beside(plan: Beside<'_>) -> Result<StandIn, Error> {
+    launch(plan.label, plan.terminal, move |_| {
+        let pid = nix::unistd::getpid().as_raw();
+        cgroup::join(plan.cgroups, pid).map_err(step("joining the container's cgroups"))?;
+        let namespaces = CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWNET;
+        setns(&plan.of, namespaces)
+            .map_err(|e| step("entering the container's namespaces")(e.into()))
+    })
+}
+
+fn launch(
+    label: &str,
+    terminal: Option<OwnedFd>,
+    set_up: impl FnOnce(&Channel) -> Result<(), Error>,
+) -> Result<StandIn, Error> {
     let (ours, theirs) = Channel::pair()?;
     let exe = crate::sys::own_binary::read_only()?;
     // SAFETY: this process has one thread, so the child may allocate and do
@@ -103,7 +158,7 @@ pub fn spawn(plan: Plan<'_>) -> Result<StandIn, Error> {
         }),
         ForkResult::Child => {
             drop(ours);
-            let failed = match child(plan, &theirs, exe.as_fd()) {
+            let failed = match child(label, terminal, set_up, &theirs, exe.as_fd()) {
                 Ok(never) => match never {},
                 Err(e) => e,
             };
@@ -134,6 +189,14 @@ impl StandIn {
     /// [`Error::Setup`] with the child's reason.
     pub fn wait_mounted(&self) -> Result<(), Error> {
         self.expect(b"mounted", DEADLINE)
+    }
+
+    /// Waits for the end of the set-up of an exec's stand-in.
+    ///
+    /// # Errors
+    /// [`Error::Setup`] with the child's reason.
+    pub fn wait_ready(&self) -> Result<(), Error> {
+        self.expect(b"ready", DEADLINE)
     }
 
     /// Lets it do what [`Plan::in_rootfs`] says, in `time` (`None`: as long as it
@@ -202,32 +265,30 @@ const IN_ROOTFS: &str = "in rootfs: ";
 
 enum Never {}
 
-fn child(plan: Plan<'_>, channel: &Channel, exe: BorrowedFd<'_>) -> Result<Never, Error> {
-    let step = |what: &'static str| move |e: io::Error| Error::Setup(format!("{what}: {e}"));
+/// Says what was being done when an I/O error came.
+fn step(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |e| Error::Setup(format!("{what}: {e}"))
+}
+
+fn child(
+    label: &str,
+    terminal: Option<OwnedFd>,
+    set_up: impl FnOnce(&Channel) -> Result<(), Error>,
+    channel: &Channel,
+    exe: BorrowedFd<'_>,
+) -> Result<Never, Error> {
     setsid().map_err(io::Error::from)?;
     match channel.recv(DEADLINE)? {
         Some(message) if message.bytes == b"go" => {}
         _ => return Err(Error::Setup("its creator is gone".into())),
     }
-    if let Some(terminal) = &plan.terminal {
+    if let Some(terminal) = &terminal {
         use_terminal(terminal.as_fd()).map_err(step("setting up the terminal"))?;
     }
-    enter_namespaces(&plan).map_err(step("entering namespaces"))?;
-    mount_rootfs(&plan)?;
-    channel.send(b"mounted", &[])?;
-    match channel.recv(UNBOUNDED)? {
-        Some(message) if message.bytes == b"enter" => {}
-        _ => return Err(Error::Setup("its creator is gone".into())),
-    }
-    if let Some(work) = plan.in_rootfs {
-        // A pid fits into an i32 on Linux (PID_MAX_LIMIT is 2^22).
-        #[allow(clippy::cast_possible_wrap)]
-        work(std::process::id() as i32, channel.as_fd()).map_err(Error::InRootfs)?;
-    }
-    pivot()?;
+    set_up(channel)?;
     capabilities::limit_to(CapabilitySet::empty()).map_err(step("dropping capabilities"))?;
     channel.send(b"ready", &[])?;
-    exec(plan.label, channel.as_fd(), exe).map_err(step("executing the runtime's binary"))
+    exec(label, channel.as_fd(), exe).map_err(step("executing the runtime's binary"))
 }
 
 fn use_terminal(slave: BorrowedFd<'_>) -> io::Result<()> {
@@ -260,7 +321,6 @@ fn enter_namespaces(plan: &Plan<'_>) -> io::Result<()> {
 
 /// Mounts the rootfs and the volumes in it, and enters it as working directory.
 fn mount_rootfs(plan: &Plan<'_>) -> Result<(), Error> {
-    let step = |what: &'static str| move |e: io::Error| Error::Setup(format!("{what}: {e}"));
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
         .map_err(nix_step("separating mounts"))?;

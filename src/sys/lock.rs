@@ -31,10 +31,22 @@ impl DirLock {
     /// `NotFound` when the directory does not exist or is removed meanwhile,
     /// `TimedOut` when another process holds the lock all the time.
     pub fn acquire(path: &Path, deadline: Duration) -> io::Result<DirLock> {
+        Self::take(path, FlockOperation::NonBlockingLockExclusive, deadline)
+    }
+
+    /// Waits for a lock of `path` that other holders of such locks do not exclude.
+    ///
+    /// # Errors
+    /// As [`acquire`](Self::acquire).
+    pub fn acquire_shared(path: &Path, deadline: Duration) -> io::Result<DirLock> {
+        Self::take(path, FlockOperation::NonBlockingLockShared, deadline)
+    }
+
+    fn take(path: &Path, operation: FlockOperation, deadline: Duration) -> io::Result<DirLock> {
         let end = Instant::now() + deadline;
         loop {
             let dir = File::open(path)?;
-            match flock(dir.as_fd(), FlockOperation::NonBlockingLockExclusive) {
+            match flock(dir.as_fd(), operation) {
                 Ok(()) => {
                     // The directory may have been removed, or removed and made
                     // anew, between open and flock.
@@ -67,6 +79,8 @@ mod tests {
         let held = DirLock::acquire(&dir, Duration::ZERO).unwrap();
         let busy = DirLock::acquire(&dir, Duration::from_millis(20)).unwrap_err();
         assert_eq!(busy.kind(), io::ErrorKind::TimedOut);
+        let shared = DirLock::acquire_shared(&dir, Duration::ZERO).unwrap_err();
+        assert_eq!(shared.kind(), io::ErrorKind::TimedOut);
         let waiter = {
             let dir = dir.clone();
             std::thread::spawn(move || DirLock::acquire(&dir, Duration::from_secs(10)))
@@ -75,5 +89,16 @@ mod tests {
         drop(held);
         let gone = waiter.join().unwrap().unwrap_err();
         assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn shared_locks_exclude_only_the_exclusive_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = DirLock::acquire_shared(dir.path(), Duration::ZERO).unwrap();
+        let second = DirLock::acquire_shared(dir.path(), Duration::ZERO).unwrap();
+        drop(first);
+        assert!(DirLock::acquire(dir.path(), Duration::ZERO).is_err());
+        drop(second);
+        assert!(DirLock::acquire(dir.path(), Duration::ZERO).is_ok());
     }
 }

@@ -4,9 +4,10 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::thread;
 
-use kuasar_runv_test_harness::{Bundle, CALL, Container, Screen, World, json};
+use kuasar_runv_test_harness::{Bundle, CALL, Container, Invocation, Screen, World, json};
 
 /// Receives one descriptor (SCM_RIGHTS) as conmon and the shim do.
 fn receive_descriptor(stream: &UnixStream) -> File {
@@ -38,6 +39,16 @@ fn receive_descriptor(stream: &UnixStream) -> File {
     }
 }
 
+/// Runs a call that sends a terminal to the console socket it is given.
+pub fn screen_of_call(world: &World, call: impl FnOnce(&Path) -> Invocation) -> Screen {
+    let socket = world.path("console.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let accepted = thread::spawn(move || receive_descriptor(&listener.accept().unwrap().0));
+    // With a terminal nothing may keep the pipes of the call open.
+    let _ = call(&socket).deadline(CALL).output().ok();
+    Screen::new(accepted.join().unwrap())
+}
+
 struct Terminal<'w> {
     container: Container<'w>,
     screen: Screen,
@@ -46,24 +57,14 @@ struct Terminal<'w> {
 impl<'w> Terminal<'w> {
     fn create(world: &'w World, bundle: Bundle) -> Terminal<'w> {
         let bundle = bundle.with(|c| c["process"]["terminal"] = json!(true));
-        let socket = world.path("console.sock");
-        let listener = UnixListener::bind(&socket).unwrap();
-        let accepted = thread::spawn(move || receive_descriptor(&listener.accept().unwrap().0));
-        let call = world.call(["create", "--console-socket"]).arg(&socket);
-        let call = call
-            .arg("--pid-file")
-            .arg(world.pid_file("c"))
-            .arg("--bundle");
-        // With a terminal nothing may keep the pipes of `create` open.
-        let _ = call
-            .arg(bundle.path())
-            .arg(world.id("c"))
-            .deadline(CALL)
-            .output()
-            .ok();
+        let screen = screen_of_call(world, |socket| {
+            let call = world.call(["create", "--console-socket"]).arg(socket);
+            let call = call.arg("--pid-file").arg(world.pid_file("c"));
+            call.arg("--bundle").arg(bundle.path()).arg(world.id("c"))
+        });
         Terminal {
             container: Container::adopt(world, "c"),
-            screen: Screen::new(accepted.join().unwrap()),
+            screen,
         }
     }
 }

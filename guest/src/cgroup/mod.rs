@@ -13,7 +13,7 @@ mod watch;
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::sys;
 
@@ -97,6 +97,45 @@ impl Cgroup {
         })
     }
 
+    /// Whether it is frozen or about to be.
+    ///
+    /// # Errors
+    /// `NotFound` when it does not exist.
+    pub fn is_frozen(&self) -> io::Result<bool> {
+        Ok(fs::read_to_string(self.path.join("cgroup.freeze"))?.trim() == "1")
+    }
+
+    /// The directory of the cgroup `path` below this one; `None` when that would
+    /// not be below. It need not exist.
+    #[must_use]
+    pub fn below(&self, path: &str) -> Option<PathBuf> {
+        let mut below = self.path.clone();
+        for component in Path::new(path).components() {
+            match component {
+                Component::Normal(name) => below.push(name),
+                Component::RootDir | Component::CurDir => {}
+                Component::ParentDir if below != self.path => drop(below.pop()),
+                Component::ParentDir | Component::Prefix(_) => return None,
+            }
+        }
+        Some(below)
+    }
+
+    /// Pids of the processes in it and below it, in ascending order.
+    ///
+    /// # Errors
+    /// `NotFound` when it does not exist.
+    pub fn pids(&self) -> io::Result<Vec<i32>> {
+        let mut pids = Vec::new();
+        walk(&self.path, MAX_DEPTH, &mut |dir| {
+            let procs = fs::read_to_string(dir.join("cgroup.procs"))?;
+            pids.extend(procs.lines().filter_map(|pid| pid.parse::<i32>().ok()));
+            Ok(())
+        })?;
+        pids.sort_unstable();
+        Ok(pids)
+    }
+
     /// Whether a live process is in it or below it.
     ///
     /// # Errors
@@ -158,5 +197,23 @@ mod tests {
         let cgroup = Cgroup::of("memory.max");
         assert_eq!(cgroup.path(), Path::new("/sys/fs/cgroup/kuasar-memory.max"));
         assert_eq!(cgroup.path_in_hierarchy(), Path::new("/kuasar-memory.max"));
+    }
+
+    #[test]
+    fn a_sub_cgroup_is_never_above() {
+        let cgroup = Cgroup::of("c");
+        for (path, below) in [
+            ("", Some("")),
+            ("a/b", Some("a/b")),
+            ("/a/./../b", Some("b")),
+            ("..", None),
+            ("a/../..", None),
+        ] {
+            let expected = below.map(|below| match below {
+                "" => cgroup.path().to_owned(),
+                below => cgroup.path().join(below),
+            });
+            assert_eq!(cgroup.below(path), expected, "{path}");
+        }
     }
 }

@@ -10,33 +10,25 @@ use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::validator::Validator;
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 
 use super::executor::Program;
 use super::failure::{self, Failure};
 use super::hooks::StartHooks;
 use super::namespaces::Network;
 use super::terminal::{self, ConsoleSocket};
-use super::{NOTIFY_SOCKET, SPEC_FILE, late_mounts, namespaces, rlimits, rootfs, spec};
+use super::{NOTIFY_SOCKET, NewProcess, SPEC_FILE, late_mounts, namespaces, rlimits, rootfs, spec};
 use crate::cgroup::{Cgroup, devices};
 use crate::sys;
 use crate::zygote::CreateRequest;
 
-/// A container whose process waits for the start.
-pub struct CreatedContainer {
-    /// Of its first process, in the guest's own pid namespace.
-    pub pid: i32,
-    /// Master of its terminal.
-    pub terminal: Option<OwnedFd>,
-}
-
-/// Carries out a request. On failure the private directory and the cgroup are
+/// Makes a container whose process waits for the start. On failure the private directory and the cgroup are
 /// left to the agent.
 ///
 /// Enters libcontainer below its `ContainerBuilder`, which would write the spec
 /// and a state file and read both again: nobody here needs them, and under
 /// emulation that was a third of the time of a create.
-pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedContainer, Failure> {
+pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<NewProcess, Failure> {
     failure::start_collecting().map_err(Failure::io("making a pipe"))?;
     let mut spec = spec::load(&request.dir.join(SPEC_FILE))?;
     let cgroup = Cgroup::of(&request.container_id);
@@ -50,8 +42,9 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
     rootfs::copy_up(&mut spec, &request.dir)?;
     let late_cwd = rootfs::make_cwd(&mut spec)?;
     prepare_cgroup(&cgroup, &mut spec)?;
-    prepare_self(request, &spec)?;
-    let uid = owner_of_stdio(&spec);
+    let keyring = (!request.no_new_keyring).then_some(request.container_id.as_str());
+    prepare_self(&spec, keyring)?;
+    let uid = owner_of_stdio(&spec, spec.process().as_ref());
     let network = Network::of(spec.linux().as_ref());
     let _user_namespace = match spec.linux_mut() {
         Some(linux) => namespaces::make_user_namespace(linux)?,
@@ -83,7 +76,7 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<CreatedCon
     // This process is about to exit; taking the spec apart would be work for
     // nothing.
     std::mem::forget(spec);
-    Ok(CreatedContainer {
+    Ok(NewProcess {
         pid,
         terminal: master,
     })
@@ -181,8 +174,9 @@ fn given_env(spec: &Spec) -> &[String] {
         .map_or(&[], |(_, given)| given)
 }
 
-/// What the container's process inherits from this one.
-fn prepare_self(request: &CreateRequest, spec: &Spec) -> Result<(), Failure> {
+/// What a process of the container inherits from this one; `keyring` is the id of
+/// the container that gets a session keyring.
+pub fn prepare_self(spec: &Spec, keyring: Option<&str>) -> Result<(), Failure> {
     let oom_score_adj = spec.process().as_ref().and_then(|p| p.oom_score_adj());
     std::fs::write(
         "/proc/self/oom_score_adj",
@@ -193,10 +187,7 @@ fn prepare_self(request: &CreateRequest, spec: &Spec) -> Result<(), Failure> {
     // (CVE-2016-9962).
     // SAFETY: plain integers; cannot fail for 0.
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
-    match request.no_new_keyring {
-        true => Ok(()),
-        false => join_new_keyring(&request.container_id),
-    }
+    keyring.map_or(Ok(()), join_new_keyring)
 }
 
 /// Makes the cgroup and confines its devices. libcontainer finds it and only
@@ -225,9 +216,9 @@ fn prepare_cgroup(cgroup: &Cgroup, spec: &mut Spec) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The container's user as the guest sees it.
-fn owner_of_stdio(spec: &Spec) -> u32 {
-    let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
+/// The user of a process of the container as the guest sees it.
+pub fn owner_of_stdio(spec: &Spec, process: Option<&Process>) -> u32 {
+    let uid = process.map_or(0, |p| p.user().uid());
     let mappings = spec
         .linux()
         .as_ref()

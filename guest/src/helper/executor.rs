@@ -102,33 +102,36 @@ impl Program {
         std::env::set_current_dir(cwd).map_err(|e| failed("chdir to cwd", &e))
     }
 
-    fn prepare(&self, spec: &Spec) -> Result<(), String> {
+    /// Looks the program up, as the process that will execute it.
+    ///
+    /// # Errors
+    /// runc's message.
+    pub fn prepare(&self, args: &[String]) -> Result<(), String> {
         self.enter_late_cwd()?;
-        let name = args(spec).first().ok_or("args must not be empty")?;
+        let name = args.first().ok_or("args must not be empty")?;
         let found = look_path(name, self.variable("PATH"))?;
         *self.found.borrow_mut() = Some(found);
         Ok(())
     }
 
     /// The environment with the variables that only the container can tell.
-    fn complete_env(&self, spec: &Spec) -> Vec<String> {
+    fn complete_env(&self, uid: u32) -> Vec<String> {
         let mut env = self.env.clone();
         if self.home_missing {
-            let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
             env.push(format!("HOME={}", home_of(uid)));
         }
         env
     }
 
     /// Returns only when the program could not be executed.
-    fn execute(&self, spec: &Spec, env: &[String]) -> io::Error {
+    fn execute(&self, args: &[String], env: &[String]) -> io::Error {
         let Some(path) = self.found.borrow().clone() else {
             return io::Error::from_raw_os_error(libc::ENOENT);
         };
         let strings = |list: &[String]| -> Result<Vec<CString>, _> {
             list.iter().map(|s| CString::new(s.as_str())).collect()
         };
-        let (Ok(path), Ok(args), Ok(env)) = (CString::new(path), strings(args(spec)), strings(env))
+        let (Ok(path), Ok(args), Ok(env)) = (CString::new(path), strings(args), strings(env))
         else {
             return io::Error::from_raw_os_error(libc::EINVAL);
         };
@@ -139,6 +142,22 @@ impl Program {
             Ok(never) => match never {},
             Err(e) => e.into(),
         }
+    }
+
+    /// Becomes the program, after its hooks; what keeps it from that goes where
+    /// runc says it, to the process's own stderr.
+    pub fn become_program(&self, args: &[String], uid: u32) -> ! {
+        let env = self.complete_env(uid);
+        if let Some(Err(message)) = self.hooks.as_ref().map(|hooks| hooks.run(&env)) {
+            drop(writeln!(io::stderr(), "{message}"));
+            // SAFETY: as below.
+            unsafe { libc::_exit(EXEC_FAILED) }
+        }
+        let error = self.execute(args, &env);
+        let name = self.found.borrow().clone().unwrap_or_default();
+        drop(writeln!(io::stderr(), "exec {name}: {}", words(&error)));
+        // SAFETY: ends a process that has nothing left to do.
+        unsafe { libc::_exit(EXEC_FAILED) }
     }
 }
 
@@ -155,7 +174,7 @@ fn args(spec: &Spec) -> &[String] {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        self.prepare(spec).map_err(|message| {
+        self.prepare(args(spec)).map_err(|message| {
             record_final(&format!("unable to start container process: {message}"));
             ExecutorValidationError::ArgValidationError(message)
         })
@@ -168,18 +187,8 @@ impl Executor for Program {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let env = self.complete_env(spec);
-        if let Some(Err(message)) = self.hooks.as_ref().map(|hooks| hooks.run(&env)) {
-            drop(writeln!(io::stderr(), "{message}"));
-            // SAFETY: as below.
-            unsafe { libc::_exit(EXEC_FAILED) }
-        }
-        let error = self.execute(spec, &env);
-        let name = self.found.borrow().clone().unwrap_or_default();
-        // As runc: on the container's own stderr, where its user looks.
-        drop(writeln!(io::stderr(), "exec {name}: {}", words(&error)));
-        // SAFETY: ends a process that has nothing left to do.
-        unsafe { libc::_exit(EXEC_FAILED) }
+        let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
+        self.become_program(args(spec), uid)
     }
 }
 

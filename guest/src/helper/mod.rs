@@ -11,10 +11,15 @@
 //! 4. [`create`] brings up the loopback interface, completes the mounts and the
 //!    limits from outside, and answers.
 //!
+//! Or it starts one more process in a container: [`exec`] forks it into the
+//! container's cgroup and pid namespace, [`tenant`] is what that process does
+//! until it is its program.
+//!
 //! The process is a copy of the zygote: one thread, no descriptors but its own,
 //! `/dev/null` as stdio.
 
 mod create;
+mod exec;
 mod executor;
 mod failure;
 mod hooks;
@@ -26,6 +31,7 @@ mod resources;
 mod rlimits;
 mod rootfs;
 mod spec;
+mod tenant;
 mod terminal;
 
 use std::fs::File;
@@ -37,7 +43,7 @@ use nix::sys::stat::{Mode, umask};
 
 use crate::ipc;
 use crate::sys;
-use crate::zygote::{Answer, CreateRequest};
+use crate::zygote::{Answer, Request};
 
 pub use failure::Failure;
 pub use terminal::{hang_up as hang_terminal_up, set_size as set_terminal_size};
@@ -49,6 +55,14 @@ pub const NOTIFY_SOCKET: &str = "notify.sock";
 
 /// Never chosen by the kernel's OOM killer.
 const OOM_NEVER: &str = "-1000";
+
+/// What a helper has made.
+pub struct NewProcess {
+    /// In the guest's own pid namespace.
+    pub pid: i32,
+    /// Master of its terminal.
+    pub terminal: Option<OwnedFd>,
+}
 
 /// Brings the zygote into the state every helper starts from.
 ///
@@ -74,19 +88,23 @@ pub fn run(requests: &OwnedFd) -> io::Result<()> {
         return Ok(());
     };
     let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
-    let request = CreateRequest::decode(&request).ok_or_else(|| invalid("not a request"))?;
+    let request = Request::decode(&request).ok_or_else(|| invalid("not a request"))?;
     let mut fds = fds.into_iter();
     let answers = fds.next().ok_or_else(|| invalid("no answer socket"))?;
     let me = sys::pidfd_open(nix::unistd::getpid().as_raw())?;
     ipc::send(&answers, &Answer::Started.encode(), &[me.as_raw_fd()])?;
     drop(me);
     reset_inherited_state();
-    match create::create(&request, fds.collect()) {
-        Ok(created) => {
-            let master: Vec<_> = created.terminal.iter().map(AsRawFd::as_raw_fd).collect();
+    let made = match &request {
+        Request::Create(request) => create::create(request, fds.collect()),
+        Request::Exec(request) => exec::exec(request, fds),
+    };
+    match made {
+        Ok(made) => {
+            let master: Vec<_> = made.terminal.iter().map(AsRawFd::as_raw_fd).collect();
             ipc::send(
                 &answers,
-                &Answer::Created { pid: created.pid }.encode(),
+                &Answer::Created { pid: made.pid }.encode(),
                 &master,
             )?;
         }

@@ -155,7 +155,8 @@ fn refuse_label(field: &str, label: Option<&str>) -> Result<()> {
     }
 }
 
-fn complete_capabilities(given: Option<&LinuxCapabilities>) -> LinuxCapabilities {
+/// Absent sets are empty ones.
+pub fn complete_capabilities(given: Option<&LinuxCapabilities>) -> LinuxCapabilities {
     let mut all = LinuxCapabilities::default();
     let set = |of: fn(&LinuxCapabilities) -> &Option<Capabilities>| {
         Some(given.and_then(|g| of(g).clone()).unwrap_or_default())
@@ -230,7 +231,8 @@ fn normalise_namespaces(linux: &mut Linux) -> Result<()> {
     Ok(())
 }
 
-fn normalise_seccomp(linux: &mut Linux) -> Result<()> {
+/// Refuses a filter with a listener and removes one that filters nothing.
+pub fn normalise_seccomp(linux: &mut Linux) -> Result<()> {
     let Some(seccomp) = linux.seccomp() else {
         return Ok(());
     };

@@ -4,6 +4,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use oci_spec::runtime::Process;
 
 use super::Failure;
@@ -45,12 +47,49 @@ impl ConsoleSocket {
 /// the guest), as runc does.
 pub fn finish(master: &OwnedFd, process: &Process, uid: u32) -> Result<(), Failure> {
     if let Some(size) = process.console_size() {
-        let cells = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
         set_size(master, cells(size.height()), cells(size.width()))
             .map_err(Failure::io("setting the terminal's size"))?;
     }
     let slave = open_slave(master).map_err(Failure::io("opening the terminal"))?;
     give_to(&slave, uid).map_err(Failure::io("giving the terminal to the user"))
+}
+
+/// Makes a terminal in the container this process has entered, and makes it the
+/// terminal and the stdio of this process, the leader of a session. Returns its
+/// master. `uid` is as seen here.
+///
+/// # Errors
+/// `ENODEV` when the container's `/dev/ptmx` is not what it should be.
+pub fn make_own(size: Option<(u64, u64)>, uid: u32) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let master = nix::fcntl::open("/dev/ptmx", flags, Mode::empty())?;
+    // SAFETY: just opened by us.
+    let master = unsafe { OwnedFd::from_raw_fd(master) };
+    // The container may have put anything in its place (devices.txt: 5:2).
+    let device = nix::sys::stat::fstat(master.as_raw_fd())?;
+    if device.st_mode & libc::S_IFMT != libc::S_IFCHR || device.st_rdev != libc::makedev(5, 2) {
+        return Err(io::Error::from_raw_os_error(libc::ENODEV));
+    }
+    let unlock: libc::c_int = 0;
+    // SAFETY: TIOCSPTLCK reads an int.
+    sys::check(
+        unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) }.into(),
+    )?;
+    let slave = open_slave(&master)?;
+    if let Some((height, width)) = size {
+        set_size(&master, cells(height), cells(width))?;
+    }
+    give_to(&slave, uid)?;
+    // SAFETY: plain integers.
+    sys::check(unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) }.into())?;
+    for stdio in 0..3 {
+        sys::dup2(&slave, stdio)?;
+    }
+    Ok(master)
+}
+
+fn cells(n: u64) -> u16 {
+    u16::try_from(n).unwrap_or(u16::MAX)
 }
 
 /// Makes `uid` the owner, so that it can reopen `/dev/stdout` and its like.
@@ -87,6 +126,7 @@ pub fn hang_up(master: &OwnedFd) -> io::Result<()> {
 /// `include/uapi/asm-generic/ioctls.h`.
 const TIOCVHANGUP: libc::Ioctl = 0x5437;
 
+/// The slave of a master, by no path.
 fn open_slave(master: &OwnedFd) -> io::Result<OwnedFd> {
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
     // SAFETY: TIOCGPTPEER takes open flags and returns a descriptor.

@@ -29,9 +29,9 @@ use crate::transport::Listener;
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a connection waits for its process, and a process for it.
 const CLAIM_DEADLINE: Duration = Duration::from_secs(30);
-/// Most connections that wait for a header or a process: four for each of a
-/// hundred containers that are created at once.
-const MAX_WAITING: usize = 400;
+/// Most connections that wait for a header or a process: four for each of two
+/// hundred processes that are made at once.
+const MAX_WAITING: usize = 800;
 /// Wait after a failed accept: it fails for want of descriptors, not for good.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -114,9 +114,18 @@ impl Streams {
 
     /// Drops what waits for a container that will not come, or is gone.
     pub fn forget(&self, container_id: &str) {
+        self.drop_those(|id| id.container_id == container_id);
+    }
+
+    /// Drops what waits for a process that will not come.
+    pub fn forget_exec(&self, container_id: &str, exec_id: &str) {
+        self.drop_those(|id| id.container_id == container_id && id.exec_id == exec_id);
+    }
+
+    fn drop_those(&self, which: impl Fn(&StreamId) -> bool) {
         let mut inner = self.lock();
         let before = inner.arrived();
-        inner.slots.retain(|id, _| id.container_id != container_id);
+        inner.slots.retain(|id, _| !which(id));
         inner.waiting -= before - inner.arrived();
     }
 

@@ -1593,6 +1593,8 @@ pub struct Exited {
     pub code: u32,
     // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Exited.signal)
     pub signal: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Exited.exec_us)
+    pub exec_us: u64,
     // special fields
     // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.Exited.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -1610,7 +1612,7 @@ impl Exited {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(4);
+        let mut fields = ::std::vec::Vec::with_capacity(5);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "container_id",
@@ -1631,6 +1633,11 @@ impl Exited {
             "signal",
             |m: &Exited| { &m.signal },
             |m: &mut Exited| { &mut m.signal },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "exec_us",
+            |m: &Exited| { &m.exec_us },
+            |m: &mut Exited| { &mut m.exec_us },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Exited>(
             "Exited",
@@ -1662,6 +1669,9 @@ impl ::protobuf::Message for Exited {
                 32 => {
                     self.signal = is.read_uint32()?;
                 },
+                40 => {
+                    self.exec_us = is.read_uint64()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -1686,6 +1696,9 @@ impl ::protobuf::Message for Exited {
         if self.signal != 0 {
             my_size += ::protobuf::rt::uint32_size(4, self.signal);
         }
+        if self.exec_us != 0 {
+            my_size += ::protobuf::rt::uint64_size(5, self.exec_us);
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -1703,6 +1716,9 @@ impl ::protobuf::Message for Exited {
         }
         if self.signal != 0 {
             os.write_uint32(4, self.signal)?;
+        }
+        if self.exec_us != 0 {
+            os.write_uint64(5, self.exec_us)?;
         }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
@@ -1725,6 +1741,7 @@ impl ::protobuf::Message for Exited {
         self.exec_id.clear();
         self.code = 0;
         self.signal = 0;
+        self.exec_us = 0;
         self.special_fields.clear();
     }
 
@@ -1734,6 +1751,7 @@ impl ::protobuf::Message for Exited {
             exec_id: ::std::string::String::new(),
             code: 0,
             signal: 0,
+            exec_us: 0,
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -1754,6 +1772,1229 @@ impl ::std::fmt::Display for Exited {
 }
 
 impl ::protobuf::reflect::ProtobufValue for Exited {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.ExecProcessRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct ExecProcessRequest {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.container_id)
+    pub container_id: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.exec_id)
+    pub exec_id: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.process_json)
+    pub process_json: ::std::vec::Vec<u8>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.stdin)
+    pub stdin: bool,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.stdout)
+    pub stdout: bool,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.stderr)
+    pub stderr: bool,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.ignore_paused)
+    pub ignore_paused: bool,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.cgroup)
+    pub cgroup: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.umask)
+    pub umask: u32,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.ExecProcessRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a ExecProcessRequest {
+    fn default() -> &'a ExecProcessRequest {
+        <ExecProcessRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl ExecProcessRequest {
+    pub fn new() -> ExecProcessRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(9);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &ExecProcessRequest| { &m.container_id },
+            |m: &mut ExecProcessRequest| { &mut m.container_id },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "exec_id",
+            |m: &ExecProcessRequest| { &m.exec_id },
+            |m: &mut ExecProcessRequest| { &mut m.exec_id },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "process_json",
+            |m: &ExecProcessRequest| { &m.process_json },
+            |m: &mut ExecProcessRequest| { &mut m.process_json },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "stdin",
+            |m: &ExecProcessRequest| { &m.stdin },
+            |m: &mut ExecProcessRequest| { &mut m.stdin },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "stdout",
+            |m: &ExecProcessRequest| { &m.stdout },
+            |m: &mut ExecProcessRequest| { &mut m.stdout },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "stderr",
+            |m: &ExecProcessRequest| { &m.stderr },
+            |m: &mut ExecProcessRequest| { &mut m.stderr },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "ignore_paused",
+            |m: &ExecProcessRequest| { &m.ignore_paused },
+            |m: &mut ExecProcessRequest| { &mut m.ignore_paused },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "cgroup",
+            |m: &ExecProcessRequest| { &m.cgroup },
+            |m: &mut ExecProcessRequest| { &mut m.cgroup },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "umask",
+            |m: &ExecProcessRequest| { &m.umask },
+            |m: &mut ExecProcessRequest| { &mut m.umask },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ExecProcessRequest>(
+            "ExecProcessRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for ExecProcessRequest {
+    const NAME: &'static str = "ExecProcessRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                18 => {
+                    self.exec_id = is.read_string()?;
+                },
+                26 => {
+                    self.process_json = is.read_bytes()?;
+                },
+                32 => {
+                    self.stdin = is.read_bool()?;
+                },
+                40 => {
+                    self.stdout = is.read_bool()?;
+                },
+                48 => {
+                    self.stderr = is.read_bool()?;
+                },
+                56 => {
+                    self.ignore_paused = is.read_bool()?;
+                },
+                66 => {
+                    self.cgroup = is.read_string()?;
+                },
+                72 => {
+                    self.umask = is.read_uint32()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        if !self.exec_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(2, &self.exec_id);
+        }
+        if !self.process_json.is_empty() {
+            my_size += ::protobuf::rt::bytes_size(3, &self.process_json);
+        }
+        if self.stdin != false {
+            my_size += 1 + 1;
+        }
+        if self.stdout != false {
+            my_size += 1 + 1;
+        }
+        if self.stderr != false {
+            my_size += 1 + 1;
+        }
+        if self.ignore_paused != false {
+            my_size += 1 + 1;
+        }
+        if !self.cgroup.is_empty() {
+            my_size += ::protobuf::rt::string_size(8, &self.cgroup);
+        }
+        if self.umask != 0 {
+            my_size += ::protobuf::rt::uint32_size(9, self.umask);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        if !self.exec_id.is_empty() {
+            os.write_string(2, &self.exec_id)?;
+        }
+        if !self.process_json.is_empty() {
+            os.write_bytes(3, &self.process_json)?;
+        }
+        if self.stdin != false {
+            os.write_bool(4, self.stdin)?;
+        }
+        if self.stdout != false {
+            os.write_bool(5, self.stdout)?;
+        }
+        if self.stderr != false {
+            os.write_bool(6, self.stderr)?;
+        }
+        if self.ignore_paused != false {
+            os.write_bool(7, self.ignore_paused)?;
+        }
+        if !self.cgroup.is_empty() {
+            os.write_string(8, &self.cgroup)?;
+        }
+        if self.umask != 0 {
+            os.write_uint32(9, self.umask)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> ExecProcessRequest {
+        ExecProcessRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.exec_id.clear();
+        self.process_json.clear();
+        self.stdin = false;
+        self.stdout = false;
+        self.stderr = false;
+        self.ignore_paused = false;
+        self.cgroup.clear();
+        self.umask = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static ExecProcessRequest {
+        static instance: ExecProcessRequest = ExecProcessRequest {
+            container_id: ::std::string::String::new(),
+            exec_id: ::std::string::String::new(),
+            process_json: ::std::vec::Vec::new(),
+            stdin: false,
+            stdout: false,
+            stderr: false,
+            ignore_paused: false,
+            cgroup: ::std::string::String::new(),
+            umask: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for ExecProcessRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("ExecProcessRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for ExecProcessRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for ExecProcessRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.ExecProcessResponse)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct ExecProcessResponse {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessResponse.pid)
+    pub pid: i32,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.ExecProcessResponse.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a ExecProcessResponse {
+    fn default() -> &'a ExecProcessResponse {
+        <ExecProcessResponse as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl ExecProcessResponse {
+    pub fn new() -> ExecProcessResponse {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "pid",
+            |m: &ExecProcessResponse| { &m.pid },
+            |m: &mut ExecProcessResponse| { &mut m.pid },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ExecProcessResponse>(
+            "ExecProcessResponse",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for ExecProcessResponse {
+    const NAME: &'static str = "ExecProcessResponse";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                8 => {
+                    self.pid = is.read_int32()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if self.pid != 0 {
+            my_size += ::protobuf::rt::int32_size(1, self.pid);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if self.pid != 0 {
+            os.write_int32(1, self.pid)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> ExecProcessResponse {
+        ExecProcessResponse::new()
+    }
+
+    fn clear(&mut self) {
+        self.pid = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static ExecProcessResponse {
+        static instance: ExecProcessResponse = ExecProcessResponse {
+            pid: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for ExecProcessResponse {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("ExecProcessResponse").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for ExecProcessResponse {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for ExecProcessResponse {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.ListProcessesRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct ListProcessesRequest {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ListProcessesRequest.container_id)
+    pub container_id: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.ListProcessesRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a ListProcessesRequest {
+    fn default() -> &'a ListProcessesRequest {
+        <ListProcessesRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl ListProcessesRequest {
+    pub fn new() -> ListProcessesRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &ListProcessesRequest| { &m.container_id },
+            |m: &mut ListProcessesRequest| { &mut m.container_id },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ListProcessesRequest>(
+            "ListProcessesRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for ListProcessesRequest {
+    const NAME: &'static str = "ListProcessesRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> ListProcessesRequest {
+        ListProcessesRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static ListProcessesRequest {
+        static instance: ListProcessesRequest = ListProcessesRequest {
+            container_id: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for ListProcessesRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("ListProcessesRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for ListProcessesRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for ListProcessesRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.ListProcessesResponse)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct ListProcessesResponse {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ListProcessesResponse.processes)
+    pub processes: ::std::vec::Vec<ProcessInfo>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ListProcessesResponse.truncated)
+    pub truncated: bool,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ListProcessesResponse.memory_kib)
+    pub memory_kib: u64,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.ListProcessesResponse.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a ListProcessesResponse {
+    fn default() -> &'a ListProcessesResponse {
+        <ListProcessesResponse as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl ListProcessesResponse {
+    pub fn new() -> ListProcessesResponse {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(3);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "processes",
+            |m: &ListProcessesResponse| { &m.processes },
+            |m: &mut ListProcessesResponse| { &mut m.processes },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "truncated",
+            |m: &ListProcessesResponse| { &m.truncated },
+            |m: &mut ListProcessesResponse| { &mut m.truncated },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "memory_kib",
+            |m: &ListProcessesResponse| { &m.memory_kib },
+            |m: &mut ListProcessesResponse| { &mut m.memory_kib },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ListProcessesResponse>(
+            "ListProcessesResponse",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for ListProcessesResponse {
+    const NAME: &'static str = "ListProcessesResponse";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.processes.push(is.read_message()?);
+                },
+                16 => {
+                    self.truncated = is.read_bool()?;
+                },
+                24 => {
+                    self.memory_kib = is.read_uint64()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        for value in &self.processes {
+            let len = value.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
+        if self.truncated != false {
+            my_size += 1 + 1;
+        }
+        if self.memory_kib != 0 {
+            my_size += ::protobuf::rt::uint64_size(3, self.memory_kib);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        for v in &self.processes {
+            ::protobuf::rt::write_message_field_with_cached_size(1, v, os)?;
+        };
+        if self.truncated != false {
+            os.write_bool(2, self.truncated)?;
+        }
+        if self.memory_kib != 0 {
+            os.write_uint64(3, self.memory_kib)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> ListProcessesResponse {
+        ListProcessesResponse::new()
+    }
+
+    fn clear(&mut self) {
+        self.processes.clear();
+        self.truncated = false;
+        self.memory_kib = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static ListProcessesResponse {
+        static instance: ListProcessesResponse = ListProcessesResponse {
+            processes: ::std::vec::Vec::new(),
+            truncated: false,
+            memory_kib: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for ListProcessesResponse {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("ListProcessesResponse").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for ListProcessesResponse {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for ListProcessesResponse {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.ProcessInfo)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct ProcessInfo {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.pid)
+    pub pid: i32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.ppid)
+    pub ppid: i32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.pgid)
+    pub pgid: i32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.sid)
+    pub sid: i32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.ruid)
+    pub ruid: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.euid)
+    pub euid: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.rgid)
+    pub rgid: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.egid)
+    pub egid: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.tty)
+    pub tty: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.tpgid)
+    pub tpgid: i32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.state)
+    pub state: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.name)
+    pub name: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.args)
+    pub args: ::std::vec::Vec<u8>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.cpu_ms)
+    pub cpu_ms: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.age_ms)
+    pub age_ms: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.vsize_kib)
+    pub vsize_kib: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.rss_kib)
+    pub rss_kib: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.nice)
+    pub nice: i32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.priority)
+    pub priority: i32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.threads)
+    pub threads: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.flags)
+    pub flags: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.policy)
+    pub policy: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.rt_priority)
+    pub rt_priority: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.processor)
+    pub processor: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ProcessInfo.locked)
+    pub locked: bool,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.ProcessInfo.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a ProcessInfo {
+    fn default() -> &'a ProcessInfo {
+        <ProcessInfo as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl ProcessInfo {
+    pub fn new() -> ProcessInfo {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(25);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "pid",
+            |m: &ProcessInfo| { &m.pid },
+            |m: &mut ProcessInfo| { &mut m.pid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "ppid",
+            |m: &ProcessInfo| { &m.ppid },
+            |m: &mut ProcessInfo| { &mut m.ppid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "pgid",
+            |m: &ProcessInfo| { &m.pgid },
+            |m: &mut ProcessInfo| { &mut m.pgid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "sid",
+            |m: &ProcessInfo| { &m.sid },
+            |m: &mut ProcessInfo| { &mut m.sid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "ruid",
+            |m: &ProcessInfo| { &m.ruid },
+            |m: &mut ProcessInfo| { &mut m.ruid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "euid",
+            |m: &ProcessInfo| { &m.euid },
+            |m: &mut ProcessInfo| { &mut m.euid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "rgid",
+            |m: &ProcessInfo| { &m.rgid },
+            |m: &mut ProcessInfo| { &mut m.rgid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "egid",
+            |m: &ProcessInfo| { &m.egid },
+            |m: &mut ProcessInfo| { &mut m.egid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "tty",
+            |m: &ProcessInfo| { &m.tty },
+            |m: &mut ProcessInfo| { &mut m.tty },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "tpgid",
+            |m: &ProcessInfo| { &m.tpgid },
+            |m: &mut ProcessInfo| { &mut m.tpgid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "state",
+            |m: &ProcessInfo| { &m.state },
+            |m: &mut ProcessInfo| { &mut m.state },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "name",
+            |m: &ProcessInfo| { &m.name },
+            |m: &mut ProcessInfo| { &mut m.name },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "args",
+            |m: &ProcessInfo| { &m.args },
+            |m: &mut ProcessInfo| { &mut m.args },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "cpu_ms",
+            |m: &ProcessInfo| { &m.cpu_ms },
+            |m: &mut ProcessInfo| { &mut m.cpu_ms },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "age_ms",
+            |m: &ProcessInfo| { &m.age_ms },
+            |m: &mut ProcessInfo| { &mut m.age_ms },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "vsize_kib",
+            |m: &ProcessInfo| { &m.vsize_kib },
+            |m: &mut ProcessInfo| { &mut m.vsize_kib },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "rss_kib",
+            |m: &ProcessInfo| { &m.rss_kib },
+            |m: &mut ProcessInfo| { &mut m.rss_kib },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "nice",
+            |m: &ProcessInfo| { &m.nice },
+            |m: &mut ProcessInfo| { &mut m.nice },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "priority",
+            |m: &ProcessInfo| { &m.priority },
+            |m: &mut ProcessInfo| { &mut m.priority },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "threads",
+            |m: &ProcessInfo| { &m.threads },
+            |m: &mut ProcessInfo| { &mut m.threads },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "flags",
+            |m: &ProcessInfo| { &m.flags },
+            |m: &mut ProcessInfo| { &mut m.flags },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "policy",
+            |m: &ProcessInfo| { &m.policy },
+            |m: &mut ProcessInfo| { &mut m.policy },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "rt_priority",
+            |m: &ProcessInfo| { &m.rt_priority },
+            |m: &mut ProcessInfo| { &mut m.rt_priority },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "processor",
+            |m: &ProcessInfo| { &m.processor },
+            |m: &mut ProcessInfo| { &mut m.processor },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "locked",
+            |m: &ProcessInfo| { &m.locked },
+            |m: &mut ProcessInfo| { &mut m.locked },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ProcessInfo>(
+            "ProcessInfo",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for ProcessInfo {
+    const NAME: &'static str = "ProcessInfo";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                8 => {
+                    self.pid = is.read_int32()?;
+                },
+                16 => {
+                    self.ppid = is.read_int32()?;
+                },
+                24 => {
+                    self.pgid = is.read_int32()?;
+                },
+                32 => {
+                    self.sid = is.read_int32()?;
+                },
+                40 => {
+                    self.ruid = is.read_uint32()?;
+                },
+                48 => {
+                    self.euid = is.read_uint32()?;
+                },
+                56 => {
+                    self.rgid = is.read_uint32()?;
+                },
+                64 => {
+                    self.egid = is.read_uint32()?;
+                },
+                72 => {
+                    self.tty = is.read_uint32()?;
+                },
+                80 => {
+                    self.tpgid = is.read_int32()?;
+                },
+                90 => {
+                    self.state = is.read_string()?;
+                },
+                98 => {
+                    self.name = is.read_string()?;
+                },
+                106 => {
+                    self.args = is.read_bytes()?;
+                },
+                112 => {
+                    self.cpu_ms = is.read_uint64()?;
+                },
+                120 => {
+                    self.age_ms = is.read_uint64()?;
+                },
+                128 => {
+                    self.vsize_kib = is.read_uint64()?;
+                },
+                136 => {
+                    self.rss_kib = is.read_uint64()?;
+                },
+                144 => {
+                    self.nice = is.read_int32()?;
+                },
+                152 => {
+                    self.priority = is.read_int32()?;
+                },
+                160 => {
+                    self.threads = is.read_uint32()?;
+                },
+                168 => {
+                    self.flags = is.read_uint32()?;
+                },
+                176 => {
+                    self.policy = is.read_uint32()?;
+                },
+                184 => {
+                    self.rt_priority = is.read_uint32()?;
+                },
+                192 => {
+                    self.processor = is.read_uint32()?;
+                },
+                200 => {
+                    self.locked = is.read_bool()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if self.pid != 0 {
+            my_size += ::protobuf::rt::int32_size(1, self.pid);
+        }
+        if self.ppid != 0 {
+            my_size += ::protobuf::rt::int32_size(2, self.ppid);
+        }
+        if self.pgid != 0 {
+            my_size += ::protobuf::rt::int32_size(3, self.pgid);
+        }
+        if self.sid != 0 {
+            my_size += ::protobuf::rt::int32_size(4, self.sid);
+        }
+        if self.ruid != 0 {
+            my_size += ::protobuf::rt::uint32_size(5, self.ruid);
+        }
+        if self.euid != 0 {
+            my_size += ::protobuf::rt::uint32_size(6, self.euid);
+        }
+        if self.rgid != 0 {
+            my_size += ::protobuf::rt::uint32_size(7, self.rgid);
+        }
+        if self.egid != 0 {
+            my_size += ::protobuf::rt::uint32_size(8, self.egid);
+        }
+        if self.tty != 0 {
+            my_size += ::protobuf::rt::uint32_size(9, self.tty);
+        }
+        if self.tpgid != 0 {
+            my_size += ::protobuf::rt::int32_size(10, self.tpgid);
+        }
+        if !self.state.is_empty() {
+            my_size += ::protobuf::rt::string_size(11, &self.state);
+        }
+        if !self.name.is_empty() {
+            my_size += ::protobuf::rt::string_size(12, &self.name);
+        }
+        if !self.args.is_empty() {
+            my_size += ::protobuf::rt::bytes_size(13, &self.args);
+        }
+        if self.cpu_ms != 0 {
+            my_size += ::protobuf::rt::uint64_size(14, self.cpu_ms);
+        }
+        if self.age_ms != 0 {
+            my_size += ::protobuf::rt::uint64_size(15, self.age_ms);
+        }
+        if self.vsize_kib != 0 {
+            my_size += ::protobuf::rt::uint64_size(16, self.vsize_kib);
+        }
+        if self.rss_kib != 0 {
+            my_size += ::protobuf::rt::uint64_size(17, self.rss_kib);
+        }
+        if self.nice != 0 {
+            my_size += ::protobuf::rt::int32_size(18, self.nice);
+        }
+        if self.priority != 0 {
+            my_size += ::protobuf::rt::int32_size(19, self.priority);
+        }
+        if self.threads != 0 {
+            my_size += ::protobuf::rt::uint32_size(20, self.threads);
+        }
+        if self.flags != 0 {
+            my_size += ::protobuf::rt::uint32_size(21, self.flags);
+        }
+        if self.policy != 0 {
+            my_size += ::protobuf::rt::uint32_size(22, self.policy);
+        }
+        if self.rt_priority != 0 {
+            my_size += ::protobuf::rt::uint32_size(23, self.rt_priority);
+        }
+        if self.processor != 0 {
+            my_size += ::protobuf::rt::uint32_size(24, self.processor);
+        }
+        if self.locked != false {
+            my_size += 2 + 1;
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if self.pid != 0 {
+            os.write_int32(1, self.pid)?;
+        }
+        if self.ppid != 0 {
+            os.write_int32(2, self.ppid)?;
+        }
+        if self.pgid != 0 {
+            os.write_int32(3, self.pgid)?;
+        }
+        if self.sid != 0 {
+            os.write_int32(4, self.sid)?;
+        }
+        if self.ruid != 0 {
+            os.write_uint32(5, self.ruid)?;
+        }
+        if self.euid != 0 {
+            os.write_uint32(6, self.euid)?;
+        }
+        if self.rgid != 0 {
+            os.write_uint32(7, self.rgid)?;
+        }
+        if self.egid != 0 {
+            os.write_uint32(8, self.egid)?;
+        }
+        if self.tty != 0 {
+            os.write_uint32(9, self.tty)?;
+        }
+        if self.tpgid != 0 {
+            os.write_int32(10, self.tpgid)?;
+        }
+        if !self.state.is_empty() {
+            os.write_string(11, &self.state)?;
+        }
+        if !self.name.is_empty() {
+            os.write_string(12, &self.name)?;
+        }
+        if !self.args.is_empty() {
+            os.write_bytes(13, &self.args)?;
+        }
+        if self.cpu_ms != 0 {
+            os.write_uint64(14, self.cpu_ms)?;
+        }
+        if self.age_ms != 0 {
+            os.write_uint64(15, self.age_ms)?;
+        }
+        if self.vsize_kib != 0 {
+            os.write_uint64(16, self.vsize_kib)?;
+        }
+        if self.rss_kib != 0 {
+            os.write_uint64(17, self.rss_kib)?;
+        }
+        if self.nice != 0 {
+            os.write_int32(18, self.nice)?;
+        }
+        if self.priority != 0 {
+            os.write_int32(19, self.priority)?;
+        }
+        if self.threads != 0 {
+            os.write_uint32(20, self.threads)?;
+        }
+        if self.flags != 0 {
+            os.write_uint32(21, self.flags)?;
+        }
+        if self.policy != 0 {
+            os.write_uint32(22, self.policy)?;
+        }
+        if self.rt_priority != 0 {
+            os.write_uint32(23, self.rt_priority)?;
+        }
+        if self.processor != 0 {
+            os.write_uint32(24, self.processor)?;
+        }
+        if self.locked != false {
+            os.write_bool(25, self.locked)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> ProcessInfo {
+        ProcessInfo::new()
+    }
+
+    fn clear(&mut self) {
+        self.pid = 0;
+        self.ppid = 0;
+        self.pgid = 0;
+        self.sid = 0;
+        self.ruid = 0;
+        self.euid = 0;
+        self.rgid = 0;
+        self.egid = 0;
+        self.tty = 0;
+        self.tpgid = 0;
+        self.state.clear();
+        self.name.clear();
+        self.args.clear();
+        self.cpu_ms = 0;
+        self.age_ms = 0;
+        self.vsize_kib = 0;
+        self.rss_kib = 0;
+        self.nice = 0;
+        self.priority = 0;
+        self.threads = 0;
+        self.flags = 0;
+        self.policy = 0;
+        self.rt_priority = 0;
+        self.processor = 0;
+        self.locked = false;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static ProcessInfo {
+        static instance: ProcessInfo = ProcessInfo {
+            pid: 0,
+            ppid: 0,
+            pgid: 0,
+            sid: 0,
+            ruid: 0,
+            euid: 0,
+            rgid: 0,
+            egid: 0,
+            tty: 0,
+            tpgid: 0,
+            state: ::std::string::String::new(),
+            name: ::std::string::String::new(),
+            args: ::std::vec::Vec::new(),
+            cpu_ms: 0,
+            age_ms: 0,
+            vsize_kib: 0,
+            rss_kib: 0,
+            nice: 0,
+            priority: 0,
+            threads: 0,
+            flags: 0,
+            policy: 0,
+            rt_priority: 0,
+            processor: 0,
+            locked: false,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for ProcessInfo {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("ProcessInfo").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for ProcessInfo {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for ProcessInfo {
     type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
 }
 
@@ -4014,21 +5255,52 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     ent_version\x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_release\
     \x18\x03\x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_start_us\x18\x04\x20\
     \x01(\x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\x18\x05\x20\x01(\x04\
-    R\x0cagentReadyUs\"p\n\x06Exited\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\
-    \tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06execId\
-    \x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\x16\n\x06signal\x18\
-    \x04\x20\x01(\rR\x06signal\">\n\x03Oom\x12!\n\x0ccontainer_id\x18\x01\
-    \x20\x01(\tR\x0bcontainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\x05\
-    kills\":\n\x15PauseContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\
-    \x01(\tR\x0bcontainerId\";\n\x16ResumeContainerRequest\x12!\n\x0ccontain\
-    er_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\n\x16UpdateContainerRequest\
-    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12?\n\x08set\
-    tings\x18\x02\x20\x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettingR\x08sett\
-    ings\"r\n\rCgroupSetting\x12E\n\x0calternatives\x18\x01\x20\x03(\x0b2!.k\
-    uasar.runv.agent.v1.CgroupWriteR\x0calternatives\x12\x1a\n\x08optional\
-    \x18\x02\x20\x01(\x08R\x08optional\"7\n\x0bCgroupWrite\x12\x12\n\x04file\
-    \x18\x01\x20\x01(\tR\x04file\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05v\
-    alue\"4\n\x0fGetStatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
+    R\x0cagentReadyUs\"\x89\x01\n\x06Exited\x12!\n\x0ccontainer_id\x18\x01\
+    \x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06\
+    execId\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\x16\n\x06signal\
+    \x18\x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec_us\x18\x05\x20\x01(\x04\
+    R\x06execUs\"\x8c\x02\n\x12ExecProcessRequest\x12!\n\x0ccontainer_id\x18\
+    \x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\
+    \x06execId\x12!\n\x0cprocess_json\x18\x03\x20\x01(\x0cR\x0bprocessJson\
+    \x12\x14\n\x05stdin\x18\x04\x20\x01(\x08R\x05stdin\x12\x16\n\x06stdout\
+    \x18\x05\x20\x01(\x08R\x06stdout\x12\x16\n\x06stderr\x18\x06\x20\x01(\
+    \x08R\x06stderr\x12#\n\rignore_paused\x18\x07\x20\x01(\x08R\x0cignorePau\
+    sed\x12\x16\n\x06cgroup\x18\x08\x20\x01(\tR\x06cgroup\x12\x14\n\x05umask\
+    \x18\t\x20\x01(\rR\x05umask\"'\n\x13ExecProcessResponse\x12\x10\n\x03pid\
+    \x18\x01\x20\x01(\x05R\x03pid\"9\n\x14ListProcessesRequest\x12!\n\x0ccon\
+    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"\x95\x01\n\x15ListProcesse\
+    sResponse\x12?\n\tprocesses\x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.\
+    ProcessInfoR\tprocesses\x12\x1c\n\ttruncated\x18\x02\x20\x01(\x08R\ttrun\
+    cated\x12\x1d\n\nmemory_kib\x18\x03\x20\x01(\x04R\tmemoryKib\"\xc2\x04\n\
+    \x0bProcessInfo\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\x12\x12\n\
+    \x04ppid\x18\x02\x20\x01(\x05R\x04ppid\x12\x12\n\x04pgid\x18\x03\x20\x01\
+    (\x05R\x04pgid\x12\x10\n\x03sid\x18\x04\x20\x01(\x05R\x03sid\x12\x12\n\
+    \x04ruid\x18\x05\x20\x01(\rR\x04ruid\x12\x12\n\x04euid\x18\x06\x20\x01(\
+    \rR\x04euid\x12\x12\n\x04rgid\x18\x07\x20\x01(\rR\x04rgid\x12\x12\n\x04e\
+    gid\x18\x08\x20\x01(\rR\x04egid\x12\x10\n\x03tty\x18\t\x20\x01(\rR\x03tt\
+    y\x12\x14\n\x05tpgid\x18\n\x20\x01(\x05R\x05tpgid\x12\x14\n\x05state\x18\
+    \x0b\x20\x01(\tR\x05state\x12\x12\n\x04name\x18\x0c\x20\x01(\tR\x04name\
+    \x12\x12\n\x04args\x18\r\x20\x01(\x0cR\x04args\x12\x15\n\x06cpu_ms\x18\
+    \x0e\x20\x01(\x04R\x05cpuMs\x12\x15\n\x06age_ms\x18\x0f\x20\x01(\x04R\
+    \x05ageMs\x12\x1b\n\tvsize_kib\x18\x10\x20\x01(\x04R\x08vsizeKib\x12\x17\
+    \n\x07rss_kib\x18\x11\x20\x01(\x04R\x06rssKib\x12\x12\n\x04nice\x18\x12\
+    \x20\x01(\x05R\x04nice\x12\x1a\n\x08priority\x18\x13\x20\x01(\x05R\x08pr\
+    iority\x12\x18\n\x07threads\x18\x14\x20\x01(\rR\x07threads\x12\x14\n\x05\
+    flags\x18\x15\x20\x01(\rR\x05flags\x12\x16\n\x06policy\x18\x16\x20\x01(\
+    \rR\x06policy\x12\x1f\n\x0brt_priority\x18\x17\x20\x01(\rR\nrtPriority\
+    \x12\x1c\n\tprocessor\x18\x18\x20\x01(\rR\tprocessor\x12\x16\n\x06locked\
+    \x18\x19\x20\x01(\x08R\x06locked\">\n\x03Oom\x12!\n\x0ccontainer_id\x18\
+    \x01\x20\x01(\tR\x0bcontainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\
+    \x05kills\":\n\x15PauseContainerRequest\x12!\n\x0ccontainer_id\x18\x01\
+    \x20\x01(\tR\x0bcontainerId\";\n\x16ResumeContainerRequest\x12!\n\x0ccon\
+    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\n\x16UpdateContainerRequ\
+    est\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12?\n\x08\
+    settings\x18\x02\x20\x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettingR\x08s\
+    ettings\"r\n\rCgroupSetting\x12E\n\x0calternatives\x18\x01\x20\x03(\x0b2\
+    !.kuasar.runv.agent.v1.CgroupWriteR\x0calternatives\x12\x1a\n\x08optiona\
+    l\x18\x02\x20\x01(\x08R\x08optional\"7\n\x0bCgroupWrite\x12\x12\n\x04fil\
+    e\x18\x01\x20\x01(\tR\x04file\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05\
+    value\"4\n\x0fGetStatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
     \x0bcontainerId\"\xc9\x02\n\x10GetStatsResponse\x120\n\x03cpu\x18\x01\
     \x20\x01(\x0b2\x1e.kuasar.runv.agent.v1.CpuStatsR\x03cpu\x129\n\x06memor\
     y\x18\x02\x20\x01(\x0b2!.kuasar.runv.agent.v1.MemoryStatsR\x06memory\x12\
@@ -4059,7 +5331,7 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     s\x12\x1b\n\tpage_size\x18\x01\x20\x01(\tR\x08pageSize\x12\x14\n\x05usag\
     e\x18\x02\x20\x01(\x04R\x05usage\x12\x1a\n\x08failures\x18\x03\x20\x01(\
     \x04R\x08failures\"4\n\x0fWatchOomRequest\x12!\n\x0ccontainer_id\x18\x01\
-    \x20\x01(\tR\x0bcontainerId2\x9d\x07\n\x05Agent\x12n\n\x0fCreateContaine\
+    \x20\x01(\tR\x0bcontainerId2\xeb\x08\n\x05Agent\x12n\n\x0fCreateContaine\
     r\x12,.kuasar.runv.agent.v1.CreateContainerRequest\x1a-.kuasar.runv.agen\
     t.v1.CreateContainerResponse\x12Z\n\x0eStartContainer\x12+.kuasar.runv.a\
     gent.v1.StartContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12X\n\
@@ -4067,14 +5339,17 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     uasar.runv.agent.v1.Empty\x12\\\n\x0fDeleteContainer\x12,.kuasar.runv.ag\
     ent.v1.DeleteContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12M\n\
     \x07GetInfo\x12\x1b.kuasar.runv.agent.v1.Empty\x1a%.kuasar.runv.agent.v1\
-    .GetInfoResponse\x12Z\n\x0ePauseContainer\x12+.kuasar.runv.agent.v1.Paus\
-    eContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fResumeCo\
-    ntainer\x12,.kuasar.runv.agent.v1.ResumeContainerRequest\x1a\x1b.kuasar.\
-    runv.agent.v1.Empty\x12\\\n\x0fUpdateContainer\x12,.kuasar.runv.agent.v1\
-    .UpdateContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12Y\n\x08Get\
-    Stats\x12%.kuasar.runv.agent.v1.GetStatsRequest\x1a&.kuasar.runv.agent.v\
-    1.GetStatsResponse\x12N\n\x08WatchOom\x12%.kuasar.runv.agent.v1.WatchOom\
-    Request\x1a\x1b.kuasar.runv.agent.v1.Emptyb\x06proto3\
+    .GetInfoResponse\x12b\n\x0bExecProcess\x12(.kuasar.runv.agent.v1.ExecPro\
+    cessRequest\x1a).kuasar.runv.agent.v1.ExecProcessResponse\x12h\n\rListPr\
+    ocesses\x12*.kuasar.runv.agent.v1.ListProcessesRequest\x1a+.kuasar.runv.\
+    agent.v1.ListProcessesResponse\x12Z\n\x0ePauseContainer\x12+.kuasar.runv\
+    .agent.v1.PauseContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\
+    \n\x0fResumeContainer\x12,.kuasar.runv.agent.v1.ResumeContainerRequest\
+    \x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fUpdateContainer\x12,.kuas\
+    ar.runv.agent.v1.UpdateContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Emp\
+    ty\x12Y\n\x08GetStats\x12%.kuasar.runv.agent.v1.GetStatsRequest\x1a&.kua\
+    sar.runv.agent.v1.GetStatsResponse\x12N\n\x08WatchOom\x12%.kuasar.runv.a\
+    gent.v1.WatchOomRequest\x1a\x1b.kuasar.runv.agent.v1.Emptyb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file
@@ -4092,7 +5367,7 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
     file_descriptor.get(|| {
         let generated_file_descriptor = generated_file_descriptor_lazy.get(|| {
             let mut deps = ::std::vec::Vec::with_capacity(0);
-            let mut messages = ::std::vec::Vec::with_capacity(24);
+            let mut messages = ::std::vec::Vec::with_capacity(29);
             messages.push(Empty::generated_message_descriptor_data());
             messages.push(CreateContainerRequest::generated_message_descriptor_data());
             messages.push(CreateContainerResponse::generated_message_descriptor_data());
@@ -4103,6 +5378,11 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
             messages.push(Event::generated_message_descriptor_data());
             messages.push(Ready::generated_message_descriptor_data());
             messages.push(Exited::generated_message_descriptor_data());
+            messages.push(ExecProcessRequest::generated_message_descriptor_data());
+            messages.push(ExecProcessResponse::generated_message_descriptor_data());
+            messages.push(ListProcessesRequest::generated_message_descriptor_data());
+            messages.push(ListProcessesResponse::generated_message_descriptor_data());
+            messages.push(ProcessInfo::generated_message_descriptor_data());
             messages.push(Oom::generated_message_descriptor_data());
             messages.push(PauseContainerRequest::generated_message_descriptor_data());
             messages.push(ResumeContainerRequest::generated_message_descriptor_data());

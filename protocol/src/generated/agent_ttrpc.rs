@@ -61,6 +61,18 @@ impl AgentClient {
         Ok(cres)
     }
 
+    pub fn exec_process(&self, ctx: ttrpc::context::Context, req: &super::agent::ExecProcessRequest) -> ::ttrpc::Result<super::agent::ExecProcessResponse> {
+        let mut cres = super::agent::ExecProcessResponse::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "ExecProcess", cres);
+        Ok(cres)
+    }
+
+    pub fn list_processes(&self, ctx: ttrpc::context::Context, req: &super::agent::ListProcessesRequest) -> ::ttrpc::Result<super::agent::ListProcessesResponse> {
+        let mut cres = super::agent::ListProcessesResponse::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "ListProcesses", cres);
+        Ok(cres)
+    }
+
     pub fn pause_container(&self, ctx: ttrpc::context::Context, req: &super::agent::PauseContainerRequest) -> ::ttrpc::Result<super::agent::Empty> {
         let mut cres = super::agent::Empty::new();
         ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.agent.v1.Agent", "PauseContainer", cres);
@@ -147,6 +159,28 @@ impl ::ttrpc::r#async::MethodHandler for GetInfoMethod {
     }
 }
 
+struct ExecProcessMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for ExecProcessMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, ExecProcessRequest, exec_process);
+    }
+}
+
+struct ListProcessesMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for ListProcessesMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, ListProcessesRequest, list_processes);
+    }
+}
+
 struct PauseContainerMethod {
     service: Arc<dyn Agent + Send + Sync>,
 }
@@ -219,6 +253,12 @@ pub trait Agent: Sync {
     async fn get_info(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::Empty) -> ::ttrpc::Result<super::agent::GetInfoResponse> {
         Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/GetInfo is not supported".to_string())))
     }
+    async fn exec_process(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::ExecProcessRequest) -> ::ttrpc::Result<super::agent::ExecProcessResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/ExecProcess is not supported".to_string())))
+    }
+    async fn list_processes(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::ListProcessesRequest) -> ::ttrpc::Result<super::agent::ListProcessesResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/ListProcesses is not supported".to_string())))
+    }
     async fn pause_container(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::PauseContainerRequest) -> ::ttrpc::Result<super::agent::Empty> {
         Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.agent.v1.Agent/PauseContainer is not supported".to_string())))
     }
@@ -255,6 +295,12 @@ pub fn create_agent(service: Arc<dyn Agent + Send + Sync>) -> HashMap<String, ::
 
     methods.insert("GetInfo".to_string(),
                     Box::new(GetInfoMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("ExecProcess".to_string(),
+                    Box::new(ExecProcessMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("ListProcesses".to_string(),
+                    Box::new(ListProcessesMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
 
     methods.insert("PauseContainer".to_string(),
                     Box::new(PauseContainerMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);

@@ -95,6 +95,8 @@ impl Sandboxer {
                 self.notify(&event.oom().container_id, Notice::Oom);
             } else if event.has_exited() && event.exited().exec_id.is_empty() {
                 self.notify(&event.exited().container_id, Notice::Ended);
+            } else if event.has_exited() {
+                log::debug!("trace-guest exec {}", event.exited().exec_us);
             }
         }
         Ok(())

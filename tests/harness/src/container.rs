@@ -1,5 +1,6 @@
 //! A container that `create` made, deleted at the latest when it is dropped.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::invocation::Output;
+use crate::invocation::{Invocation, Output};
 use crate::wait::{CALL, SHORT, wait_until};
 use crate::{Bundle, World, reaper};
 
@@ -56,6 +57,44 @@ impl<'w> Container<'w> {
     #[must_use]
     pub fn command(&self, words: &[&str]) -> Output {
         self.world.call(words).arg(&self.id).output()
+    }
+
+    /// `exec` with these flags, not yet started.
+    #[must_use]
+    pub fn exec_call<F: AsRef<OsStr>, C: AsRef<OsStr>>(
+        &self,
+        flags: impl IntoIterator<Item = F>,
+        command: impl IntoIterator<Item = C>,
+    ) -> Invocation {
+        let call = self.world.call(["exec"]).args(flags);
+        call.arg(&self.id).args(command)
+    }
+
+    /// `exec` of a shell script, to its end.
+    #[must_use]
+    pub fn exec_sh(&self, flags: &[&str], script: &str) -> Output {
+        self.exec_call(flags, ["/bin/sh", "-c", script]).output()
+    }
+
+    /// A detached `exec` of a shell script; its pid is a child of the test.
+    ///
+    /// # Panics
+    /// When it fails or writes no pid.
+    #[must_use]
+    pub fn exec_detached(&self, script: &str, name: &str) -> i32 {
+        let files = [".stdout", ".stderr"].map(|f| self.world.output_file(&format!("{name}{f}")));
+        let pid_file = self.world.pid_file(name);
+        let flags = [
+            OsStr::new("--detach"),
+            "--pid-file".as_ref(),
+            pid_file.as_ref(),
+        ];
+        let [stdout, stderr] = files;
+        let call = self.exec_call(flags, ["/bin/sh", "-c", script]);
+        let _ = call.output_to(stdout, stderr).output().ok();
+        let pid = fs::read_to_string(&pid_file).expect("pid file");
+        pid.parse()
+            .unwrap_or_else(|_| panic!("pid file has {pid:?}"))
     }
 
     /// # Panics

@@ -1,0 +1,319 @@
+//! `exec`: one more process in a container.
+//!
+//! ```text
+//! command    checks, forks the stand-in, records it ── streams, ExecProcess ──▶ guest
+//! stand-in        joins cgroups and namespaces, executes        │
+//! command    ◀────────────── the program runs, or why not ──────┘
+//!            hands the streams over, writes the pid file, waits or leaves
+//! ```
+//!
+//! The stand-in sets itself up while the guest works. It gets the streams only when
+//! the program runs, so that a failed exec takes nothing from its caller's stdin.
+//! Whatever dies on the way, the control stream closes and the guest's process with
+//! it.
+
+pub mod process;
+
+use std::path::PathBuf;
+
+use kuasar_runv_protocol::agent::ExecProcessRequest;
+use nix::pty::Winsize;
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use super::console::Console;
+use super::create::{stream_flags, trace, wanted_streams};
+use super::execs::{self, ExecRecord};
+use super::run::{self, Outcome};
+use super::state::{ContainerRecord, Status};
+use super::terminal::CallersTerminal;
+use super::{Error, check_id, context};
+use crate::agent_client;
+use crate::root::Root;
+use crate::sandbox::Guest;
+use crate::standin::spawn::{self, Beside, StandIn};
+use crate::standin::{ATTACHED, TERMINAL};
+use crate::sys::process::ProcessRef;
+use process::Source;
+
+/// What `exec` is told on the command line.
+#[derive(Debug)]
+pub struct Options {
+    pub id: String,
+    pub process: Source,
+    pub pid_file: Option<PathBuf>,
+    pub console_socket: Option<PathBuf>,
+    pub detach: bool,
+    pub preserve_fds: u32,
+    /// As runc's `--cgroup`, each time it is given.
+    pub cgroups: Vec<String>,
+    pub ignore_paused: bool,
+}
+
+/// Starts a process in a container, and unless detached waits for its end.
+///
+/// # Errors
+/// See [`Error`]; there is no process then.
+pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
+    trace("exec-begin");
+    check_id(&options.id)?;
+    let record = ContainerRecord::read(root, &options.id)?;
+    match record.status(root) {
+        Status::Stopped => return Err(Error::ExecStopped),
+        Status::Creating => return Err(Error::ExecCreating),
+        Status::Paused if !options.ignore_paused => return Err(Error::ExecPaused),
+        Status::Created | Status::Running | Status::Paused => {}
+    }
+    let mut process = options.process.load(&record.bundle)?;
+    let terminal = process["terminal"] == Value::Bool(true);
+    check_options(options, terminal)?;
+    let cgroup = sub_cgroup(&options.cgroups)?;
+    let callers = match terminal && !options.detach {
+        true => Some(callers_terminal(&mut process)?),
+        false => None,
+    };
+    // Before there is any other process or thread: they would take the signals.
+    let signals = match options.detach {
+        true => None,
+        false => Some(run::all_signals()?),
+    };
+    let (console, slave) = match (terminal, options.detach) {
+        (true, true) => {
+            let (console, slave) =
+                Console::open(console_size(&process)).map_err(context("making a terminal"))?;
+            (Some(console), Some(slave))
+        }
+        _ => (None, None),
+    };
+    let guest = Guest::open(root, &record.sandbox_id)?;
+    let of = record.standin.map(ProcessRef::pidfd).transpose();
+    let of = of
+        .map_err(context("watching the container's stand-in"))?
+        .flatten()
+        .ok_or(Error::ExecStopped)?;
+    let standin = Started::new(spawn::spawn_beside(Beside {
+        label: &options.id,
+        of,
+        cgroups: &record.cgroups,
+        terminal: slave,
+    })?)?;
+    let on_record = execs::add(root, &options.id, standin.process)?;
+    standin.of()?.release()?;
+    let request = ExecProcessRequest {
+        container_id: options.id.clone(),
+        // Unique on this host until it reboots.
+        exec_id: format!("{}.{}", standin.process.pid, standin.process.start_time),
+        process_json: process.to_string().into_bytes(),
+        ignore_paused: options.ignore_paused,
+        cgroup,
+        umask: current_umask(),
+        ..Default::default()
+    };
+    let mut flags = if terminal { TERMINAL } else { 0 };
+    if !options.detach {
+        flags |= ATTACHED;
+    }
+    start_in_guest(&guest, &standin, request, flags)?;
+    if let (Some(console), Some(socket)) = (console, &options.console_socket) {
+        console
+            .send(socket)
+            .map_err(context(format!("console socket {}", socket.display())))?;
+    }
+    if let Some(path) = &options.pid_file {
+        let pid = standin.process.pid.to_string();
+        crate::sys::atomic_file::write(path, pid.as_bytes(), 0o644)
+            .map_err(context(format!("writing the pid file {}", path.display())))?;
+    }
+    let raw = match callers.map(CallersTerminal::raw) {
+        Some(raw) => Some(raw.map_err(context("setting the terminal to raw mode"))?),
+        None => None,
+    };
+    let (process, standin) = standin.commit()?;
+    let Some(signals) = signals else {
+        leave(root, &options.id, on_record);
+        return Ok(Outcome::Detached);
+    };
+    let code = run::wait(process, &signals, raw.as_ref())?;
+    // While it is open, the stand-in knows that somebody looks after the terminal.
+    drop((raw, standin));
+    trace("exec-end");
+    Ok(Outcome::Ended(code))
+}
+
+/// The terminal of a caller that stays, whose size the process's starts with.
+fn callers_terminal(process: &mut Value) -> Result<CallersTerminal, Error> {
+    let terminal = CallersTerminal::find().map_err(context("open /dev/tty"))?;
+    terminal
+        .wait_for_foreground()
+        .map_err(context("waiting for the terminal"))?;
+    if let Some(size) = terminal.size() {
+        process["consoleSize"] = json!({"height": size.ws_row, "width": size.ws_col});
+    }
+    Ok(terminal)
+}
+
+/// Leaves a detached exec. Its record stays until it has ended, so this is when
+/// those of earlier ones are looked at.
+fn leave(root: &Root, id: &str, on_record: ExecRecord) {
+    on_record.keep();
+    if let Err(e) = execs::running(root, id) {
+        log::warn!("{e}");
+    }
+}
+
+/// A stand-in until it is complete; dropped before, it is ended.
+struct Started {
+    /// `None` when it is complete.
+    of: Option<StandIn>,
+    process: ProcessRef,
+}
+
+impl Started {
+    fn new(of: StandIn) -> Result<Started, Error> {
+        let process = ProcessRef::of(of.pid).map_err(context("the stand-in"))?;
+        Ok(Started {
+            of: Some(of),
+            process,
+        })
+    }
+
+    fn of(&self) -> Result<&StandIn, Error> {
+        self.of.as_ref().ok_or(Error::NotRunning)
+    }
+
+    fn commit(mut self) -> Result<(ProcessRef, StandIn), Error> {
+        self.of()?.commit()?;
+        let of = self.of.take().ok_or(Error::NotRunning)?;
+        Ok((self.process, of))
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if self.of.is_none() {
+            return;
+        }
+        // It is a child of this process, which has reaped none: the pid is its.
+        let _ = self.process.signal(rustix::process::Signal::KILL);
+        let _ = waitpid(Pid::from_raw(self.process.pid), None);
+    }
+}
+
+/// Lets the guest start the process and gives its streams to the stand-in; `flags`
+/// say what the stand-in has to know besides.
+fn start_in_guest(
+    guest: &Guest,
+    standin: &Started,
+    mut request: ExecProcessRequest,
+    flags: u8,
+) -> Result<(), Error> {
+    let terminal = flags & TERMINAL != 0;
+    let wanted = wanted_streams(terminal);
+    request.stdin = wanted.stdin;
+    request.stdout = wanted.stdout;
+    request.stderr = wanted.stderr;
+    // All of them at once; what the guest is told about them can come in any order.
+    let agent = guest.start_agent()?;
+    let opening = guest.start_streams(&request.container_id, &request.exec_id, wanted)?;
+    let agent = guest.finish_agent(agent)?;
+    trace("exec-connected");
+    agent.exec_process(&request).map_err(|e| match e {
+        agent_client::Error::Refused { message, .. } => Error::Process(message),
+        other => Error::Agent(other),
+    })?;
+    trace("exec-started");
+    let streams = guest.finish_streams(opening)?;
+    let flags = flags | stream_flags(wanted, terminal);
+    standin.of()?.wait_ready()?;
+    standin.of()?.attach(flags, &streams)?;
+    trace("exec-attached");
+    Ok(())
+}
+
+fn check_options(options: &Options, terminal: bool) -> Result<(), Error> {
+    let unsupported = |text: &str| Err(Error::Unsupported(text.to_owned()));
+    if options.preserve_fds > 0 {
+        return unsupported(
+            "--preserve-fds cannot be used: file descriptors of the host cannot be passed into a virtual machine",
+        );
+    }
+    let has_socket = options.console_socket.is_some();
+    match (options.detach && terminal, has_socket) {
+        (true, false) => unsupported(
+            "cannot allocate tty if kuasar-runv will detach without setting console socket",
+        ),
+        (false, true) => {
+            unsupported("cannot use console socket if kuasar-runv will not detach or allocate tty")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The one cgroup of `--cgroup`: the guest has one hierarchy, that of cgroup v2.
+fn sub_cgroup(given: &[String]) -> Result<String, Error> {
+    let invalid = |text: String| Err(Error::Unsupported(text));
+    for path in given {
+        match path.split(':').collect::<Vec<_>>()[..] {
+            [_] if given.len() == 1 => return Ok(path.clone()),
+            [_] => {
+                return invalid(format!(
+                    "invalid --cgroup argument: {path} (missing <controller>: prefix)"
+                ));
+            }
+            [controller, _] => {
+                return invalid(format!(
+                    "unknown controller {controller} in SubCgroupPaths: the virtual machine has cgroup v2"
+                ));
+            }
+            _ => return invalid(format!("invalid --cgroup argument: {path}")),
+        }
+    }
+    Ok(String::new())
+}
+
+fn console_size(process: &Value) -> Option<Winsize> {
+    let size = process.get("consoleSize")?;
+    let cells = |key: &str| u16::try_from(size.get(key)?.as_u64()?).ok();
+    Some(Winsize {
+        ws_row: cells("height")?,
+        ws_col: cells("width")?,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    })
+}
+
+/// This process's file mode creation mask, which an exec inherits as with runc.
+fn current_umask() -> u32 {
+    use rustix::fs::Mode;
+    // It can only be read by setting it; there is no other thread.
+    let mask = rustix::process::umask(Mode::empty());
+    rustix::process::umask(mask);
+    mask.bits()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sub_cgroup_has_no_controller() {
+        let parse = |list: &[&str]| {
+            sub_cgroup(&list.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>())
+                .map_err(|e| e.to_string())
+        };
+        assert_eq!(parse(&[]).unwrap(), "");
+        assert_eq!(parse(&["a/b"]).unwrap(), "a/b");
+        assert!(
+            parse(&["cpu:a"])
+                .unwrap_err()
+                .contains("unknown controller cpu")
+        );
+        assert!(
+            parse(&["a", "b"])
+                .unwrap_err()
+                .contains("missing <controller>")
+        );
+        assert!(parse(&["a:b:c"]).unwrap_err().contains("invalid --cgroup"));
+    }
+}
