@@ -72,9 +72,8 @@ pub fn make_own(size: Option<(u64, u64)>, uid: u32) -> io::Result<OwnedFd> {
     }
     let unlock: libc::c_int = 0;
     // SAFETY: TIOCSPTLCK reads an int.
-    sys::check(
-        unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) }.into(),
-    )?;
+    let unlocked = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) };
+    sys::check(unlocked.into())?;
     let slave = open_slave(&master)?;
     if let Some((height, width)) = size {
         set_size(&master, cells(height), cells(width))?;

@@ -252,24 +252,20 @@ fn check_options(options: &Options, terminal: bool) -> Result<(), Error> {
 
 /// The one cgroup of `--cgroup`: the guest has one hierarchy, that of cgroup v2.
 fn sub_cgroup(given: &[String]) -> Result<String, Error> {
-    let invalid = |text: String| Err(Error::Unsupported(text));
-    for path in given {
-        match path.split(':').collect::<Vec<_>>()[..] {
-            [_] if given.len() == 1 => return Ok(path.clone()),
-            [_] => {
-                return invalid(format!(
-                    "invalid --cgroup argument: {path} (missing <controller>: prefix)"
-                ));
-            }
-            [controller, _] => {
-                return invalid(format!(
-                    "unknown controller {controller} in SubCgroupPaths: the virtual machine has cgroup v2"
-                ));
-            }
-            _ => return invalid(format!("invalid --cgroup argument: {path}")),
+    let Some(first) = given.first() else {
+        return Ok(String::new());
+    };
+    let fields: Vec<_> = first.split(':').collect();
+    Err(Error::Unsupported(match fields[..] {
+        [_] if given.len() == 1 => return Ok(first.clone()),
+        [_] => {
+            format!("invalid --cgroup argument: {first} (missing <controller>: prefix)")
         }
-    }
-    Ok(String::new())
+        [controller, _] => format!(
+            "unknown controller {controller} in SubCgroupPaths: the virtual machine has cgroup v2"
+        ),
+        _ => format!("invalid --cgroup argument: {first}"),
+    }))
 }
 
 fn console_size(process: &Value) -> Option<Winsize> {
