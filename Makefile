@@ -34,7 +34,7 @@ setup: ## install every distribution package the project needs (as root)
 build: ## compile the host binary and the guest agent
 	@scripts/setup-packages build
 	@cargo build --release --workspace --bins
-	@cargo build --profile guest --package kuasar-runv-agent
+	@cargo build --profile agent --package kuasar-runv-agent
 
 .PHONY: protocol
 protocol: ## regenerate the code of the protocol from its .proto file
@@ -54,11 +54,11 @@ kernel-packaged: ## fetch the distribution's own kernel for the guest
 
 .PHONY: image
 image: build kernel ## pack the image for the source kernel
-	@scripts/guest-files source guest
+	@scripts/guest-files source agent
 
 .PHONY: image-packaged
 image-packaged: build kernel-packaged ## pack the image for the packaged kernel
-	@scripts/guest-files packaged guest
+	@scripts/guest-files packaged agent
 
 .PHONY: floor
 floor: kernel ## pack the trivial init that the benchmarks compare with

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::bundle::Bundle;
 use super::mount_options::{self, Depth};
-use super::validate;
+use super::{labels, validate};
 
 /// Name of the rootfs below the container's part of the shared directory.
 pub const ROOTFS: &str = "rootfs";
@@ -86,7 +86,9 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     if let Some(linux) = json["linux"].as_object_mut() {
         // An empty one, or it would have been refused.
         linux.remove("intelRdt");
+        linux.remove("mountLabel");
     }
+    labels::strip(&mut json["process"]);
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
     keep_guest_hooks(&mut json, bundle);
     Ok(GuestSpec { json, binds })

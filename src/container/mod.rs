@@ -15,6 +15,7 @@ pub mod execs;
 pub mod guest_spec;
 pub mod hooks;
 pub mod kill;
+pub mod labels;
 pub mod limits;
 mod mount_options;
 pub mod pause;

@@ -13,6 +13,8 @@ use oci_spec::runtime::{
 };
 use serde_json::{Value, json};
 
+use super::labels;
+
 /// What is wrong, ready for the user.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -132,14 +134,9 @@ fn check_process(process: &Process) -> Result {
     {
         return invalid("failed to update /proc/self/oom_score_adj: invalid argument");
     }
-    refuse_selinux(process.selinux_label().as_deref())?;
-    match process.apparmor_profile().as_deref() {
-        // "unconfined" is what the process is.
-        None | Some("" | "unconfined") => Ok(()),
-        Some(profile) => invalid(format!(
-            "unable to apply apparmor profile: {profile:?} cannot be applied, because the kernel of the virtual machine has no AppArmor"
-        )),
-    }
+    labels::check_selinux(process.selinux_label().as_deref())
+        .and_then(|()| labels::check_apparmor(process.apparmor_profile().as_deref()))
+        .or_else(|e| invalid(e.to_string()))
 }
 
 fn check_user(user: &User) -> Result {
@@ -171,15 +168,6 @@ fn check_rlimits(process: &Process) -> Result {
         seen.insert(name);
     }
     Ok(())
-}
-
-fn refuse_selinux(label: Option<&str>) -> Result {
-    match label {
-        None | Some("") => Ok(()),
-        Some(_) => invalid(
-            "selinux label is specified in config, but selinux is disabled or not supported",
-        ),
-    }
 }
 
 fn check_namespaces(spec: &Spec, linux: &Linux) -> Result {
@@ -281,7 +269,7 @@ fn check_linux(linux: &Linux) -> Result {
             return invalid(format!("rootfsPropagation={propagation} is not supported"));
         }
     }
-    refuse_selinux(linux.mount_label().as_deref())?;
+    labels::check_selinux(linux.mount_label().as_deref()).or_else(|e| invalid(e.to_string()))?;
     // runc accepts an empty one as well.
     if json!(linux.intel_rdt()).as_object().is_some_and(|rdt| {
         rdt.values()
@@ -408,12 +396,9 @@ mod tests {
             ("selinux is disabled", |c| {
                 c["linux"]["mountLabel"] = json!("x")
             }),
-            (
-                "unable to apply apparmor profile: \"docker-default\"",
-                |c| {
-                    c["process"]["apparmorProfile"] = json!("docker-default");
-                },
-            ),
+            ("apparmor failed to apply profile \"docker-default\"", |c| {
+                c["process"]["apparmorProfile"] = json!("docker-default");
+            }),
             ("duplicated ns {\"ipc\" \"\"}", |c| {
                 let list = c["linux"]["namespaces"].as_array_mut().unwrap();
                 list.push(json!({"type": "ipc"}));

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::container::labels;
+
 /// Longest file that is read, in bytes; the process travels in one message, and
 /// ttrpc's are at most 4 MiB.
 const MAX_FILE: u64 = 3 << 20;
@@ -215,10 +217,10 @@ fn complete(process: &mut Value) -> Result<(), Error> {
     {
         return invalid("args must not be empty");
     }
-    check_labels(text("selinuxLabel"), text("apparmorProfile"))?;
-    // The machine's boundary stands in for them; the guest knows neither.
-    fields.remove("selinuxLabel");
-    fields.remove("apparmorProfile");
+    labels::check_selinux(Some(text("selinuxLabel")))
+        .and_then(|()| labels::check_apparmor(Some(text("apparmorProfile"))))
+        .map_err(|e| Error::Invalid(e.to_string()))?;
+    labels::strip(process);
     for id in ["uid", "gid"] {
         let id = &mut process["user"][id];
         if id.is_null() {
@@ -230,26 +232,6 @@ fn complete(process: &mut Value) -> Result<(), Error> {
         && let Some(fields) = process.as_object_mut()
     {
         fields.remove("capabilities");
-    }
-    Ok(())
-}
-
-/// On a host without the security module runc refuses a label.
-fn check_labels(selinux: &str, apparmor: &str) -> Result<(), Error> {
-    if !selinux.is_empty() && !Path::new("/sys/fs/selinux/status").exists() {
-        return invalid(
-            "selinux label is specified in config, but selinux is disabled or not supported",
-        );
-    }
-    let has_apparmor = || {
-        std::fs::read_to_string("/sys/module/apparmor/parameters/enabled")
-            .is_ok_and(|enabled| enabled.starts_with('Y'))
-    };
-    if !matches!(apparmor, "" | "unconfined") && !has_apparmor() {
-        return invalid(format!(
-            "unable to start container process: apparmor failed to apply profile {apparmor:?}: \
-             AppArmor is disabled or not supported"
-        ));
     }
     Ok(())
 }
