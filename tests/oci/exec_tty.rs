@@ -89,7 +89,9 @@ fn the_size_of_the_process_file_is_there_from_the_start() {
 fn in_the_foreground_the_callers_terminal_is_used() {
     let world = World::new();
     let container = sleeping(&world);
-    let script = "stty size; trap 'stty size' WINCH; trap 'echo interrupted' INT; echo ready
+    // runc sets the size a little after the start.
+    let script = "sleep 0.5; stty size; trap 'stty size' WINCH; trap 'echo interrupted' INT
+        echo ready
         until read line; do :; done; echo \"read <$line>\"; exit 8";
     let (mut screen, slave) = Screen::open(33, 99);
     let call = container.exec_call(["-t"], ["/bin/sh", "-c", script]);
