@@ -240,7 +240,7 @@ fn what_is_supported_on_the_command_line_is_there() {
             if verdict != "supported" {
                 continue;
             }
-            let words: Vec<_> = help.split([' ', ',', '\n', '=']).collect();
+            let words: Vec<_> = help.split([' ', ',', '\n', '=', '[']).collect();
             assert!(words.contains(&long), "{command} {long}");
             if let Some(short) = forms.next() {
                 assert!(words.contains(&short), "{command} {short}");
