@@ -15,7 +15,7 @@ use serde_json::Value;
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unavailable {
     #[error(
-        "unable to start container process: apparmor failed to apply profile {0:?}: AppArmor is disabled or not supported"
+        "unable to start container process: unable to apply apparmor profile: apparmor failed to apply profile {0:?}: AppArmor is disabled or not supported"
     )]
     AppArmor(String),
     #[error("selinux label is specified in config, but selinux is disabled or not supported")]
