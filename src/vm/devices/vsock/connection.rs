@@ -190,10 +190,15 @@ impl Connection {
     }
 
     /// Whether the guest has to hear about the room on this side, because the
-    /// room it knows of is less than half.
+    /// room it knows of is less than half. Linux sends no more ahead than its own
+    /// receive buffer holds, and does not ask for news when that is used up.
     #[must_use]
     pub fn credit_update_due(&self) -> bool {
-        self.credit_asked || self.forwarded.wrapping_sub(self.announced) >= self.buf_alloc / 2
+        let usable = match self.peer_buf_alloc {
+            0 => self.buf_alloc,
+            own => self.buf_alloc.min(own),
+        };
+        self.credit_asked || self.forwarded.wrapping_sub(self.announced) >= (usable / 2).max(1)
     }
 
     // ---- towards the host -------------------------------------------------

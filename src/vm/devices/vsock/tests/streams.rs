@@ -308,3 +308,16 @@ fn no_news_is_lost_while_the_guest_provides_no_buffers() {
     assert!(got.contains(&(op::CREDIT_UPDATE, 200_000)), "{got:?}");
     assert!(got.iter().any(|(op, _)| *op == op::SHUTDOWN), "{got:?}");
 }
+
+#[test]
+fn a_guest_with_a_small_buffer_hears_of_the_room_in_time() {
+    for credit in [1, 10_000] {
+        let mut vm = Vm::new();
+        let (mut client, peer) = vm.connected_with(b"", credit);
+        // All that Linux sends before it hears that the host has read.
+        vm.send(peer.header(op::RW), &pattern(credit as usize));
+        client.read_exact(&mut vec![0; credit as usize]).unwrap();
+        assert_eq!(vm.expect(op::CREDIT_UPDATE).0.fwd_cnt, credit);
+        vm.expect_nothing();
+    }
+}
