@@ -18,7 +18,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -119,8 +119,6 @@ struct Container {
     no_new_keyring: bool,
     /// Its other processes by their exec ids; none while one is being started.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
-    /// Its processes are frozen, or about to be.
-    paused: AtomicBool,
     oom: Arc<OomWatch>,
 }
 
@@ -205,7 +203,7 @@ impl Containers {
         if process.has_ended() {
             return Err(ContainerError::Stopped);
         }
-        if container.is_paused() {
+        if container.is_paused()? {
             return Err(ContainerError::Paused);
         }
         if !process.note_start() {
@@ -315,7 +313,6 @@ impl Containers {
             process,
             no_new_keyring: new.no_new_keyring,
             execs: Mutex::default(),
-            paused: AtomicBool::new(false),
             oom,
         }))
     }

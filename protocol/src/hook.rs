@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::words::words;
+
 /// Most that is kept of each output of a hook, in bytes; the rest is read and
 /// dropped.
 const MAX_OUTPUT: usize = 16 * 1024;
@@ -83,15 +85,6 @@ fn signal_words(signal: i32) -> String {
     // SAFETY: not null, and NUL-terminated as strsignal(3) promises.
     let text = unsafe { CStr::from_ptr(text) };
     text.to_string_lossy().to_lowercase()
-}
-
-/// An error of the system in Go's words, which are runc's: lower case, and without
-/// its number.
-#[must_use]
-pub fn words(error: &io::Error) -> String {
-    let text = error.to_string();
-    let end = text.find(" (os error").unwrap_or(text.len());
-    text[..end].to_lowercase()
 }
 
 /// Runs a hook to its end with `state` on its standard input. A hook that takes too long, or during which `stop`

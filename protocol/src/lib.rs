@@ -18,6 +18,7 @@
 pub mod event;
 pub mod hook;
 pub mod stream;
+pub mod words;
 
 #[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]
 mod generated {

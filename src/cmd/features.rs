@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::{Context, Failure, OCI_VERSION, print};
+use crate::container::mount_options;
 
 /// Print the implemented features as JSON
 ///
@@ -14,70 +15,6 @@ pub struct Args {}
 /// Namespaces a container gets in the guest.
 const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"];
 
-/// Mount options that are honoured; the guest's agent refuses the others
-/// (docs/guest-agent.md). A test mounts with every one of them.
-const MOUNT_OPTIONS: &[&str] = &[
-    "async",
-    "atime",
-    "bind",
-    "defaults",
-    "dev",
-    "diratime",
-    "dirsync",
-    "exec",
-    "iversion",
-    "lazytime",
-    "loud",
-    "mand",
-    "noatime",
-    "nodev",
-    "nodiratime",
-    "noexec",
-    "noiversion",
-    "nolazytime",
-    "nomand",
-    "norelatime",
-    "nostrictatime",
-    "nosuid",
-    "nosymfollow",
-    "private",
-    "ratime",
-    "rbind",
-    "rdev",
-    "rdiratime",
-    "relatime",
-    "rexec",
-    "rnoatime",
-    "rnodev",
-    "rnodiratime",
-    "rnoexec",
-    "rnorelatime",
-    "rnostrictatime",
-    "rnosuid",
-    "rnosymfollow",
-    "ro",
-    "rprivate",
-    "rrelatime",
-    "rro",
-    "rrw",
-    "rshared",
-    "rslave",
-    "rstrictatime",
-    "rsuid",
-    "rsymfollow",
-    "runbindable",
-    "rw",
-    "shared",
-    "silent",
-    "slave",
-    "strictatime",
-    "suid",
-    "symfollow",
-    "sync",
-    "tmpcopyup",
-    "unbindable",
-];
-
 pub fn run(_: &Context, _: &Args) -> Result<u8, Failure> {
     let features = json!({
         "ociVersionMin": "1.0.0",
@@ -86,7 +23,7 @@ pub fn run(_: &Context, _: &Args) -> Result<u8, Failure> {
             "prestart", "createRuntime", "createContainer", "startContainer", "poststart",
             "poststop"
         ],
-        "mountOptions": MOUNT_OPTIONS,
+        "mountOptions": mount_options::KNOWN,
         "linux": {
             "namespaces": NAMESPACES,
             "capabilities": CAPABILITIES,

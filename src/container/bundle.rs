@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use kuasar_runv_protocol::hook::words;
+use kuasar_runv_protocol::words::words;
 use oci_spec::runtime::{Capability, Spec};
 use serde::Deserialize;
 use serde_json::Value;

@@ -174,7 +174,8 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         .and_then(|linux| linux.cgroups_path().as_deref());
     let cgroups = cgroup::directories(cgroups_path, &options.id, options.systemd_cgroup)?;
 
-    let (mut record, undo) = begin(root, options, &bundle, cgroups)?;
+    let hooks = Hooks::of(&bundle.spec);
+    let (mut record, undo) = begin(root, options, &bundle, &hooks, cgroups)?;
     cgroup::create(&record.cgroups)?;
     let sandbox = Sandbox::boot(
         root,
@@ -185,7 +186,6 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     )?;
     trace("sandboxer-spawned");
     let (console, slave) = open_console(options, &bundle)?;
-    let hooks = Hooks::of(&bundle.spec);
     let standin = spawn_standin(&record, root, &bundle, &guest, &hooks, slave)?;
     let standin_ref = ProcessRef::of(standin.pid).map_err(context("the stand-in"))?;
     record.standin = Some(standin_ref);
@@ -295,6 +295,7 @@ fn begin(
     root: &Root,
     options: &Options,
     bundle: &Bundle,
+    hooks: &Hooks,
     cgroups: Vec<PathBuf>,
 ) -> Result<(ContainerRecord, Undo), Error> {
     root.create()
@@ -319,7 +320,7 @@ fn begin(
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     record.cgroups = cgroups;
-    record.hooks = Hooks::of(&bundle.spec).late;
+    record.hooks = hooks.late.clone();
     record.resources = Resources::of_config(&bundle.json).map_err(super::bundle::Error::Json)?;
     let undo = Undo {
         root: root.clone(),

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kuasar_runv_protocol::hook::words;
+use kuasar_runv_protocol::words::words;
 use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR};
 use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use serde_json::{Value, json};

@@ -17,7 +17,7 @@ pub mod hooks;
 pub mod kill;
 pub mod labels;
 pub mod limits;
-mod mount_options;
+pub mod mount_options;
 pub mod pause;
 pub mod ps;
 pub mod resources;

@@ -10,9 +10,9 @@ use std::path::Path;
 
 use rustix::fs::{StatVfsMountFlags, statvfs};
 
-/// Every option that runc or the runtime specification knows, in alphabetical
-/// order. The others are data for a file system, which a bind mount has none of.
-const KNOWN: &[&str] = &[
+/// Every option that is honoured, in alphabetical order, as `features` lists them.
+/// The others are data for a file system, which a bind mount has none of.
+pub const KNOWN: &[&str] = &[
     "async",
     "atime",
     "bind",
@@ -56,12 +56,14 @@ const KNOWN: &[&str] = &[
     "rrelatime",
     "rro",
     "rrw",
+    "rshared",
     "rslave",
     "rstrictatime",
     "rsuid",
     "rsymfollow",
     "runbindable",
     "rw",
+    "shared",
     "silent",
     "slave",
     "strictatime",

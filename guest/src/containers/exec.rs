@@ -92,10 +92,7 @@ impl Containers {
         container: &Arc<Container>,
         new: &NewProcess,
     ) -> Result<Arc<Process>> {
-        let frozen = container
-            .cgroup
-            .is_frozen()
-            .map_err(ContainerError::io("reading the freezer's state"))?;
+        let frozen = container.is_paused()?;
         if frozen && !new.ignore_paused {
             return Err(ContainerError::ExecPaused);
         }

@@ -1,6 +1,5 @@
 //! Pausing, limits and statistics of a container: what is done to its cgroup.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kuasar_runv_protocol::agent::GetStatsResponse;
@@ -15,17 +14,18 @@ use crate::process::SignalError;
 const FREEZE_DEADLINE: Duration = Duration::from_secs(10);
 
 impl Container {
-    /// Whether its processes are frozen; nothing new is started in it then.
-    pub fn is_paused(&self) -> bool {
-        self.paused.load(Ordering::Relaxed)
+    /// Whether its processes are frozen, or about to be; nothing new is started in
+    /// it then.
+    pub(super) fn is_paused(&self) -> Result<bool> {
+        self.cgroup
+            .is_frozen()
+            .map_err(ContainerError::io("reading the freezer's state"))
     }
 
     fn thaw(&self) -> Result<()> {
         self.cgroup
             .thaw()
-            .map_err(ContainerError::io("thawing the container"))?;
-        self.paused.store(false, Ordering::Relaxed);
-        Ok(())
+            .map_err(ContainerError::io("thawing the container"))
     }
 }
 
@@ -40,7 +40,6 @@ impl Containers {
         if container.process.has_ended() {
             return not_running();
         }
-        container.paused.store(true, Ordering::Relaxed);
         let failed = match timeout(FREEZE_DEADLINE, container.cgroup.freeze()).await {
             Ok(Ok(())) if container.process.has_ended() => not_running(),
             Ok(Ok(())) => return Ok(()),

@@ -30,13 +30,13 @@ use oci_spec::runtime::{Process, Spec};
 
 use super::create::{owner_of_stdio, prepare_self};
 use super::failure::Failure;
-use super::lookup::words;
 use super::tenant::{self, Report, Tenant};
 use super::{NewProcess, SPEC_FILE, spec, terminal};
 use crate::cgroup::{self, Cgroup};
 use crate::ipc;
 use crate::sys::{self, Forked};
 use crate::zygote::ExecRequest;
+use kuasar_runv_protocol::words::words;
 
 /// How long the process may take to become its program. Shorter than the agent's
 /// deadline for this helper: a container that is paused at the wrong moment must

@@ -17,9 +17,10 @@ use oci_spec::runtime::{PosixRlimit, Spec};
 
 use super::failure::record_final;
 use super::hooks::StartHooks;
-use super::lookup::{look_path, words};
+use super::lookup::look_path;
 use super::passwd::home_of;
 use super::rlimits;
+use kuasar_runv_protocol::words::words;
 
 /// Exit code of a process whose program could not be executed (runc 1.1).
 const EXEC_FAILED: i32 = 1;

@@ -180,7 +180,7 @@ fn first_errno(line: &str) -> Option<Errno> {
 }
 
 fn words(errno: Errno) -> String {
-    errno.desc().to_lowercase()
+    kuasar_runv_protocol::words::words(&errno.into())
 }
 
 /// Takes `Some(...)` and absent fields out of a `Debug` text.

@@ -12,6 +12,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use kuasar_runv_protocol::words::words;
 use nix::errno::Errno;
 
 /// Finds the program `name` as seen from the current directory; `path` is the
@@ -64,14 +65,6 @@ fn find_executable(file: &str) -> Result<(), NotExecutable> {
         return Err(NotExecutable::Permission);
     }
     Ok(())
-}
-
-/// An I/O error in the words of Go.
-pub fn words(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(errno) => Errno::from_raw(errno).desc().to_lowercase(),
-        None => error.to_string(),
-    }
 }
 
 #[cfg(test)]

@@ -19,8 +19,8 @@ use oci_spec::runtime::{LinuxDevice, Mount, Spec};
 use pathrs::Root;
 
 use super::Failure;
-use super::lookup::words;
 use super::spec::{TMPCOPYUP, is_bind, options};
+use kuasar_runv_protocol::words::words;
 
 const NEW_DIR_MODE: u32 = 0o755;
 /// Where a container's root is mounted, relative to its private directory.

@@ -345,7 +345,7 @@ fn check_bind_source(mount: &Mount) -> Result<()> {
              {source:?} to rootfs at {:?}: stat {}: {}",
             mount.destination(),
             source.display(),
-            super::lookup::words(&e),
+            kuasar_runv_protocol::words::words(&e),
         ))),
     }
 }

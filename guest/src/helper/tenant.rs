@@ -25,10 +25,10 @@ use oci_spec::runtime::{ExecCPUAffinity, LinuxPersonalityDomain, LinuxSeccomp, P
 use super::exec::namespaces_of;
 use super::executor::Program;
 use super::failure::chain;
-use super::lookup::words;
 use super::{spec, terminal};
 use crate::zygote::ExecRequest;
 use crate::{ipc, sys};
+use kuasar_runv_protocol::words::words;
 
 /// What a process is made from.
 pub struct Tenant<'a> {

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use kuasar_runv_protocol::words::words;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -17,7 +18,7 @@ const MAX_FILE: u64 = 3 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("open {}: {}", path.display(), go_words(source))]
+    #[error("open {}: {}", path.display(), words(source))]
     Open { path: PathBuf, source: io::Error },
     #[error("{} is longer than {MAX_FILE} bytes", .0.display())]
     TooLong(PathBuf),
@@ -32,14 +33,6 @@ pub enum Error {
 
 fn invalid<T>(message: impl Into<String>) -> Result<T, Error> {
     Err(Error::Invalid(message.into()))
-}
-
-/// An I/O error without Rust's suffix, in the lower case of Go.
-fn go_words(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(errno) => nix::errno::Errno::from_raw(errno).desc().to_lowercase(),
-        None => error.to_string(),
-    }
 }
 
 /// Where the process comes from.

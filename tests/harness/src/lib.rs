@@ -34,6 +34,7 @@ pub mod leaks;
 pub mod probe;
 pub mod process;
 pub mod reaper;
+pub mod runc;
 pub mod runtime;
 pub mod screen;
 pub mod wait;
