@@ -13,7 +13,6 @@ use std::time::Duration;
 use kuasar_runv_protocol::agent::CreateContainerRequest;
 use kuasar_runv_protocol::hook;
 use nix::pty::Winsize;
-use serde_json::json;
 
 use super::bundle::Bundle;
 use super::console::Console;
@@ -22,7 +21,7 @@ use super::hooks::{self, Hooks};
 use super::mount_options::Depth;
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
-use super::terminal::CallersTerminal;
+use super::terminal::{CallersTerminal, check_streams};
 use super::{Error, cgroup, check_id, context, delete, execs};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
@@ -164,8 +163,16 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     check_id(&options.id)?;
     let bundle = Bundle::load(&options.bundle)?;
     let mut guest = guest_spec::translate(&bundle, &options.id)?;
-    check_options(options, &bundle)?;
-    let terminal = callers_terminal(options, &bundle, &mut guest)?;
+    check_streams(
+        options.preserve_fds,
+        has_terminal(&bundle),
+        !options.foreground,
+        options.console_socket.is_some(),
+    )?;
+    let terminal = match has_terminal(&bundle) && options.foreground {
+        true => Some(CallersTerminal::take(&mut guest.json["process"])?),
+        false => None,
+    };
     let config = Config::load()?;
     let cgroups_path = bundle
         .spec
@@ -243,25 +250,6 @@ pub fn trace(step: &str) {
     log::debug!("trace {step} {}", monotonic_us());
 }
 
-fn check_options(options: &Options, bundle: &Bundle) -> Result<(), Error> {
-    let terminal = has_terminal(bundle);
-    let unsupported = |text: &str| Err(Error::Unsupported(text.to_owned()));
-    if options.preserve_fds > 0 {
-        return unsupported(
-            "--preserve-fds cannot be used: file descriptors of the host cannot be passed into a virtual machine",
-        );
-    }
-    match (&options.console_socket, terminal, options.foreground) {
-        (None, true, false) => unsupported(
-            "cannot allocate tty if kuasar-runv will detach without setting console socket",
-        ),
-        (Some(_), false, _) | (Some(_), _, true) => {
-            unsupported("cannot use console socket if kuasar-runv will not detach or allocate tty")
-        }
-        _ => Ok(()),
-    }
-}
-
 fn has_terminal(bundle: &Bundle) -> bool {
     bundle
         .spec
@@ -269,25 +257,6 @@ fn has_terminal(bundle: &Bundle) -> bool {
         .as_ref()
         .and_then(oci_spec::runtime::Process::terminal)
         .unwrap_or(false)
-}
-
-/// The terminal of a caller that stays, whose size the container's starts with.
-fn callers_terminal(
-    options: &Options,
-    bundle: &Bundle,
-    guest: &mut GuestSpec,
-) -> Result<Option<CallersTerminal>, Error> {
-    if !has_terminal(bundle) || !options.foreground {
-        return Ok(None);
-    }
-    let terminal = CallersTerminal::find().map_err(context("open /dev/tty"))?;
-    terminal
-        .wait_for_foreground()
-        .map_err(context("waiting for the terminal"))?;
-    if let Some(size) = terminal.size() {
-        guest.json["process"]["consoleSize"] = json!({"height": size.ws_row, "width": size.ws_col});
-    }
-    Ok(Some(terminal))
 }
 
 /// Takes the id and puts the record on disk.

@@ -151,8 +151,7 @@ fn memory(
 fn swap(all: &Resources) -> Result<Option<String>, Error> {
     let (memory, swap) = (all.memory.limit.unwrap_or(0), all.memory.swap.unwrap_or(0));
     match (memory, swap) {
-        (_, 0 | -1) => limit("memory-swap", Some(swap)),
-        (_, ..-1) => limit("memory-swap", Some(swap)),
+        (_, ..=0) => limit("memory-swap", Some(swap)),
         (0 | -1, _) => Err(Error::SwapWithoutMemory),
         (memory, swap) if swap < memory => Err(Error::SwapBelowMemory),
         (memory, swap) => Ok(Some((swap - memory).to_string())),

@@ -15,22 +15,69 @@ use rustix::io::Errno;
 use rustix::termios::{
     OptionalActions, Termios, Winsize, isatty, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr,
 };
+use serde_json::{Value, json};
+
+use super::{Error, context};
 
 /// Tries to become the foreground job. Each stops the process; only one that
 /// cannot be stopped (nobody could continue it) gets to the end.
 const FOREGROUND_TRIES: u32 = 100;
+
+/// Refuses streams that do not fit together, in runc's words. `terminal`: the
+/// process has one; `detached`: the caller does not stay to show it.
+///
+/// # Errors
+/// [`Error::Unsupported`].
+pub fn check_streams(
+    preserve_fds: u32,
+    terminal: bool,
+    detached: bool,
+    console_socket: bool,
+) -> Result<(), Error> {
+    let unsupported = |text: &str| Err(Error::Unsupported(text.to_owned()));
+    if preserve_fds > 0 {
+        return unsupported(
+            "--preserve-fds cannot be used: file descriptors of the host cannot be passed into a virtual machine",
+        );
+    }
+    match (detached && terminal, console_socket) {
+        (true, false) => unsupported(
+            "cannot allocate tty if kuasar-runv will detach without setting console socket",
+        ),
+        (false, true) => {
+            unsupported("cannot use console socket if kuasar-runv will not detach or allocate tty")
+        }
+        _ => Ok(()),
+    }
+}
 
 /// The terminal the caller sits at.
 #[derive(Debug)]
 pub struct CallersTerminal(OwnedFd);
 
 impl CallersTerminal {
+    /// Takes the terminal for this process, in the foreground. `process`, of a
+    /// config.json, starts with its size.
+    ///
+    /// # Errors
+    /// Without a terminal, or when it belongs to another job.
+    pub fn take(process: &mut Value) -> Result<CallersTerminal, Error> {
+        let terminal = CallersTerminal::find().map_err(context("open /dev/tty"))?;
+        terminal
+            .wait_for_foreground()
+            .map_err(context("waiting for the terminal"))?;
+        if let Some(size) = terminal.size() {
+            process["consoleSize"] = json!({"height": size.ws_row, "width": size.ws_col});
+        }
+        Ok(terminal)
+    }
+
     /// Standard error, output or input, whichever is a terminal, or else the
     /// controlling terminal: runc's order.
     ///
     /// # Errors
     /// As open(2) of `/dev/tty`, when there is none.
-    pub fn find() -> io::Result<CallersTerminal> {
+    fn find() -> io::Result<CallersTerminal> {
         for fd in [
             rustix::stdio::stderr(),
             rustix::stdio::stdout(),
@@ -50,8 +97,7 @@ impl CallersTerminal {
     }
 
     /// Its size, if anybody has given it one.
-    #[must_use]
-    pub fn size(&self) -> Option<Winsize> {
+    fn size(&self) -> Option<Winsize> {
         let size = tcgetwinsize(&self.0).ok()?;
         ((size.ws_row, size.ws_col) != (0, 0)).then_some(size)
     }
@@ -61,7 +107,7 @@ impl CallersTerminal {
     ///
     /// # Errors
     /// The terminal belongs to another job, and nobody is there to change that.
-    pub fn wait_for_foreground(&self) -> io::Result<()> {
+    fn wait_for_foreground(&self) -> io::Result<()> {
         let signal: SigSet = [Signal::SIGTTOU].into_iter().collect();
         for _ in 0..FOREGROUND_TRIES {
             match tcgetpgrp(&self.0) {

@@ -19,6 +19,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use kuasar_runv_protocol::words::words;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
@@ -36,7 +37,6 @@ use crate::cgroup::{self, Cgroup};
 use crate::ipc;
 use crate::sys::{self, Forked};
 use crate::zygote::ExecRequest;
-use kuasar_runv_protocol::words::words;
 
 /// How long the process may take to become its program. Shorter than the agent's
 /// deadline for this helper: a container that is paused at the wrong moment must

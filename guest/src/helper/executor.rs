@@ -10,6 +10,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
+use kuasar_runv_protocol::words::words;
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
@@ -20,7 +21,6 @@ use super::hooks::StartHooks;
 use super::lookup::look_path;
 use super::passwd::home_of;
 use super::rlimits;
-use kuasar_runv_protocol::words::words;
 
 /// Exit code of a process whose program could not be executed (runc 1.1).
 const EXEC_FAILED: i32 = 1;

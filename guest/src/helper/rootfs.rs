@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
+use kuasar_runv_protocol::words::words;
 use libcontainer::rootfs::utils::{default_devices, to_sflag};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -20,7 +21,6 @@ use pathrs::Root;
 
 use super::Failure;
 use super::spec::{TMPCOPYUP, is_bind, options};
-use kuasar_runv_protocol::words::words;
 
 const NEW_DIR_MODE: u32 = 0o755;
 /// Where a container's root is mounted, relative to its private directory.

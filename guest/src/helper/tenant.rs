@@ -12,6 +12,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
+use kuasar_runv_protocol::words::words;
 use libcontainer::capabilities::{drop_privileges, reset_effective};
 use libcontainer::process::cpu_affinity::set_cpuset_affinity_from_string;
 use libcontainer::seccomp::initialize_seccomp;
@@ -28,7 +29,6 @@ use super::failure::chain;
 use super::{spec, terminal};
 use crate::zygote::ExecRequest;
 use crate::{ipc, sys};
-use kuasar_runv_protocol::words::words;
 
 /// What a process is made from.
 pub struct Tenant<'a> {

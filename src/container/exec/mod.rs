@@ -20,14 +20,14 @@ use kuasar_runv_protocol::agent::ExecProcessRequest;
 use nix::pty::Winsize;
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::console::Console;
 use super::create::{stream_flags, trace, wanted_streams};
 use super::execs::{self, ExecRecord};
 use super::run::{self, Outcome};
 use super::state::{ContainerRecord, Status};
-use super::terminal::CallersTerminal;
+use super::terminal::{CallersTerminal, check_streams};
 use super::{Error, check_id, context};
 use crate::agent_client;
 use crate::root::Root;
@@ -67,10 +67,15 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
     }
     let mut process = options.process.load(&record.bundle)?;
     let terminal = process["terminal"] == Value::Bool(true);
-    check_options(options, terminal)?;
+    check_streams(
+        options.preserve_fds,
+        terminal,
+        options.detach,
+        options.console_socket.is_some(),
+    )?;
     let cgroup = sub_cgroup(&options.cgroups)?;
     let callers = match terminal && !options.detach {
-        true => Some(callers_terminal(&mut process)?),
+        true => Some(CallersTerminal::take(&mut process)?),
         false => None,
     };
     // Before there is any other process or thread: they would take the signals.
@@ -139,18 +144,6 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
     drop((raw, standin));
     trace("exec-end");
     Ok(Outcome::Ended(code))
-}
-
-/// The terminal of a caller that stays, whose size the process's starts with.
-fn callers_terminal(process: &mut Value) -> Result<CallersTerminal, Error> {
-    let terminal = CallersTerminal::find().map_err(context("open /dev/tty"))?;
-    terminal
-        .wait_for_foreground()
-        .map_err(context("waiting for the terminal"))?;
-    if let Some(size) = terminal.size() {
-        process["consoleSize"] = json!({"height": size.ws_row, "width": size.ws_col});
-    }
-    Ok(terminal)
 }
 
 /// Leaves a detached exec. Its record stays until it has ended, so this is when
@@ -229,25 +222,6 @@ fn start_in_guest(
     standin.of()?.attach(flags, &streams)?;
     trace("exec-attached");
     Ok(())
-}
-
-fn check_options(options: &Options, terminal: bool) -> Result<(), Error> {
-    let unsupported = |text: &str| Err(Error::Unsupported(text.to_owned()));
-    if options.preserve_fds > 0 {
-        return unsupported(
-            "--preserve-fds cannot be used: file descriptors of the host cannot be passed into a virtual machine",
-        );
-    }
-    let has_socket = options.console_socket.is_some();
-    match (options.detach && terminal, has_socket) {
-        (true, false) => unsupported(
-            "cannot allocate tty if kuasar-runv will detach without setting console socket",
-        ),
-        (false, true) => {
-            unsupported("cannot use console socket if kuasar-runv will not detach or allocate tty")
-        }
-        _ => Ok(()),
-    }
 }
 
 /// The one cgroup of `--cgroup`: the guest has one hierarchy, that of cgroup v2.
