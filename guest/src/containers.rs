@@ -304,8 +304,8 @@ impl Containers {
         let created = self.zygote.submit(&request, &with).await?;
         drop(theirs);
         let process = self.adopt(created)?;
-        self.attach_streams(&new.id, "", &process, pipes);
         let oom = OomWatch::new(&new.id, cgroup, &self.events);
+        self.attach_streams(&new.id, "", &process, pipes, Some(Arc::clone(&oom)));
         self.report_end(&new.id, &process, &oom);
         Ok(Arc::new(Container {
             dir: dir.to_owned(),
@@ -333,7 +333,14 @@ impl Containers {
     }
 
     /// Starts the tasks that connect a process with its stand-in.
-    fn attach_streams(&self, id: &str, exec_id: &str, process: &Arc<Process>, pipes: Pipes) {
+    fn attach_streams(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: &Arc<Process>,
+        pipes: Pipes,
+        oom: Option<Arc<OomWatch>>,
+    ) {
         // Whether there is a terminal is in the spec, which the helper reads.
         let pipes = match process.terminal() {
             Some(_) => Pipes::default(),
@@ -386,7 +393,7 @@ impl Containers {
         let (control, of) = (stream(Kind::Control), Arc::clone(process));
         sys::spawn(async move {
             if let Some(connection) = control.await {
-                serve_control(connection, of).await;
+                serve_control(connection, of, oom).await;
             }
         });
     }
@@ -397,7 +404,7 @@ impl Containers {
         let oom = Arc::clone(oom);
         sys::spawn(async move {
             let status = of.ended().await;
-            oom.report();
+            oom.before_the_end(status).await;
             log::debug!("{id}: {status:?}");
             events.exited(&id, "", status, 0);
         });

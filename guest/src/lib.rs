@@ -18,12 +18,14 @@
 
 pub mod boot;
 pub mod cgroup;
+pub mod clock;
 pub mod containers;
 pub mod debug_console;
 pub mod events;
 pub mod helper;
 pub mod ipc;
 pub mod logging;
+pub mod machine;
 pub mod process;
 pub mod reaper;
 pub mod serve;

@@ -6,13 +6,15 @@ use std::sync::Arc;
 
 use kuasar_runv_protocol::STREAM_PORT;
 use kuasar_runv_protocol::agent_ttrpc::create_agent;
+use kuasar_runv_protocol::resources_ttrpc::create_resources;
 use ttrpc::r#async::Server;
 
 use crate::containers::Containers;
 use crate::debug_console;
 use crate::events::Events;
+use crate::machine::Machine;
 use crate::reaper::Reaper;
-use crate::service::AgentService;
+use crate::service::{AgentService, ResourcesService};
 use crate::streams::Streams;
 use crate::sys;
 use crate::transport::Transport;
@@ -80,7 +82,9 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
         events,
     ));
     let service = create_agent(Arc::new(AgentService::new(containers)));
-    let mut server = server.register_service(service);
+    let machine = Machine::booted().map_err(ServeError::Runtime)?;
+    let resources = create_resources(Arc::new(ResourcesService::new(machine)));
+    let mut server = server.register_service(service).register_service(resources);
     server.start().await?;
     std::future::pending().await
 }

@@ -1,5 +1,5 @@
-//! The ttrpc service, as far as it is one: requests to [`Containers`], failures
-//! to statuses.
+//! The ttrpc services, as far as they are ones: requests to [`Containers`] and
+//! [`Machine`], failures to statuses.
 
 use std::sync::Arc;
 
@@ -11,12 +11,15 @@ use kuasar_runv_protocol::agent::{
     SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, WatchOomRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::Agent;
+use kuasar_runv_protocol::resources::{GrowRequest, GrowResponse};
+use kuasar_runv_protocol::resources_ttrpc::Resources;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Error, get_status};
 
 use crate::cgroup::settings::Setting;
 use crate::containers::{ContainerError, Containers, NewContainer, NewProcess};
 use crate::events::{AGENT_VERSION, kernel_release};
+use crate::machine::Machine;
 use crate::process::SignalError;
 use crate::sys::boottime_us;
 use crate::zygote::ZygoteError;
@@ -227,5 +230,26 @@ impl Agent for AgentService {
             .watch_oom(&request.container_id)
             .map_err(|e| to_status(&e))?;
         Ok(Empty::new())
+    }
+}
+
+/// The service of `resources.proto`.
+pub struct ResourcesService {
+    machine: Machine,
+}
+
+impl ResourcesService {
+    #[must_use]
+    pub fn new(machine: Machine) -> ResourcesService {
+        ResourcesService { machine }
+    }
+}
+
+#[async_trait]
+impl Resources for ResourcesService {
+    async fn grow(&self, _: &TtrpcContext, request: GrowRequest) -> ttrpc::Result<GrowResponse> {
+        // Also what came too late: the text says how far it got.
+        let grown = self.machine.grow(&request).await;
+        grown.map_err(|e| status(Code::INTERNAL, e.to_string()))
     }
 }

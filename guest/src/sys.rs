@@ -36,6 +36,50 @@ pub fn boottime_us() -> u64 {
         + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000
 }
 
+/// Memory of the machine, in use and free, in KiB.
+///
+/// # Errors
+/// Of sysinfo(2).
+pub fn memory_kib() -> io::Result<u64> {
+    // SAFETY: plain data, for which zero is valid.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the struct is valid for the call.
+    check(unsafe { libc::sysinfo(&raw mut info) }.into())?;
+    Ok(info.totalram * u64::from(info.mem_unit) >> 10)
+}
+
+/// Moves the wall clock by so many nanoseconds.
+///
+/// # Errors
+/// Of adjtimex(2); `EPERM` without the right to.
+pub fn shift_clock(offset_ns: i64) -> io::Result<()> {
+    // SAFETY: timex is plain integers, for which zero is valid.
+    let mut timex: libc::timex = unsafe { std::mem::zeroed() };
+    timex.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
+    // The part below a second must not be negative.
+    timex.time.tv_sec = offset_ns.div_euclid(1_000_000_000);
+    timex.time.tv_usec = offset_ns.rem_euclid(1_000_000_000);
+    adjust_clock(&mut timex)
+}
+
+/// Has the wall clock make up for so many microseconds, by 500 ppm.
+///
+/// # Errors
+/// As [`shift_clock`].
+pub fn slew_clock(offset_us: i64) -> io::Result<()> {
+    // SAFETY: as above.
+    let mut timex: libc::timex = unsafe { std::mem::zeroed() };
+    timex.modes = libc::ADJ_OFFSET_SINGLESHOT;
+    timex.offset = offset_us;
+    adjust_clock(&mut timex)
+}
+
+fn adjust_clock(timex: &mut libc::timex) -> io::Result<()> {
+    // SAFETY: the struct is valid for the call.
+    check(unsafe { libc::adjtimex(timex) }.into())?;
+    Ok(())
+}
+
 /// A pidfd of a process, close-on-exec as the kernel makes it.
 ///
 /// # Errors

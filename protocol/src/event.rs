@@ -1,11 +1,12 @@
-//! Framing of the event connection: a `u32` little-endian length, then an
-//! `Event` message of that length.
+//! Framing of the event connection: a `u32` little-endian length, then a
+//! message of that length: an `Event` of the guest, a `FromHost` of the host.
 
 use std::io::{self, Read, Write};
 
 use protobuf::Message;
 
 use crate::agent::Event;
+use crate::resources::FromHost;
 
 /// Largest `Event` either side accepts, in bytes. The guest is not trusted with
 /// more of the host's memory.
@@ -25,19 +26,42 @@ pub fn write_event(out: &mut impl Write, event: &Event) -> io::Result<()> {
 /// # Errors
 /// `InvalidData` when the event is longer than [`MAX_EVENT_LEN`].
 pub fn encode(event: &Event) -> io::Result<Vec<u8>> {
-    let body = event
+    frame(event, MAX_EVENT_LEN)
+}
+
+fn frame(message: &impl Message, limit: usize) -> io::Result<Vec<u8>> {
+    let body = message
         .write_to_bytes()
         .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-    if body.len() > MAX_EVENT_LEN {
+    if body.len() > limit {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "event longer than MAX_EVENT_LEN",
+            "message longer than its limit",
         ));
     }
     // The bound above is far below u32::MAX.
     let mut frame = (body.len() as u32).to_le_bytes().to_vec();
     frame.extend_from_slice(&body);
     Ok(frame)
+}
+
+/// Largest `FromHost`, in bytes: a container id and a few numbers.
+pub const MAX_FROM_HOST_LEN: usize = 1024;
+
+/// One message of the host with its length prefix.
+///
+/// # Errors
+/// `InvalidData` when it is longer than [`MAX_FROM_HOST_LEN`].
+pub fn encode_from_host(message: &FromHost) -> io::Result<Vec<u8>> {
+    frame(message, MAX_FROM_HOST_LEN)
+}
+
+/// A message of the host, without its length prefix.
+///
+/// # Errors
+/// `InvalidData` when it cannot be decoded.
+pub fn decode_from_host(body: &[u8]) -> io::Result<FromHost> {
+    FromHost::parse_from_bytes(body).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
 /// Reads one event; `None` when the peer closed between two events.

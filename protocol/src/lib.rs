@@ -5,10 +5,10 @@
 //!
 //! | port | opened by | carries |
 //! |---|---|---|
-//! | [`AGENT_PORT`] | host | ttrpc, service `Agent` of `proto/agent.proto` |
+//! | [`AGENT_PORT`] | host | ttrpc, service `Agent` of `proto/agent.proto` and those of the other files |
 //! | [`DEBUG_CONSOLE_PORT`] | host | a shell, only when enabled in the configuration |
 //! | [`STREAM_PORT`] | host (stand-in) | one stdio stream or the control channel of one guest process, see [`stream`] |
-//! | [`EVENT_PORT`] | guest | length-prefixed `Event` messages, the first is `Ready`, see [`event`] |
+//! | [`EVENT_PORT`] | guest | length-prefixed `Event` messages, the first is `Ready`, see [`event`]; the other way `FromHost` messages |
 //!
 //! Both sides are built from one commit; [`PROTOCOL_VERSION`] is checked in
 //! `Ready` so that a stale guest image is reported instead of misunderstood.
@@ -24,9 +24,11 @@ pub mod words;
 mod generated {
     pub mod agent;
     pub mod agent_ttrpc;
+    pub mod resources;
+    pub mod resources_ttrpc;
 }
 
-pub use generated::{agent, agent_ttrpc};
+pub use generated::{agent, agent_ttrpc, resources, resources_ttrpc};
 
 /// Bumped with every incompatible change of anything in this crate.
 pub const PROTOCOL_VERSION: u32 = 1;

@@ -17,6 +17,7 @@ use kuasar_runv_protocol::agent::{
     SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
+use kuasar_runv_protocol::resources_ttrpc::ResourcesClient as ResourcesStub;
 use ttrpc::Code;
 
 /// Longest error text of the guest that is passed on, in characters.
@@ -50,6 +51,7 @@ impl Error {
 /// A connection to the agent's task service.
 pub struct Agent {
     stub: Stub,
+    resources: ResourcesStub,
     deadline: Duration,
 }
 
@@ -62,7 +64,8 @@ impl Agent {
         let client =
             ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
-            stub: Stub::new(client),
+            stub: Stub::new(client.clone()),
+            resources: ResourcesStub::new(client),
             deadline,
         })
     }

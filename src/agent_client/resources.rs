@@ -4,6 +4,7 @@ use kuasar_runv_protocol::agent::{
     CgroupSetting, GetStatsRequest, GetStatsResponse, PauseContainerRequest,
     ResumeContainerRequest, UpdateContainerRequest, WatchOomRequest,
 };
+use kuasar_runv_protocol::resources::GrowRequest;
 
 use super::{Agent, Error};
 
@@ -49,6 +50,23 @@ impl Agent {
         };
         self.stub
             .update_container(self.context(), &request)
+            .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// Waits until the guest uses at least so many CPUs and, besides the memory it
+    /// was booted with, so many MiB.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn grow(&self, vcpus: u32, added_memory_mib: u32) -> Result<(), Error> {
+        let request = GrowRequest {
+            vcpus,
+            added_memory_mib,
+            ..Default::default()
+        };
+        self.resources
+            .grow(self.context(), &request)
             .map(drop)
             .map_err(|e| self.error(e))
     }

@@ -131,7 +131,7 @@ impl LogLevel {
     }
 }
 
-/// `[vm]`: size of a VM when nothing else asks for one.
+/// `[vm]`: size of a VM when nothing else asks for one, and what it may grow to.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Vm {
@@ -142,6 +142,17 @@ pub struct Vm {
     /// touches it.
     #[serde(deserialize_with = "values::memory_mib")]
     pub memory_mib: u32,
+    /// Most virtual CPUs a VM may grow to, 0 to 255. 0: as many as the host has.
+    #[serde(deserialize_with = "values::vcpus_or_zero")]
+    pub max_vcpus: u32,
+    /// Most memory a VM may grow to, in MiB, 0 or 128 to 4194304. 0: as much as
+    /// the host has.
+    #[serde(deserialize_with = "values::memory_mib_or_zero")]
+    pub max_memory_mib: u32,
+    /// What the guest needs besides the limits of its containers, in MiB, 0 to
+    /// 65536.
+    #[serde(deserialize_with = "values::overhead_mib")]
+    pub overhead_mib: u32,
 }
 
 /// `[timeouts]`: longest waits, in seconds, 1 to 86400.
@@ -259,6 +270,9 @@ impl Default for Vm {
         Vm {
             vcpus: 1,
             memory_mib: 512,
+            max_vcpus: 0,
+            max_memory_mib: 0,
+            overhead_mib: 128,
         }
     }
 }

@@ -84,7 +84,8 @@ fn an_unknown_key_is_reported_with_its_line_and_the_likely_name() {
     );
     assert_eq!(
         load_files("[vm]\nvcpus = 1\n", &[("1.toml", "\nvm.memory = 1\n")]).unwrap_err(),
-        "config.d/1.toml:2: unknown key \"memory\" in [vm], there are memory_mib, vcpus"
+        "config.d/1.toml:2: unknown key \"memory\" in [vm], there are max_memory_mib, max_vcpus, memory_mib, \
+         overhead_mib, vcpus"
     );
 }
 
@@ -102,6 +103,10 @@ fn wrong_values_are_reported_with_line_and_key() {
         (
             "[vm]\nvcpus = 1\nmemory_mib = -1\n",
             "config.toml:3: vm.memory_mib: must be between 128 and 4194304, not -1",
+        ),
+        (
+            "[vm]\nmax_memory_mib = 100\n",
+            "config.toml:2: vm.max_memory_mib: must be 0 or between 128 and 4194304, not 100",
         ),
         (
             "[vm]\nvcpus = \"2\"\n",

@@ -72,6 +72,23 @@ pub(super) fn memory_mib<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Erro
     number(d, 128..=4 << 20)
 }
 
+pub(super) fn vcpus_or_zero<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+    number(d, 0..=255)
+}
+
+pub(super) fn memory_mib_or_zero<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+    match number(d, 0..=4 << 20)? {
+        small @ 1..128 => Err(D::Error::custom(format!(
+            "must be 0 or between 128 and 4194304, not {small}"
+        ))),
+        value => Ok(value),
+    }
+}
+
+pub(super) fn overhead_mib<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+    number(d, 0..=65_536)
+}
+
 pub(super) fn seconds<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
     number(d, 1..=86_400)
 }

@@ -15,6 +15,8 @@ use kuasar_runv_protocol::hook;
 use nix::pty::Winsize;
 
 use super::bundle::Bundle;
+use super::cgroup::limits::Holds;
+use super::cgroup::systemd::{Placeholder, Scope};
 use super::console::Console;
 use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
 use super::hooks::{self, Hooks};
@@ -22,13 +24,14 @@ use super::mount_options::Depth;
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs};
+use super::{Error, cgroup, check_id, context, delete, execs, size};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
 use crate::root::{self, Root};
-use crate::sandbox::Sandbox;
 use crate::sandbox::control::monotonic_us;
+use crate::sandbox::size::{Bounds, Demands};
+use crate::sandbox::{self, Sandbox};
 use crate::standin::spawn::{self, Plan, StandIn, Volume};
 use crate::standin::{ATTACHED, HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
 use crate::sys::interrupt::Interrupt;
@@ -179,16 +182,26 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         .linux()
         .as_ref()
         .and_then(|linux| linux.cgroups_path().as_deref());
-    let cgroups = cgroup::directories(cgroups_path, &options.id, options.systemd_cgroup)?;
+    let scope = options
+        .systemd_cgroup
+        .then(|| Scope::parse(cgroups_path, &options.id))
+        .transpose()?;
+    let cgroups = cgroup::directories(cgroups_path, &options.id, scope.as_ref())?;
 
     let hooks = Hooks::of(&bundle.spec);
     let (mut record, undo) = begin(root, options, &bundle, &hooks, cgroups)?;
-    cgroup::create(&record.cgroups)?;
+    let demands = demands(&config, &record)?;
+    let _held = match scope {
+        Some(scope) => Some(start_scope(&mut record, root, scope)?),
+        None => None,
+    };
+    cgroup::create(&mut record.cgroups)?;
     let sandbox = Sandbox::boot(
         root,
         &record.sandbox_id,
         &config,
         &record.cgroups,
+        &demands,
         options.debug,
     )?;
     trace("sandboxer-spawned");
@@ -218,6 +231,9 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     );
     let agent = create_in_guest(&sandbox, &standin, options, &bundle, &guest)?;
     trace("guest-created");
+    // Not before: they are meant for the container, not for the boot.
+    let memory_mib = demands.size().map_err(sandbox::Error::from)?.memory_mib;
+    cgroup::limits::apply(&record.cgroups, &record.resources, Holds::Vm { memory_mib });
 
     if let (Some(console), Some(socket)) = (console, &options.console_socket) {
         console
@@ -242,6 +258,27 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     created.record_phase(Phase::Created)?;
     trace("create-end");
     Ok(created)
+}
+
+/// Puts the scope on record, then has systemd make it.
+fn start_scope(
+    record: &mut ContainerRecord,
+    root: &Root,
+    scope: Scope,
+) -> Result<Placeholder, Error> {
+    record.scope = Some(scope.clone());
+    record.write(root)?;
+    scope.start(&record.id, &record.resources)
+}
+
+/// What the size of the container's VM follows from.
+fn demands(config: &Config, record: &ContainerRecord) -> Result<Demands, Error> {
+    let pod = size::of_annotations(&record.annotations);
+    let mut demands = Demands::new(Bounds::of(&config.vm), pod);
+    demands
+        .note(&record.id, size::of_limits(&record.resources))
+        .map_err(sandbox::Error::from)?;
+    Ok(demands)
 }
 
 /// When a step was reached, for the break-down of `make bench`: microseconds of

@@ -70,6 +70,9 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
     let sandbox_id = record.as_ref().map_or(id, |r| r.sandbox_id.as_str());
     sandbox::end(root, sandbox_id)?;
     if let Some(record) = &record {
+        if let Some(scope) = &record.scope {
+            scope.stop()?;
+        }
         cgroup::remove(&record.cgroups).map_err(context("cleaning up"))?;
         // Before the id is free: hooks undo by id, and a delete that is killed
         // here is repeated as a whole.

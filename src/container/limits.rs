@@ -7,6 +7,8 @@
 use kuasar_runv_protocol::agent::{CgroupSetting, CgroupWrite};
 
 use super::resources::Resources;
+use super::size::UNLIMITED;
+use crate::vm::VmSize;
 
 /// Bounds of `cpu.max` (kernel/sched/core.c), in microseconds.
 const MIN_QUOTA: i64 = 1000;
@@ -26,42 +28,36 @@ pub enum Error {
     #[error("memory+swap limit should be >= memory limit")]
     SwapBelowMemory,
     #[error(
-        "the memory limit of {limit} bytes is more than the virtual machine has ({memory_mib} MiB): set memory_mib in section [vm] of the configuration, which holds for containers that are created afterwards"
+        "the memory limit of {limit} bytes is more than the virtual machine may have ({max_mib} MiB): set max_memory_mib in section [vm] of the configuration, which holds for pods that are created afterwards"
     )]
-    Memory { limit: i64, memory_mib: u32 },
+    Memory { limit: i64, max_mib: u32 },
     #[error(
-        "CPU {cpu} does not exist in the virtual machine, which has {vcpus}: set vcpus in section [vm] of the configuration, which holds for containers that are created afterwards"
+        "CPU {cpu} does not exist in the virtual machine, which may have {max}: set max_vcpus in section [vm] of the configuration, which holds for pods that are created afterwards"
     )]
-    Cpu { cpu: u32, vcpus: u32 },
+    Cpu { cpu: u32, max: u32 },
     #[error("realtime limits cannot be set: cgroup v2, which the guest has, does not know them")]
     Realtime,
     #[error("unified resource {0:?} must be in the form CONTROLLER.PARAMETER")]
     Unified(String),
 }
 
-/// What the container's virtual machine has; 0 is unknown.
-#[derive(Clone, Copy, Debug)]
-pub struct Machine {
-    pub memory_mib: u32,
-    pub vcpus: u32,
-}
-
 /// What to write so that the limits in `change` hold. `all` are the container's
-/// limits with these.
+/// limits with these, `most` is what their virtual machine may grow to; `None` is
+/// unknown.
 ///
 /// # Errors
 /// The first limit that is wrong.
 pub fn settings(
     all: &Resources,
     change: &Resources,
-    machine: Machine,
+    most: Option<VmSize>,
 ) -> Result<Vec<CgroupSetting>, Error> {
     let mut settings = Vec::new();
     pids(change, &mut settings)?;
-    memory(all, change, machine, &mut settings)?;
+    memory(all, change, most, &mut settings)?;
     block_io(change, &mut settings)?;
     cpu(all, change, &mut settings)?;
-    cpuset(change, machine, &mut settings)?;
+    cpuset(change, most, &mut settings)?;
     for limit in &change.hugepage_limits {
         let file = format!("hugetlb.{}.max", limit.page_size);
         settings.push(setting(&file, limit.limit));
@@ -119,18 +115,18 @@ fn pids(change: &Resources, settings: &mut Vec<CgroupSetting>) -> Result<(), Err
 fn memory(
     all: &Resources,
     change: &Resources,
-    machine: Machine,
+    most: Option<VmSize>,
     settings: &mut Vec<CgroupSetting>,
 ) -> Result<(), Error> {
     let max = limit("memory", change.memory.limit)?;
-    if let Some(limit) = change.memory.limit {
-        let has = i64::from(machine.memory_mib) << 20;
-        if machine.memory_mib != 0 && limit > has {
-            return Err(Error::Memory {
-                limit,
-                memory_mib: machine.memory_mib,
-            });
-        }
+    if let (Some(limit), Some(VmSize { memory_mib, .. })) = (change.memory.limit, most)
+        && limit > i64::from(memory_mib) << 20
+        && limit < UNLIMITED
+    {
+        return Err(Error::Memory {
+            limit,
+            max_mib: memory_mib,
+        });
     }
     if (change.memory.limit.is_some() || change.memory.swap.is_some())
         && let Some(swap) = swap(all)?
@@ -193,9 +189,7 @@ fn cpu(
         settings.push(setting("cpu.idle", idle));
     }
     if let Some(shares) = cpu.shares.filter(|shares| *shares != 0) {
-        let shares = shares.clamp(SHARES.0, SHARES.1);
-        let weight = 1 + (shares - 2) * 9999 / 262_142;
-        settings.push(setting("cpu.weight", weight));
+        settings.push(setting("cpu.weight", cpu_weight(shares)));
     }
     if (cpu.quota.is_some() || cpu.period.is_some())
         && let Some(max) = cpu_max(all)?
@@ -206,6 +200,11 @@ fn cpu(
         settings.push(setting("cpu.max.burst", burst));
     }
     Ok(())
+}
+
+/// Shares of cgroup v1 as the weight of v2.
+pub(super) fn cpu_weight(shares: u64) -> u64 {
+    1 + (shares.clamp(SHARES.0, SHARES.1) - 2) * 9999 / 262_142
 }
 
 fn cpu_max(all: &Resources) -> Result<Option<String>, Error> {
@@ -235,17 +234,16 @@ fn cpu_max(all: &Resources) -> Result<Option<String>, Error> {
 
 fn cpuset(
     change: &Resources,
-    machine: Machine,
+    most: Option<VmSize>,
     settings: &mut Vec<CgroupSetting>,
 ) -> Result<(), Error> {
     let named = |list: &Option<String>| list.clone().filter(|list| !list.is_empty());
     if let Some(cpus) = named(&change.cpu.cpus) {
         let last = last_of(&cpus).ok_or_else(|| invalid("cpuset-cpus", format!("{cpus:?}")))?;
-        if machine.vcpus != 0 && last >= machine.vcpus {
-            return Err(Error::Cpu {
-                cpu: last,
-                vcpus: machine.vcpus,
-            });
+        if let Some(VmSize { vcpus: max, .. }) = most
+            && last >= max
+        {
+            return Err(Error::Cpu { cpu: last, max });
         }
         settings.push(setting("cpuset.cpus", cpus));
     }
@@ -259,7 +257,7 @@ fn cpuset(
 }
 
 /// The largest number of a list like `0-2,4`; `None` when it is not one.
-fn last_of(list: &str) -> Option<u32> {
+pub(super) fn last_of(list: &str) -> Option<u32> {
     list.split(',')
         .map(|range| {
             let (first, last) = range.split_once('-').unwrap_or((range, range));

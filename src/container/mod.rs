@@ -23,6 +23,7 @@ pub mod ps;
 pub mod resources;
 pub mod run;
 pub mod signal;
+pub mod size;
 pub mod start;
 pub mod state;
 pub mod stats;
@@ -111,6 +112,12 @@ pub enum Error {
     Process(String),
     #[error(transparent)]
     Agent(crate::agent_client::Error),
+    #[error("unit {unit} of systemd: {step}: {source}")]
+    Systemd {
+        unit: String,
+        step: &'static str,
+        source: io::Error,
+    },
     #[error("cgroup {}: {source}", path.display())]
     Cgroup { path: PathBuf, source: io::Error },
     #[error("interrupted")]

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::systemd::Scope;
 use super::hooks::LateHooks;
 use super::resources::Resources;
 use crate::root::Root;
@@ -86,6 +87,9 @@ pub struct ContainerRecord {
     pub resources: Resources,
     /// Host cgroup directories made for it, to be removed with it.
     pub cgroups: Vec<PathBuf>,
+    /// The unit of systemd that they are, to be ended with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<Scope>,
     /// What runs when the bundle may be gone.
     #[serde(default, skip_serializing_if = "LateHooks::is_empty")]
     pub hooks: LateHooks,
@@ -178,6 +182,7 @@ impl ContainerRecord {
             paused: false,
             resources: Resources::default(),
             cgroups: Vec::new(),
+            scope: None,
             hooks: LateHooks::default(),
         })
     }

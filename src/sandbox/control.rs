@@ -16,8 +16,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::root::Root;
+use crate::sandbox::size::{Demand, Demands};
 use crate::sys::seqpacket::{Channel, Message, wait_any_readable};
 use crate::sys::unix_socket;
+use crate::vm::VmSize;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -36,16 +38,25 @@ pub struct SandboxerConfig {
     pub root: PathBuf,
     pub id: String,
     pub config: Config,
+    /// What the VM's size follows from.
+    pub demands: Demands,
     pub debug: bool,
 }
 
 impl SandboxerConfig {
     #[must_use]
-    pub fn new(root: &Root, id: &str, config: &Config, debug: bool) -> SandboxerConfig {
+    pub fn new(
+        root: &Root,
+        id: &str,
+        config: &Config,
+        demands: &Demands,
+        debug: bool,
+    ) -> SandboxerConfig {
         SandboxerConfig {
             root: root.path().to_owned(),
             id: id.to_owned(),
             config: config.clone(),
+            demands: demands.clone(),
             debug,
         }
     }
@@ -61,6 +72,12 @@ pub enum Request {
     WaitReady,
     /// Only on the creator's channel: keep the VM when the channel closes.
     Commit,
+    /// Make the VM large enough for what the container asks for, instead of what it
+    /// asked for before. Without a demand it asks for nothing any more.
+    Reserve {
+        container: String,
+        demand: Option<Demand>,
+    },
     /// From now on the answers on this channel are notices about the container.
     Subscribe { container: String },
 }
@@ -73,6 +90,13 @@ pub enum Notice {
     Oom,
     /// Its own process has ended; the last notice.
     Ended,
+}
+
+/// The size of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resized {
+    pub booted: VmSize,
+    pub now: VmSize,
 }
 
 /// When the VM got where: microseconds of `CLOCK_MONOTONIC` on the host.
@@ -95,6 +119,8 @@ pub struct Reply {
     pub ready: Option<ReadyInfo>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub notice: Option<Notice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<Resized>,
 }
 
 /// The commands' end.

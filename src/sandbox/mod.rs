@@ -10,6 +10,7 @@ pub mod control;
 pub mod record;
 pub mod server;
 mod share;
+pub mod size;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,8 +28,10 @@ use crate::root::{self, Root};
 use crate::sys::process::ProcessRef;
 use crate::sys::seqpacket::Channel;
 use crate::sys::unix_socket;
-use control::{Connection, Notice, ReadyInfo, Request, SandboxerConfig};
+use crate::vm::VmSize;
+use control::{Connection, Notice, ReadyInfo, Request, Resized, SandboxerConfig};
 use record::SandboxRecord;
+use size::{Demand, Demands};
 
 /// Socket names in the sandbox directory.
 pub const CONTROL_SOCKET: &str = "control.sock";
@@ -61,6 +64,8 @@ pub enum Error {
     Refused(String),
     #[error(transparent)]
     Agent(#[from] agent_client::Error),
+    #[error(transparent)]
+    Size(#[from] size::Error),
     #[error("the guest refused a connection to its port {port}: {reason}")]
     Connect { port: u32, reason: String },
 }
@@ -72,6 +77,8 @@ pub struct Sandbox {
     dir: PathBuf,
     guest: Guest,
     connection: Connection,
+    /// Host cgroups the VM is in.
+    cgroups: Vec<PathBuf>,
 }
 
 /// The guest of a running pod; to talk to it does not take the sandboxer.
@@ -167,6 +174,7 @@ impl Sandbox {
         id: &str,
         config: &Config,
         cgroups: &[PathBuf],
+        demands: &Demands,
         debug: bool,
     ) -> Result<Sandbox, Error> {
         let io_error = |source| Error::Io {
@@ -178,8 +186,7 @@ impl Sandbox {
         let booted = (|| {
             let mut record =
                 SandboxRecord::new(id, config.timeouts.agent_s, cgroups).map_err(io_error)?;
-            record.memory_mib = config.vm.memory_mib;
-            record.vcpus = config.vm.vcpus;
+            record.most = Some(demands.bounds().most);
             record.write(root)?;
             let dir_fd = unix_socket::open_dir(&dir).map_err(io_error)?;
             let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
@@ -197,10 +204,11 @@ impl Sandbox {
                     deadline: config.timeouts.agent(),
                 },
                 connection: Connection::new(ours),
+                cgroups: cgroups.to_owned(),
             };
             sandbox
                 .connection
-                .send_config(&SandboxerConfig::new(root, id, config, debug))
+                .send_config(&SandboxerConfig::new(root, id, config, demands, debug))
                 .map_err(|e| sandbox.control_error(e))?;
             Ok(sandbox)
         })();
@@ -221,6 +229,7 @@ impl Sandbox {
             source,
         };
         let guest = Guest::open(root, id)?;
+        let cgroups = SandboxRecord::read(root, id)?.cgroups;
         let connection =
             Connection::connect(guest.dir.as_fd(), CONTROL_SOCKET).map_err(io_error)?;
         Ok(Sandbox {
@@ -228,6 +237,7 @@ impl Sandbox {
             dir: root.sandbox(id),
             guest,
             connection,
+            cgroups,
         })
     }
 
@@ -269,6 +279,49 @@ impl Sandbox {
         };
         self.connection
             .call(&request, &[tree], REQUEST_DEADLINE)
+            .map(drop)
+            .map_err(|e| self.control_error(e))
+    }
+
+    /// Makes the VM large enough for a container: it has at least the size that all
+    /// containers together ask for when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when it cannot become so large, and what the agent says
+    /// about what was plugged in; the container's earlier demand stands then.
+    pub fn reserve(&self, container: &str, demand: Demand) -> Result<VmSize, Error> {
+        let request = Request::Reserve {
+            container: container.to_owned(),
+            demand: Some(demand),
+        };
+        let reply = self
+            .connection
+            .call(&request, &[], REQUEST_DEADLINE)
+            .map_err(|e| self.control_error(e))?;
+        let Some(Resized { booted, now }) = reply.size else {
+            return Err(Error::Refused("the sandboxer did not say the size".into()));
+        };
+        // Also when another command has just made it grow: the guest may not have
+        // got there.
+        if now != booted {
+            cgroup::limits::fit(&self.cgroups, now.memory_mib);
+            let added_mib = now.memory_mib.saturating_sub(booted.memory_mib);
+            self.agent()?.grow(now.vcpus, added_mib)?;
+        }
+        Ok(now)
+    }
+
+    /// Takes back what a container asked for. The VM keeps its size.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn release(&self, container: &str) -> Result<(), Error> {
+        let request = Request::Reserve {
+            container: container.to_owned(),
+            demand: None,
+        };
+        self.connection
+            .call(&request, &[], REQUEST_DEADLINE)
             .map(drop)
             .map_err(|e| self.control_error(e))
     }

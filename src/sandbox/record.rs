@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::container::state::{RecordError, read_record, write_record};
 use crate::root::Root;
 use crate::sys::process::{ProcessRef, boot_id};
+use crate::vm::VmSize;
 
 const FILE: &str = "sandbox.json";
 /// Version of the layout of `sandbox.json`.
@@ -22,11 +23,9 @@ pub struct SandboxRecord {
     /// Longest wait for an answer of the agent, in seconds, as configured when
     /// the VM was booted.
     pub agent_timeout_s: u32,
-    /// Size of the VM; 0 in records of versions that did not keep it.
+    /// What the VM may grow to; not in records of versions that could not let it.
     #[serde(default)]
-    pub memory_mib: u32,
-    #[serde(default)]
-    pub vcpus: u32,
+    pub most: Option<VmSize>,
     /// Host cgroups its processes are in, to be removed with it.
     pub cgroups: Vec<PathBuf>,
     pub sandboxer: Option<ProcessRef>,
@@ -43,8 +42,7 @@ impl SandboxRecord {
             boot_id: boot_id()?,
             id: id.to_owned(),
             agent_timeout_s,
-            memory_mib: 0,
-            vcpus: 0,
+            most: None,
             cgroups: cgroups.to_owned(),
             sandboxer: None,
             vm: None,

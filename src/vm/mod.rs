@@ -29,6 +29,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::{Config, Hypervisor};
 
 pub use qemu::requirements;
@@ -84,10 +86,11 @@ pub trait Vm {
     /// As [`Vm::pause`].
     fn resume(&mut self) -> Result<(), Error>;
 
-    /// Changes the size of the running machine.
+    /// Lets the running machine grow to a size, within [`VmConfig::most`]; what is
+    /// smaller than now stays as it is. The guest has to take into use what is new.
     ///
     /// # Errors
-    /// As [`Vm::pause`], and [`Error::Unsupported`].
+    /// As [`Vm::pause`], [`Error::Unsupported`] and [`Error::TooLarge`].
     fn resize(&mut self, size: VmSize) -> Result<(), Error>;
 
     /// Adds a device to the running machine under an id of the caller's.
@@ -137,6 +140,8 @@ pub struct VmConfig {
     /// needs is put before them.
     pub kernel_params: String,
     pub size: VmSize,
+    /// What it may be resized to later.
+    pub most: VmSize,
     /// Listening vhost-user socket of the vsock device.
     pub vsock_socket: String,
     /// The pod's shared directory.
@@ -148,7 +153,7 @@ pub struct VmConfig {
     pub verbose_console: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmSize {
     pub vcpus: u32,
     pub memory_mib: u32,
@@ -182,6 +187,9 @@ pub enum VmEvent {
     GuestReset,
     /// The guest reported a kernel panic.
     GuestPanicked,
+    /// The virtual CPUs run again after they had been stopped: the guest's clock
+    /// stood still.
+    Resumed,
     /// The hypervisor has stopped the virtual CPUs and they cannot go on, for
     /// instance after an internal error of KVM. Only `stop` is left.
     Stalled { reason: String },
@@ -213,6 +221,12 @@ pub enum Error {
         source: io::Error,
         hint: &'static str,
     },
+    /// The size is beyond what the machine was booted for.
+    #[error(
+        "the virtual machine cannot grow to {} CPUs and {} MiB of memory: it was started for at most {} CPUs and {} MiB",
+        wanted.vcpus, wanted.memory_mib, most.vcpus, most.memory_mib
+    )]
+    TooLarge { wanted: VmSize, most: VmSize },
     #[error("qemu.accel is \"kvm\", but KVM does not work on this machine: {reason}")]
     KvmUnusable { reason: String },
     #[error("cannot start {}: {step}: {}", path.display(), reason(source))]

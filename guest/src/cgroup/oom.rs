@@ -1,7 +1,8 @@
 //! Reporting kills for lack of memory (`oom_kill` of `memory.events`).
 //!
 //! Nothing is watched before somebody asks: most containers are never asked
-//! about. The kernel announces changes a little late (it limits their rate), so
+//! about. Only when a container's own process was killed, the count is looked at in
+//! any case. The kernel announces changes a little late (it limits their rate), so
 //! the end of the container's process looks once more and the report of its kill
 //! is sent before the report of its end.
 
@@ -9,10 +10,13 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use tokio::sync::OnceCell;
+
 use super::Cgroup;
-use super::watch::Watch;
+use super::watch::{Watch, value_of};
 use crate::events::Events;
 use crate::process::Process;
+use crate::reaper::ExitStatus;
 use crate::sys;
 
 const KILLS: &str = "oom_kill";
@@ -24,6 +28,7 @@ pub struct OomWatch {
     events: Events,
     file: OnceLock<Watch>,
     reported: AtomicU64,
+    end: OnceCell<()>,
 }
 
 impl OomWatch {
@@ -35,6 +40,7 @@ impl OomWatch {
             events: events.clone(),
             file: OnceLock::new(),
             reported: AtomicU64::new(0),
+            end: OnceCell::new(),
         })
     }
 
@@ -63,6 +69,38 @@ impl OomWatch {
             }
         });
         Ok(())
+    }
+
+    /// To be called before the end of a container's own process is reported,
+    /// wherever that is done. If it was killed and the cgroup has run out of memory,
+    /// that is reported whether anybody asked for it or not, and the host has noted
+    /// it when this returns.
+    pub async fn before_the_end(&self, status: ExitStatus) {
+        self.end.get_or_init(|| self.report_end(status)).await;
+    }
+
+    async fn report_end(&self, status: ExitStatus) {
+        if status != ExitStatus::Killed(libc::SIGKILL.unsigned_abs()) {
+            return self.report();
+        }
+        let kills = match self.file.get() {
+            Some(file) => file.value(KILLS).ok(),
+            None => self.kills_now().ok(),
+        };
+        match kills {
+            Some(kills @ 1..) => {
+                let before = self.reported.swap(kills, Ordering::Relaxed);
+                self.events
+                    .fatal_oom(&self.container_id, kills.saturating_sub(before))
+                    .await;
+            }
+            _ => self.report(),
+        }
+    }
+
+    fn kills_now(&self) -> io::Result<u64> {
+        let content = std::fs::read_to_string(self.cgroup.path().join("memory.events"))?;
+        Ok(value_of(&content, KILLS))
     }
 
     /// Reports kills that were not reported yet, if anybody asked for them.

@@ -125,7 +125,7 @@ impl Containers {
         let process = self.adopt(created)?;
         // It has no start to wait for.
         process.note_start();
-        self.attach_streams(&new.container_id, &new.exec_id, &process, pipes);
+        self.attach_streams(&new.container_id, &new.exec_id, &process, pipes, None);
         Ok(process)
     }
 

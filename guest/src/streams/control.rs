@@ -8,12 +8,14 @@ use std::sync::Arc;
 use kuasar_runv_protocol::stream::Frame;
 
 use super::Connection;
+use crate::cgroup::oom::OomWatch;
 use crate::process::Process;
 use crate::reaper::ExitStatus;
 
 /// Serves the connection until the process has ended or the stand-in is gone;
-/// in the latter case the process is killed.
-pub async fn serve(connection: Connection, process: Arc<Process>) {
+/// in the latter case the process is killed. What the host is to know of the end of
+/// a container's own process before its stand-in does is `oom`'s to say.
+pub async fn serve(connection: Connection, process: Arc<Process>, oom: Option<Arc<OomWatch>>) {
     let frames = async {
         loop {
             match next_frame(&connection).await {
@@ -33,6 +35,9 @@ pub async fn serve(connection: Connection, process: Arc<Process>) {
                 ExitStatus::Exited(code) => Frame::Exited(code),
                 ExitStatus::Killed(signal) => Frame::Killed(signal),
             };
+            if let Some(oom) = oom {
+                oom.before_the_end(status).await;
+            }
             // A stand-in that is gone does not need it.
             drop(connection.write_all(frame.encode().as_bytes()).await);
             connection.shutdown(Shutdown::Write);

@@ -1,13 +1,15 @@
 //! Writes `protocol/src/generated/` from `protocol/proto/`. Run by
-//! `make protocol` after a change of the .proto file.
+//! `make protocol` after a change of a .proto file.
 
 use std::path::Path;
+
+const FILES: [&str; 2] = ["agent.proto", "resources.proto"];
 
 fn main() -> std::io::Result<()> {
     let protocol = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     ttrpc_codegen::Codegen::new()
         .out_dir(protocol.join("src/generated"))
-        .input(protocol.join("proto/agent.proto"))
+        .inputs(FILES.map(|file| protocol.join("proto").join(file)))
         .include(protocol.join("proto"))
         .rust_protobuf()
         .customize(ttrpc_codegen::Customize {

@@ -1207,8 +1207,57 @@ impl Event {
         }
     }
 
+    // .kuasar.runv.agent.v1.ClockRequest clock = 10;
+
+    pub fn clock(&self) -> &ClockRequest {
+        match self.event {
+            ::std::option::Option::Some(event::Event::Clock(ref v)) => v,
+            _ => <ClockRequest as ::protobuf::Message>::default_instance(),
+        }
+    }
+
+    pub fn clear_clock(&mut self) {
+        self.event = ::std::option::Option::None;
+    }
+
+    pub fn has_clock(&self) -> bool {
+        match self.event {
+            ::std::option::Option::Some(event::Event::Clock(..)) => true,
+            _ => false,
+        }
+    }
+
+    // Param is passed by value, moved
+    pub fn set_clock(&mut self, v: ClockRequest) {
+        self.event = ::std::option::Option::Some(event::Event::Clock(v))
+    }
+
+    // Mutable pointer to the field.
+    pub fn mut_clock(&mut self) -> &mut ClockRequest {
+        if let ::std::option::Option::Some(event::Event::Clock(_)) = self.event {
+        } else {
+            self.event = ::std::option::Option::Some(event::Event::Clock(ClockRequest::new()));
+        }
+        match self.event {
+            ::std::option::Option::Some(event::Event::Clock(ref mut v)) => v,
+            _ => panic!(),
+        }
+    }
+
+    // Take field
+    pub fn take_clock(&mut self) -> ClockRequest {
+        if self.has_clock() {
+            match self.event.take() {
+                ::std::option::Option::Some(event::Event::Clock(v)) => v,
+                _ => panic!(),
+            }
+        } else {
+            ClockRequest::new()
+        }
+    }
+
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(3);
+        let mut fields = ::std::vec::Vec::with_capacity(4);
         let mut oneofs = ::std::vec::Vec::with_capacity(1);
         fields.push(::protobuf::reflect::rt::v2::make_oneof_message_has_get_mut_set_accessor::<_, Ready>(
             "ready",
@@ -1230,6 +1279,13 @@ impl Event {
             Event::oom,
             Event::mut_oom,
             Event::set_oom,
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_oneof_message_has_get_mut_set_accessor::<_, ClockRequest>(
+            "clock",
+            Event::has_clock,
+            Event::clock,
+            Event::mut_clock,
+            Event::set_clock,
         ));
         oneofs.push(event::Event::generated_oneof_descriptor_data());
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Event>(
@@ -1259,6 +1315,9 @@ impl ::protobuf::Message for Event {
                 26 => {
                     self.event = ::std::option::Option::Some(event::Event::Oom(is.read_message()?));
                 },
+                82 => {
+                    self.event = ::std::option::Option::Some(event::Event::Clock(is.read_message()?));
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -1285,6 +1344,10 @@ impl ::protobuf::Message for Event {
                     let len = v.compute_size();
                     my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
                 },
+                &event::Event::Clock(ref v) => {
+                    let len = v.compute_size();
+                    my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+                },
             };
         }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
@@ -1303,6 +1366,9 @@ impl ::protobuf::Message for Event {
                 },
                 &event::Event::Oom(ref v) => {
                     ::protobuf::rt::write_message_field_with_cached_size(3, v, os)?;
+                },
+                &event::Event::Clock(ref v) => {
+                    ::protobuf::rt::write_message_field_with_cached_size(10, v, os)?;
                 },
             };
         }
@@ -1323,6 +1389,7 @@ impl ::protobuf::Message for Event {
     }
 
     fn clear(&mut self) {
+        self.event = ::std::option::Option::None;
         self.event = ::std::option::Option::None;
         self.event = ::std::option::Option::None;
         self.event = ::std::option::Option::None;
@@ -1368,6 +1435,8 @@ pub mod event {
         Exited(super::Exited),
         // @@protoc_insertion_point(oneof_field:kuasar.runv.agent.v1.Event.oom)
         Oom(super::Oom),
+        // @@protoc_insertion_point(oneof_field:kuasar.runv.agent.v1.Event.clock)
+        Clock(super::ClockRequest),
     }
 
     impl ::protobuf::Oneof for Event {
@@ -1578,6 +1647,128 @@ impl ::std::fmt::Display for Ready {
 }
 
 impl ::protobuf::reflect::ProtobufValue for Ready {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.ClockRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct ClockRequest {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ClockRequest.number)
+    pub number: u32,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.ClockRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a ClockRequest {
+    fn default() -> &'a ClockRequest {
+        <ClockRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl ClockRequest {
+    pub fn new() -> ClockRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "number",
+            |m: &ClockRequest| { &m.number },
+            |m: &mut ClockRequest| { &mut m.number },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ClockRequest>(
+            "ClockRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for ClockRequest {
+    const NAME: &'static str = "ClockRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                8 => {
+                    self.number = is.read_uint32()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if self.number != 0 {
+            my_size += ::protobuf::rt::uint32_size(1, self.number);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if self.number != 0 {
+            os.write_uint32(1, self.number)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> ClockRequest {
+        ClockRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.number = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static ClockRequest {
+        static instance: ClockRequest = ClockRequest {
+            number: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for ClockRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("ClockRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for ClockRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for ClockRequest {
     type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
 }
 
@@ -3006,6 +3197,8 @@ pub struct Oom {
     pub container_id: ::std::string::String,
     // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Oom.kills)
     pub kills: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Oom.fatal)
+    pub fatal: bool,
     // special fields
     // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.Oom.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -3023,7 +3216,7 @@ impl Oom {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut fields = ::std::vec::Vec::with_capacity(3);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "container_id",
@@ -3034,6 +3227,11 @@ impl Oom {
             "kills",
             |m: &Oom| { &m.kills },
             |m: &mut Oom| { &mut m.kills },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "fatal",
+            |m: &Oom| { &m.fatal },
+            |m: &mut Oom| { &mut m.fatal },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Oom>(
             "Oom",
@@ -3059,6 +3257,9 @@ impl ::protobuf::Message for Oom {
                 16 => {
                     self.kills = is.read_uint64()?;
                 },
+                24 => {
+                    self.fatal = is.read_bool()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -3077,6 +3278,9 @@ impl ::protobuf::Message for Oom {
         if self.kills != 0 {
             my_size += ::protobuf::rt::uint64_size(2, self.kills);
         }
+        if self.fatal != false {
+            my_size += 1 + 1;
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -3088,6 +3292,9 @@ impl ::protobuf::Message for Oom {
         }
         if self.kills != 0 {
             os.write_uint64(2, self.kills)?;
+        }
+        if self.fatal != false {
+            os.write_bool(3, self.fatal)?;
         }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
@@ -3108,6 +3315,7 @@ impl ::protobuf::Message for Oom {
     fn clear(&mut self) {
         self.container_id.clear();
         self.kills = 0;
+        self.fatal = false;
         self.special_fields.clear();
     }
 
@@ -3115,6 +3323,7 @@ impl ::protobuf::Message for Oom {
         static instance: Oom = Oom {
             container_id: ::std::string::String::new(),
             kills: 0,
+            fatal: false,
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -5246,110 +5455,114 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \x03all\x18\x04\x20\x01(\x08R\x03all\";\n\x16DeleteContainerRequest\x12!\
     \n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"]\n\x0fGetInfoRes\
     ponse\x12#\n\ragent_version\x18\x01\x20\x01(\tR\x0cagentVersion\x12%\n\
-    \x0ekernel_release\x18\x02\x20\x01(\tR\rkernelRelease\"\xac\x01\n\x05Eve\
+    \x0ekernel_release\x18\x02\x20\x01(\tR\rkernelRelease\"\xe8\x01\n\x05Eve\
     nt\x123\n\x05ready\x18\x01\x20\x01(\x0b2\x1b.kuasar.runv.agent.v1.ReadyH\
     \0R\x05ready\x126\n\x06exited\x18\x02\x20\x01(\x0b2\x1c.kuasar.runv.agen\
     t.v1.ExitedH\0R\x06exited\x12-\n\x03oom\x18\x03\x20\x01(\x0b2\x19.kuasar\
-    .runv.agent.v1.OomH\0R\x03oomB\x07\n\x05event\"\xca\x01\n\x05Ready\x12)\
-    \n\x10protocol_version\x18\x01\x20\x01(\rR\x0fprotocolVersion\x12#\n\rag\
-    ent_version\x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_release\
-    \x18\x03\x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_start_us\x18\x04\x20\
-    \x01(\x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\x18\x05\x20\x01(\x04\
-    R\x0cagentReadyUs\"\x89\x01\n\x06Exited\x12!\n\x0ccontainer_id\x18\x01\
-    \x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06\
-    execId\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\x16\n\x06signal\
-    \x18\x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec_us\x18\x05\x20\x01(\x04\
-    R\x06execUs\"\x8c\x02\n\x12ExecProcessRequest\x12!\n\x0ccontainer_id\x18\
-    \x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\
-    \x06execId\x12!\n\x0cprocess_json\x18\x03\x20\x01(\x0cR\x0bprocessJson\
-    \x12\x14\n\x05stdin\x18\x04\x20\x01(\x08R\x05stdin\x12\x16\n\x06stdout\
-    \x18\x05\x20\x01(\x08R\x06stdout\x12\x16\n\x06stderr\x18\x06\x20\x01(\
-    \x08R\x06stderr\x12#\n\rignore_paused\x18\x07\x20\x01(\x08R\x0cignorePau\
-    sed\x12\x16\n\x06cgroup\x18\x08\x20\x01(\tR\x06cgroup\x12\x14\n\x05umask\
-    \x18\t\x20\x01(\rR\x05umask\"'\n\x13ExecProcessResponse\x12\x10\n\x03pid\
-    \x18\x01\x20\x01(\x05R\x03pid\"9\n\x14ListProcessesRequest\x12!\n\x0ccon\
-    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"\x95\x01\n\x15ListProcesse\
-    sResponse\x12?\n\tprocesses\x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.\
-    ProcessInfoR\tprocesses\x12\x1c\n\ttruncated\x18\x02\x20\x01(\x08R\ttrun\
-    cated\x12\x1d\n\nmemory_kib\x18\x03\x20\x01(\x04R\tmemoryKib\"\xc2\x04\n\
-    \x0bProcessInfo\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\x12\x12\n\
-    \x04ppid\x18\x02\x20\x01(\x05R\x04ppid\x12\x12\n\x04pgid\x18\x03\x20\x01\
-    (\x05R\x04pgid\x12\x10\n\x03sid\x18\x04\x20\x01(\x05R\x03sid\x12\x12\n\
-    \x04ruid\x18\x05\x20\x01(\rR\x04ruid\x12\x12\n\x04euid\x18\x06\x20\x01(\
-    \rR\x04euid\x12\x12\n\x04rgid\x18\x07\x20\x01(\rR\x04rgid\x12\x12\n\x04e\
-    gid\x18\x08\x20\x01(\rR\x04egid\x12\x10\n\x03tty\x18\t\x20\x01(\rR\x03tt\
-    y\x12\x14\n\x05tpgid\x18\n\x20\x01(\x05R\x05tpgid\x12\x14\n\x05state\x18\
-    \x0b\x20\x01(\tR\x05state\x12\x12\n\x04name\x18\x0c\x20\x01(\tR\x04name\
-    \x12\x12\n\x04args\x18\r\x20\x01(\x0cR\x04args\x12\x15\n\x06cpu_ms\x18\
-    \x0e\x20\x01(\x04R\x05cpuMs\x12\x15\n\x06age_ms\x18\x0f\x20\x01(\x04R\
-    \x05ageMs\x12\x1b\n\tvsize_kib\x18\x10\x20\x01(\x04R\x08vsizeKib\x12\x17\
-    \n\x07rss_kib\x18\x11\x20\x01(\x04R\x06rssKib\x12\x12\n\x04nice\x18\x12\
-    \x20\x01(\x05R\x04nice\x12\x1a\n\x08priority\x18\x13\x20\x01(\x05R\x08pr\
-    iority\x12\x18\n\x07threads\x18\x14\x20\x01(\rR\x07threads\x12\x14\n\x05\
-    flags\x18\x15\x20\x01(\rR\x05flags\x12\x16\n\x06policy\x18\x16\x20\x01(\
-    \rR\x06policy\x12\x1f\n\x0brt_priority\x18\x17\x20\x01(\rR\nrtPriority\
-    \x12\x1c\n\tprocessor\x18\x18\x20\x01(\rR\tprocessor\x12\x16\n\x06locked\
-    \x18\x19\x20\x01(\x08R\x06locked\">\n\x03Oom\x12!\n\x0ccontainer_id\x18\
-    \x01\x20\x01(\tR\x0bcontainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\
-    \x05kills\":\n\x15PauseContainerRequest\x12!\n\x0ccontainer_id\x18\x01\
-    \x20\x01(\tR\x0bcontainerId\";\n\x16ResumeContainerRequest\x12!\n\x0ccon\
-    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\n\x16UpdateContainerRequ\
-    est\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12?\n\x08\
-    settings\x18\x02\x20\x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettingR\x08s\
-    ettings\"r\n\rCgroupSetting\x12E\n\x0calternatives\x18\x01\x20\x03(\x0b2\
-    !.kuasar.runv.agent.v1.CgroupWriteR\x0calternatives\x12\x1a\n\x08optiona\
-    l\x18\x02\x20\x01(\x08R\x08optional\"7\n\x0bCgroupWrite\x12\x12\n\x04fil\
-    e\x18\x01\x20\x01(\tR\x04file\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05\
-    value\"4\n\x0fGetStatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
-    \x0bcontainerId\"\xc9\x02\n\x10GetStatsResponse\x120\n\x03cpu\x18\x01\
-    \x20\x01(\x0b2\x1e.kuasar.runv.agent.v1.CpuStatsR\x03cpu\x129\n\x06memor\
-    y\x18\x02\x20\x01(\x0b2!.kuasar.runv.agent.v1.MemoryStatsR\x06memory\x12\
-    3\n\x04pids\x18\x03\x20\x01(\x0b2\x1f.kuasar.runv.agent.v1.PidsStatsR\
-    \x04pids\x12-\n\x02io\x18\x04\x20\x03(\x0b2\x1d.kuasar.runv.agent.v1.IoS\
-    tatsR\x02io\x12<\n\x07hugetlb\x18\x05\x20\x03(\x0b2\".kuasar.runv.agent.\
-    v1.HugetlbStatsR\x07hugetlb\x12\x12\n\x04cpus\x18\x06\x20\x01(\tR\x04cpu\
-    s\x12\x12\n\x04mems\x18\x07\x20\x01(\tR\x04mems\"\xc5\x01\n\x08CpuStats\
-    \x12\x19\n\x08usage_us\x18\x01\x20\x01(\x04R\x07usageUs\x12\x17\n\x07use\
-    r_us\x18\x02\x20\x01(\x04R\x06userUs\x12\x1b\n\tsystem_us\x18\x03\x20\
-    \x01(\x04R\x08systemUs\x12\x18\n\x07periods\x18\x04\x20\x01(\x04R\x07per\
-    iods\x12+\n\x11throttled_periods\x18\x05\x20\x01(\x04R\x10throttledPerio\
-    ds\x12!\n\x0cthrottled_us\x18\x06\x20\x01(\x04R\x0bthrottledUs\"\x99\x02\
-    \n\x0bMemoryStats\x12\x14\n\x05usage\x18\x01\x20\x01(\x04R\x05usage\x12\
-    \x14\n\x05limit\x18\x02\x20\x01(\x04R\x05limit\x12\x12\n\x04peak\x18\x03\
-    \x20\x01(\x04R\x04peak\x12\"\n\nswap_usage\x18\x04\x20\x01(\x04H\0R\tswa\
-    pUsage\x88\x01\x01\x12\x1d\n\nswap_limit\x18\x05\x20\x01(\x04R\tswapLimi\
-    t\x12?\n\x04stat\x18\x06\x20\x03(\x0b2+.kuasar.runv.agent.v1.MemoryStats\
-    .StatEntryR\x04stat\x1a7\n\tStatEntry\x12\x10\n\x03key\x18\x01\x20\x01(\
-    \tR\x03key\x12\x14\n\x05value\x18\x02\x20\x01(\x04R\x05value:\x028\x01B\
-    \r\n\x0b_swap_usage\";\n\tPidsStats\x12\x18\n\x07current\x18\x01\x20\x01\
-    (\x04R\x07current\x12\x14\n\x05limit\x18\x02\x20\x01(\x04R\x05limit\"\
-    \xa3\x01\n\x07IoStats\x12\x14\n\x05major\x18\x01\x20\x01(\rR\x05major\
-    \x12\x14\n\x05minor\x18\x02\x20\x01(\rR\x05minor\x12\x1d\n\nread_bytes\
-    \x18\x03\x20\x01(\x04R\treadBytes\x12\x1f\n\x0bwrite_bytes\x18\x04\x20\
-    \x01(\x04R\nwriteBytes\x12\x14\n\x05reads\x18\x05\x20\x01(\x04R\x05reads\
-    \x12\x16\n\x06writes\x18\x06\x20\x01(\x04R\x06writes\"]\n\x0cHugetlbStat\
-    s\x12\x1b\n\tpage_size\x18\x01\x20\x01(\tR\x08pageSize\x12\x14\n\x05usag\
-    e\x18\x02\x20\x01(\x04R\x05usage\x12\x1a\n\x08failures\x18\x03\x20\x01(\
-    \x04R\x08failures\"4\n\x0fWatchOomRequest\x12!\n\x0ccontainer_id\x18\x01\
-    \x20\x01(\tR\x0bcontainerId2\xeb\x08\n\x05Agent\x12n\n\x0fCreateContaine\
-    r\x12,.kuasar.runv.agent.v1.CreateContainerRequest\x1a-.kuasar.runv.agen\
-    t.v1.CreateContainerResponse\x12Z\n\x0eStartContainer\x12+.kuasar.runv.a\
-    gent.v1.StartContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12X\n\
-    \rSignalProcess\x12*.kuasar.runv.agent.v1.SignalProcessRequest\x1a\x1b.k\
-    uasar.runv.agent.v1.Empty\x12\\\n\x0fDeleteContainer\x12,.kuasar.runv.ag\
-    ent.v1.DeleteContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12M\n\
-    \x07GetInfo\x12\x1b.kuasar.runv.agent.v1.Empty\x1a%.kuasar.runv.agent.v1\
-    .GetInfoResponse\x12b\n\x0bExecProcess\x12(.kuasar.runv.agent.v1.ExecPro\
-    cessRequest\x1a).kuasar.runv.agent.v1.ExecProcessResponse\x12h\n\rListPr\
-    ocesses\x12*.kuasar.runv.agent.v1.ListProcessesRequest\x1a+.kuasar.runv.\
-    agent.v1.ListProcessesResponse\x12Z\n\x0ePauseContainer\x12+.kuasar.runv\
-    .agent.v1.PauseContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\
-    \n\x0fResumeContainer\x12,.kuasar.runv.agent.v1.ResumeContainerRequest\
-    \x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fUpdateContainer\x12,.kuas\
-    ar.runv.agent.v1.UpdateContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Emp\
-    ty\x12Y\n\x08GetStats\x12%.kuasar.runv.agent.v1.GetStatsRequest\x1a&.kua\
-    sar.runv.agent.v1.GetStatsResponse\x12N\n\x08WatchOom\x12%.kuasar.runv.a\
-    gent.v1.WatchOomRequest\x1a\x1b.kuasar.runv.agent.v1.Emptyb\x06proto3\
+    .runv.agent.v1.OomH\0R\x03oom\x12:\n\x05clock\x18\n\x20\x01(\x0b2\".kuas\
+    ar.runv.agent.v1.ClockRequestH\0R\x05clockB\x07\n\x05event\"\xca\x01\n\
+    \x05Ready\x12)\n\x10protocol_version\x18\x01\x20\x01(\rR\x0fprotocolVers\
+    ion\x12#\n\ragent_version\x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\x0e\
+    kernel_release\x18\x03\x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_start_\
+    us\x18\x04\x20\x01(\x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\x18\
+    \x05\x20\x01(\x04R\x0cagentReadyUs\"&\n\x0cClockRequest\x12\x16\n\x06num\
+    ber\x18\x01\x20\x01(\rR\x06number\"\x89\x01\n\x06Exited\x12!\n\x0ccontai\
+    ner_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\
+    \x20\x01(\tR\x06execId\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\
+    \x16\n\x06signal\x18\x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec_us\x18\
+    \x05\x20\x01(\x04R\x06execUs\"\x8c\x02\n\x12ExecProcessRequest\x12!\n\
+    \x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\
+    \x18\x02\x20\x01(\tR\x06execId\x12!\n\x0cprocess_json\x18\x03\x20\x01(\
+    \x0cR\x0bprocessJson\x12\x14\n\x05stdin\x18\x04\x20\x01(\x08R\x05stdin\
+    \x12\x16\n\x06stdout\x18\x05\x20\x01(\x08R\x06stdout\x12\x16\n\x06stderr\
+    \x18\x06\x20\x01(\x08R\x06stderr\x12#\n\rignore_paused\x18\x07\x20\x01(\
+    \x08R\x0cignorePaused\x12\x16\n\x06cgroup\x18\x08\x20\x01(\tR\x06cgroup\
+    \x12\x14\n\x05umask\x18\t\x20\x01(\rR\x05umask\"'\n\x13ExecProcessRespon\
+    se\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\"9\n\x14ListProcessesRe\
+    quest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"\x95\
+    \x01\n\x15ListProcessesResponse\x12?\n\tprocesses\x18\x01\x20\x03(\x0b2!\
+    .kuasar.runv.agent.v1.ProcessInfoR\tprocesses\x12\x1c\n\ttruncated\x18\
+    \x02\x20\x01(\x08R\ttruncated\x12\x1d\n\nmemory_kib\x18\x03\x20\x01(\x04\
+    R\tmemoryKib\"\xc2\x04\n\x0bProcessInfo\x12\x10\n\x03pid\x18\x01\x20\x01\
+    (\x05R\x03pid\x12\x12\n\x04ppid\x18\x02\x20\x01(\x05R\x04ppid\x12\x12\n\
+    \x04pgid\x18\x03\x20\x01(\x05R\x04pgid\x12\x10\n\x03sid\x18\x04\x20\x01(\
+    \x05R\x03sid\x12\x12\n\x04ruid\x18\x05\x20\x01(\rR\x04ruid\x12\x12\n\x04\
+    euid\x18\x06\x20\x01(\rR\x04euid\x12\x12\n\x04rgid\x18\x07\x20\x01(\rR\
+    \x04rgid\x12\x12\n\x04egid\x18\x08\x20\x01(\rR\x04egid\x12\x10\n\x03tty\
+    \x18\t\x20\x01(\rR\x03tty\x12\x14\n\x05tpgid\x18\n\x20\x01(\x05R\x05tpgi\
+    d\x12\x14\n\x05state\x18\x0b\x20\x01(\tR\x05state\x12\x12\n\x04name\x18\
+    \x0c\x20\x01(\tR\x04name\x12\x12\n\x04args\x18\r\x20\x01(\x0cR\x04args\
+    \x12\x15\n\x06cpu_ms\x18\x0e\x20\x01(\x04R\x05cpuMs\x12\x15\n\x06age_ms\
+    \x18\x0f\x20\x01(\x04R\x05ageMs\x12\x1b\n\tvsize_kib\x18\x10\x20\x01(\
+    \x04R\x08vsizeKib\x12\x17\n\x07rss_kib\x18\x11\x20\x01(\x04R\x06rssKib\
+    \x12\x12\n\x04nice\x18\x12\x20\x01(\x05R\x04nice\x12\x1a\n\x08priority\
+    \x18\x13\x20\x01(\x05R\x08priority\x12\x18\n\x07threads\x18\x14\x20\x01(\
+    \rR\x07threads\x12\x14\n\x05flags\x18\x15\x20\x01(\rR\x05flags\x12\x16\n\
+    \x06policy\x18\x16\x20\x01(\rR\x06policy\x12\x1f\n\x0brt_priority\x18\
+    \x17\x20\x01(\rR\nrtPriority\x12\x1c\n\tprocessor\x18\x18\x20\x01(\rR\tp\
+    rocessor\x12\x16\n\x06locked\x18\x19\x20\x01(\x08R\x06locked\"T\n\x03Oom\
+    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\x14\n\x05\
+    kills\x18\x02\x20\x01(\x04R\x05kills\x12\x14\n\x05fatal\x18\x03\x20\x01(\
+    \x08R\x05fatal\":\n\x15PauseContainerRequest\x12!\n\x0ccontainer_id\x18\
+    \x01\x20\x01(\tR\x0bcontainerId\";\n\x16ResumeContainerRequest\x12!\n\
+    \x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\n\x16UpdateContai\
+    nerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\
+    ?\n\x08settings\x18\x02\x20\x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettin\
+    gR\x08settings\"r\n\rCgroupSetting\x12E\n\x0calternatives\x18\x01\x20\
+    \x03(\x0b2!.kuasar.runv.agent.v1.CgroupWriteR\x0calternatives\x12\x1a\n\
+    \x08optional\x18\x02\x20\x01(\x08R\x08optional\"7\n\x0bCgroupWrite\x12\
+    \x12\n\x04file\x18\x01\x20\x01(\tR\x04file\x12\x14\n\x05value\x18\x02\
+    \x20\x01(\tR\x05value\"4\n\x0fGetStatsRequest\x12!\n\x0ccontainer_id\x18\
+    \x01\x20\x01(\tR\x0bcontainerId\"\xc9\x02\n\x10GetStatsResponse\x120\n\
+    \x03cpu\x18\x01\x20\x01(\x0b2\x1e.kuasar.runv.agent.v1.CpuStatsR\x03cpu\
+    \x129\n\x06memory\x18\x02\x20\x01(\x0b2!.kuasar.runv.agent.v1.MemoryStat\
+    sR\x06memory\x123\n\x04pids\x18\x03\x20\x01(\x0b2\x1f.kuasar.runv.agent.\
+    v1.PidsStatsR\x04pids\x12-\n\x02io\x18\x04\x20\x03(\x0b2\x1d.kuasar.runv\
+    .agent.v1.IoStatsR\x02io\x12<\n\x07hugetlb\x18\x05\x20\x03(\x0b2\".kuasa\
+    r.runv.agent.v1.HugetlbStatsR\x07hugetlb\x12\x12\n\x04cpus\x18\x06\x20\
+    \x01(\tR\x04cpus\x12\x12\n\x04mems\x18\x07\x20\x01(\tR\x04mems\"\xc5\x01\
+    \n\x08CpuStats\x12\x19\n\x08usage_us\x18\x01\x20\x01(\x04R\x07usageUs\
+    \x12\x17\n\x07user_us\x18\x02\x20\x01(\x04R\x06userUs\x12\x1b\n\tsystem_\
+    us\x18\x03\x20\x01(\x04R\x08systemUs\x12\x18\n\x07periods\x18\x04\x20\
+    \x01(\x04R\x07periods\x12+\n\x11throttled_periods\x18\x05\x20\x01(\x04R\
+    \x10throttledPeriods\x12!\n\x0cthrottled_us\x18\x06\x20\x01(\x04R\x0bthr\
+    ottledUs\"\x99\x02\n\x0bMemoryStats\x12\x14\n\x05usage\x18\x01\x20\x01(\
+    \x04R\x05usage\x12\x14\n\x05limit\x18\x02\x20\x01(\x04R\x05limit\x12\x12\
+    \n\x04peak\x18\x03\x20\x01(\x04R\x04peak\x12\"\n\nswap_usage\x18\x04\x20\
+    \x01(\x04H\0R\tswapUsage\x88\x01\x01\x12\x1d\n\nswap_limit\x18\x05\x20\
+    \x01(\x04R\tswapLimit\x12?\n\x04stat\x18\x06\x20\x03(\x0b2+.kuasar.runv.\
+    agent.v1.MemoryStats.StatEntryR\x04stat\x1a7\n\tStatEntry\x12\x10\n\x03k\
+    ey\x18\x01\x20\x01(\tR\x03key\x12\x14\n\x05value\x18\x02\x20\x01(\x04R\
+    \x05value:\x028\x01B\r\n\x0b_swap_usage\";\n\tPidsStats\x12\x18\n\x07cur\
+    rent\x18\x01\x20\x01(\x04R\x07current\x12\x14\n\x05limit\x18\x02\x20\x01\
+    (\x04R\x05limit\"\xa3\x01\n\x07IoStats\x12\x14\n\x05major\x18\x01\x20\
+    \x01(\rR\x05major\x12\x14\n\x05minor\x18\x02\x20\x01(\rR\x05minor\x12\
+    \x1d\n\nread_bytes\x18\x03\x20\x01(\x04R\treadBytes\x12\x1f\n\x0bwrite_b\
+    ytes\x18\x04\x20\x01(\x04R\nwriteBytes\x12\x14\n\x05reads\x18\x05\x20\
+    \x01(\x04R\x05reads\x12\x16\n\x06writes\x18\x06\x20\x01(\x04R\x06writes\
+    \"]\n\x0cHugetlbStats\x12\x1b\n\tpage_size\x18\x01\x20\x01(\tR\x08pageSi\
+    ze\x12\x14\n\x05usage\x18\x02\x20\x01(\x04R\x05usage\x12\x1a\n\x08failur\
+    es\x18\x03\x20\x01(\x04R\x08failures\"4\n\x0fWatchOomRequest\x12!\n\x0cc\
+    ontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId2\xeb\x08\n\x05Agent\x12n\
+    \n\x0fCreateContainer\x12,.kuasar.runv.agent.v1.CreateContainerRequest\
+    \x1a-.kuasar.runv.agent.v1.CreateContainerResponse\x12Z\n\x0eStartContai\
+    ner\x12+.kuasar.runv.agent.v1.StartContainerRequest\x1a\x1b.kuasar.runv.\
+    agent.v1.Empty\x12X\n\rSignalProcess\x12*.kuasar.runv.agent.v1.SignalPro\
+    cessRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fDeleteContaine\
+    r\x12,.kuasar.runv.agent.v1.DeleteContainerRequest\x1a\x1b.kuasar.runv.a\
+    gent.v1.Empty\x12M\n\x07GetInfo\x12\x1b.kuasar.runv.agent.v1.Empty\x1a%.\
+    kuasar.runv.agent.v1.GetInfoResponse\x12b\n\x0bExecProcess\x12(.kuasar.r\
+    unv.agent.v1.ExecProcessRequest\x1a).kuasar.runv.agent.v1.ExecProcessRes\
+    ponse\x12h\n\rListProcesses\x12*.kuasar.runv.agent.v1.ListProcessesReque\
+    st\x1a+.kuasar.runv.agent.v1.ListProcessesResponse\x12Z\n\x0ePauseContai\
+    ner\x12+.kuasar.runv.agent.v1.PauseContainerRequest\x1a\x1b.kuasar.runv.\
+    agent.v1.Empty\x12\\\n\x0fResumeContainer\x12,.kuasar.runv.agent.v1.Resu\
+    meContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fUpdateC\
+    ontainer\x12,.kuasar.runv.agent.v1.UpdateContainerRequest\x1a\x1b.kuasar\
+    .runv.agent.v1.Empty\x12Y\n\x08GetStats\x12%.kuasar.runv.agent.v1.GetSta\
+    tsRequest\x1a&.kuasar.runv.agent.v1.GetStatsResponse\x12N\n\x08WatchOom\
+    \x12%.kuasar.runv.agent.v1.WatchOomRequest\x1a\x1b.kuasar.runv.agent.v1.\
+    Emptyb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file
@@ -5367,7 +5580,7 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
     file_descriptor.get(|| {
         let generated_file_descriptor = generated_file_descriptor_lazy.get(|| {
             let mut deps = ::std::vec::Vec::with_capacity(0);
-            let mut messages = ::std::vec::Vec::with_capacity(29);
+            let mut messages = ::std::vec::Vec::with_capacity(30);
             messages.push(Empty::generated_message_descriptor_data());
             messages.push(CreateContainerRequest::generated_message_descriptor_data());
             messages.push(CreateContainerResponse::generated_message_descriptor_data());
@@ -5377,6 +5590,7 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
             messages.push(GetInfoResponse::generated_message_descriptor_data());
             messages.push(Event::generated_message_descriptor_data());
             messages.push(Ready::generated_message_descriptor_data());
+            messages.push(ClockRequest::generated_message_descriptor_data());
             messages.push(Exited::generated_message_descriptor_data());
             messages.push(ExecProcessRequest::generated_message_descriptor_data());
             messages.push(ExecProcessResponse::generated_message_descriptor_data());

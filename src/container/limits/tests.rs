@@ -2,7 +2,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-const MACHINE: Machine = Machine {
+const MOST: VmSize = VmSize {
     memory_mib: 512,
     vcpus: 2,
 };
@@ -15,7 +15,7 @@ fn resources(json: Value) -> Resources {
 fn written(before: Value, change: Value) -> Result<Vec<String>, Error> {
     let change = resources(change);
     let all = resources(before).with(&change);
-    let settings = settings(&all, &change, MACHINE)?;
+    let settings = settings(&all, &change, Some(MOST))?;
     Ok(settings
         .iter()
         .filter_map(|s| s.alternatives.last())
@@ -101,7 +101,7 @@ fn limits_that_depend_on_each_other_follow() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let too_much = i64::from(MACHINE.memory_mib + 1) << 20;
+    let too_much = i64::from(MOST.memory_mib + 1) << 20;
     let cases = [
         (json!({"memory": {"swap": 100}}), "without memory limit"),
         (json!({"memory": {"limit": -5}}), "memory: -5 is negative"),

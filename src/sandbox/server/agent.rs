@@ -1,13 +1,14 @@
 //! The agent's event connection: that the guest is ready, and what happens in it.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 
-use kuasar_runv_protocol::agent::{Event, Ready};
-use kuasar_runv_protocol::event::MAX_EVENT_LEN;
+use kuasar_runv_protocol::agent::{Event, Oom, Ready};
+use kuasar_runv_protocol::event::{MAX_EVENT_LEN, encode_from_host};
+use kuasar_runv_protocol::resources::{FromHost, OomNoted};
 use kuasar_runv_protocol::{EVENT_PORT, PROTOCOL_VERSION};
 
-use super::{Boot, End, Sandboxer};
+use super::{Boot, End, Sandboxer, clock};
 use crate::sandbox::VSOCK_SOCKET;
 use crate::sandbox::control::{Notice, ReadyInfo, Reply, monotonic_us};
 
@@ -47,6 +48,15 @@ impl AgentEvents {
         }
         Ok(events)
     }
+}
+
+fn noted(oom: &Oom) -> FromHost {
+    let mut message = FromHost::new();
+    message.set_oom_noted(OomNoted {
+        container_id: oom.container_id.clone(),
+        ..OomNoted::new()
+    });
+    message
 }
 
 impl Sandboxer {
@@ -91,8 +101,13 @@ impl Sandboxer {
         for event in events {
             if event.has_ready() && matches!(self.boot, Boot::Running { .. }) {
                 self.agent_is_ready(event.ready())?;
+            } else if event.has_clock() {
+                self.tell_agent(&clock::answer(event.clock()));
             } else if event.has_oom() {
                 self.notify(&event.oom().container_id, Notice::Oom);
+                if event.oom().fatal {
+                    self.tell_agent(&noted(event.oom()));
+                }
             } else if event.has_exited() && event.exited().exec_id.is_empty() {
                 self.notify(&event.exited().container_id, Notice::Ended);
             } else if event.has_exited() {
@@ -100,6 +115,31 @@ impl Sandboxer {
             }
         }
         Ok(())
+    }
+
+    /// Has the guest compare its clock.
+    pub(super) fn clock_is_due(&mut self) {
+        match self.clock.is_due() {
+            Ok(true) => self.tell_agent(&clock::sync()),
+            Ok(false) => {}
+            Err(e) => log::warn!("watching the clock: {e}"),
+        }
+    }
+
+    /// Sends a message the agent may or may not read: one that does not has no use
+    /// for it, and is not waited for.
+    pub(super) fn tell_agent(&self, message: &FromHost) {
+        let Some(agent) = &self.agent else { return };
+        let sent = encode_from_host(message).and_then(|bytes| {
+            match (&agent.stream).write(&bytes)? {
+                n if n == bytes.len() => Ok(()),
+                // What follows would be misunderstood.
+                _ => agent.stream.shutdown(std::net::Shutdown::Write),
+            }
+        });
+        if let Err(e) = sent {
+            log::debug!("telling the agent: {e}");
+        }
     }
 
     fn agent_is_ready(&mut self, ready: &Ready) -> Result<(), End> {

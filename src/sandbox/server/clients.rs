@@ -98,6 +98,10 @@ impl Sandboxer {
                 self.clients[index].is_creator = false;
                 Ok(Some(Reply::default()))
             }
+            Request::Reserve { container, demand } => self
+                .reserve(&container, demand)
+                .map(Some)
+                .map_err(io::Error::other),
             Request::Subscribe { container } => self.subscribe(index, container).map(Some),
         }
     }

@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use kuasar_runv_protocol::{SHARE_TAG, cmdline};
 
-use super::{DEVICE_GRACE, End, FS_VHOST_SOCKET, Sandboxer, VSOCK_VHOST_SOCKET};
+use super::{DEVICE_GRACE, End, FS_VHOST_SOCKET, Sandboxer, VSOCK_VHOST_SOCKET, clock};
 use crate::sandbox::CONSOLE_LOG;
-use crate::sandbox::control::SandboxerConfig;
-use crate::vm::{FsDevice, VmConfig, VmEvent, VmSize};
+use crate::sandbox::control::{Reply, SandboxerConfig};
+use crate::sandbox::size::{self, Demand};
+use crate::vm::{self, FsDevice, Vm, VmConfig, VmEvent, VmSize};
 
 impl Sandboxer {
     pub(super) fn vm_events(&mut self) -> Result<(), End> {
@@ -29,6 +30,7 @@ impl Sandboxer {
                                 console_tail(&self.dir)
                             )));
                         }
+                        VmEvent::Resumed => self.tell_agent(&clock::sync()),
                         VmEvent::Stalled { reason } => return Err(End::Failed(reason)),
                         // The end of the hypervisor follows.
                         VmEvent::GuestShutdown | VmEvent::GuestReset | VmEvent::GuestPanicked => {}
@@ -37,6 +39,37 @@ impl Sandboxer {
                 Err(e) => log::warn!("virtual machine: {e}"),
             }
         }
+    }
+
+    /// Notes what a container asks for and lets the VM grow for it. When that fails,
+    /// everything is as it was.
+    pub(super) fn reserve(
+        &mut self,
+        container: &str,
+        demand: Option<Demand>,
+    ) -> Result<Reply, ReserveError> {
+        let Some(demand) = demand else {
+            self.demands.put(container, None);
+            return Ok(Reply::default());
+        };
+        let before = self.demands.of(container);
+        let wanted = self.demands.note(container, demand)?;
+        let size = VmSize {
+            vcpus: wanted.vcpus.max(self.size.now.vcpus),
+            memory_mib: wanted.memory_mib.max(self.size.now.memory_mib),
+        };
+        if size != self.size.now {
+            log::info!("growing to {} CPUs, {} MiB", size.vcpus, size.memory_mib);
+            if let Err(e) = self.vm.resize(size) {
+                self.demands.put(container, before);
+                return Err(e.into());
+            }
+            self.size.now = size;
+        }
+        Ok(Reply {
+            size: Some(self.size),
+            ..Reply::default()
+        })
     }
 
     /// A device has failed, which is the end of the VM, or the VMM has let go of
@@ -56,6 +89,15 @@ impl Sandboxer {
             }
         }
     }
+}
+
+/// Why a VM is not large enough for a container.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReserveError {
+    #[error(transparent)]
+    Size(#[from] size::Error),
+    #[error(transparent)]
+    Vm(#[from] vm::Error),
 }
 
 /// What the guest printed last, for the message of a boot that failed: the log
@@ -82,7 +124,17 @@ pub(super) fn console_tail(dir: &Path) -> String {
     format!("; the guest's console ended with: {}", last.join(" | "))
 }
 
-pub(super) fn vm_config(config: &SandboxerConfig, dir: &Path) -> VmConfig {
+/// What a VM may become that is booted with `size`.
+pub(super) fn most(vm: &dyn Vm, size: VmSize, wanted: VmSize) -> VmSize {
+    let can = vm.capabilities();
+    let or = |can: bool, wanted: u32, size: u32| if can { wanted } else { size };
+    VmSize {
+        vcpus: or(can.resize_vcpus, wanted.vcpus, size.vcpus),
+        memory_mib: or(can.resize_memory, wanted.memory_mib, size.memory_mib),
+    }
+}
+
+pub(super) fn vm_config(config: &SandboxerConfig, size: VmSize, dir: &Path) -> VmConfig {
     let settings = &config.config;
     let mut params = format!(
         "{}={}",
@@ -105,10 +157,8 @@ pub(super) fn vm_config(config: &SandboxerConfig, dir: &Path) -> VmConfig {
         kernel: settings.guest.kernel.clone(),
         initrd: settings.guest.image.clone(),
         kernel_params: params,
-        size: VmSize {
-            vcpus: settings.vm.vcpus,
-            memory_mib: settings.vm.memory_mib,
-        },
+        size,
+        most: config.demands.bounds().most,
         vsock_socket: VSOCK_VHOST_SOCKET.to_owned(),
         fs: FsDevice {
             socket: FS_VHOST_SOCKET.to_owned(),

@@ -10,6 +10,7 @@
 
 mod agent;
 mod clients;
+mod clock;
 mod machine;
 mod privileges;
 mod spawn;
@@ -26,9 +27,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use self::agent::AgentEvents;
 use self::clients::Client;
-use super::control::{self, Listener, ReadyInfo, Reply, SandboxerConfig, monotonic_us};
+use self::clock::ClockWatch;
+use super::control::{self, Listener, ReadyInfo, Reply, Resized, SandboxerConfig, monotonic_us};
 use super::record::SandboxRecord;
 use super::share::Share;
+use super::size::{self, Demands};
 use super::{CONTROL_SOCKET, VSOCK_SOCKET};
 use crate::root::Root;
 use crate::sys::process::ProcessRef;
@@ -102,6 +105,8 @@ enum Error {
     },
     #[error(transparent)]
     Vm(#[from] vm::Error),
+    #[error(transparent)]
+    Size(#[from] size::Error),
     #[error("reading the record: {0}")]
     Record(#[from] crate::container::state::RecordError),
 }
@@ -118,11 +123,14 @@ enum Boot {
 
 struct Sandboxer {
     vm: Box<dyn Vm>,
+    size: Resized,
+    demands: Demands,
     share: Share,
     listener: Listener,
     /// Takes the agent's one connection, before any container runs.
     event_listener: Option<UnixListener>,
     agent: Option<AgentEvents>,
+    clock: ClockWatch,
     boot: Boot,
     start_us: u64,
     vmm_start_us: u64,
@@ -156,12 +164,17 @@ impl Sandboxer {
         let known = Root::of_machine().map_err(context("the directory for what is detected"))?;
         let share = Share::create(dir.join("share"), &[&known, &dir])
             .map_err(context("the shared directory"))?;
-        let mut machine = vm::create(&config.config, machine::vm_config(config, &dir), &known)?;
+        let size = config.demands.size()?;
+        let vm_config = machine::vm_config(config, size, &dir);
+        let mut machine = vm::create(&config.config, vm_config, &known)?;
+        let mut demands = config.demands.clone();
+        demands.bound(machine::most(&*machine, size, demands.bounds().most));
 
         let vmm_start_us = monotonic_us();
         let mut record = SandboxRecord::read(&root, &config.id)?;
         machine.boot(&mut |pid| {
             record.vm = Some(ProcessRef::of(pid)?);
+            record.most = Some(demands.bounds().most);
             record.write(&root).map_err(io::Error::other)
         })?;
         let shared = unix_socket::open_dir(share.dir()).map_err(context("the shared directory"))?;
@@ -174,10 +187,16 @@ impl Sandboxer {
         let timeout = config.config.timeouts.boot(machine.capabilities().emulated);
         Ok(Sandboxer {
             vm: machine,
+            size: Resized {
+                booted: size,
+                now: size,
+            },
+            demands,
             share,
             listener,
             event_listener: Some(event_listener),
             agent: None,
+            clock: ClockWatch::new().map_err(context("watching the clock"))?,
             boot: Boot::Running {
                 deadline: Instant::now() + timeout,
             },
@@ -242,6 +261,9 @@ impl Sandboxer {
         if ready.agent {
             self.agent_events()?;
         }
+        if ready.clock {
+            self.clock_is_due();
+        }
         if ready.listener {
             self.accept_client();
         }
@@ -288,6 +310,7 @@ impl Sandboxer {
         let mut fds = vec![
             PollFd::from_borrowed_fd(self.vm.event_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.clock.as_fd(), PollFlags::IN),
         ];
         let event_listener = self.event_listener.as_ref().map(|l| {
             fds.push(PollFd::from_borrowed_fd(l.as_fd(), PollFlags::IN));
@@ -320,6 +343,7 @@ impl Sandboxer {
         Ok(ReadyFds {
             vm: is_ready(0),
             listener: is_ready(1),
+            clock: is_ready(2),
             event_listener: event_listener.is_some_and(is_ready),
             agent: agent.is_some_and(is_ready),
             clients: (0..self.clients.len())
@@ -341,6 +365,7 @@ enum End {
 struct ReadyFds {
     vm: bool,
     listener: bool,
+    clock: bool,
     event_listener: bool,
     agent: bool,
     clients: Vec<usize>,

@@ -26,6 +26,8 @@ pub(super) struct CommandLine<'a> {
     pub name: &'a str,
     pub accel: Accel,
     pub size: VmSize,
+    /// What it may grow to.
+    pub most: VmSize,
     pub firmware: &'a Path,
     pub kernel_fd: i32,
     pub initrd_fd: i32,
@@ -82,9 +84,13 @@ impl CommandLine<'_> {
                 args.option("-cpu", cpu);
             }
         }
-        args.option("-smp", Props::of(self.size.vcpus.to_string()));
+        self.processors(args);
         let memory = format!("{}M", self.size.memory_mib);
-        args.option("-m", Props::of(&memory));
+        let mut size = Props::of(&memory);
+        if self.most.memory_mib > self.size.memory_mib {
+            size = size.with("maxmem", format!("{}M", self.most.memory_mib));
+        }
+        args.option("-m", size);
         // Shared, because vhost-user back ends map it.
         args.option(
             "-object",
@@ -95,6 +101,48 @@ impl CommandLine<'_> {
         );
         args.option("-display", Props::of("none"));
         args.flag("-no-reboot");
+    }
+
+    /// CPUs, and places for those that are plugged in later. Linux does not believe in
+    /// free places unless it knows the hypervisor, and emulation it does not know
+    /// (`acpi_is_processor_usable` of arch/x86/kernel/acpi/boot.c): there all CPUs
+    /// are present from the start, and the kernel uses as many as it is told to.
+    fn processors(&self, args: &mut Args) {
+        let Self { size, most, .. } = self;
+        let cpus = match self.accel {
+            Accel::Tcg { .. } => Props::of(most.vcpus.to_string()),
+            Accel::Kvm if most.vcpus > size.vcpus => {
+                Props::of(size.vcpus.to_string()).with("maxcpus", most.vcpus.to_string())
+            }
+            Accel::Kvm => Props::of(size.vcpus.to_string()),
+        };
+        args.option("-smp", cpus);
+    }
+
+    /// What gives memory to the guest and takes it back. Neither has a cost on the
+    /// host before the guest touches it.
+    fn memory_devices(&self, args: &mut Args) {
+        let room = self.most.memory_mib.saturating_sub(self.size.memory_mib);
+        if room > 0 {
+            args.option(
+                "-object",
+                Props::of("memory-backend-memfd")
+                    .with("id", "more-ram")
+                    .with("size", format!("{room}M"))
+                    .with("share", "on"),
+            );
+            args.option(
+                "-device",
+                Props::of("virtio-mem-pci")
+                    .with("id", MORE_MEMORY)
+                    .with("memdev", "more-ram")
+                    .with("requested-size", "0"),
+            );
+        }
+        args.option(
+            "-device",
+            Props::of("virtio-balloon-pci").with("free-page-reporting", "on"),
+        );
     }
 
     fn boot(&self, args: &mut Args) {
@@ -113,12 +161,20 @@ impl CommandLine<'_> {
         if !self.verbose_console {
             params.push_str(" quiet loglevel=4");
         }
+        if self.most.memory_mib > self.size.memory_mib {
+            // Memory that is plugged in is used at once, part of it by the kernel
+            // itself, which needs more the more there is.
+            params.push_str(" memhp_default_state=online");
+        }
         if let Accel::Tcg { tsc_khz } = self.accel {
             // The check of the timer interrupt fails when the host is busy.
             params.push_str(" no_timer_check");
             // With one CPU the kernel takes the lock prefix out of 8,000
             // instructions, a tenth of the boot; emulation ignores it anyway.
             params.push_str(" noreplace-smp");
+            if self.most.vcpus > self.size.vcpus {
+                params.push_str(&format!(" maxcpus={}", self.size.vcpus));
+            }
             if let Some(khz) = tsc_khz {
                 // So does the guest's measurement, and then the kernel's watchdog
                 // takes the counter for broken.
@@ -157,6 +213,7 @@ impl CommandLine<'_> {
                 .with("queue-size", "1024"),
         );
         args.option("-device", Props::of("virtio-rng-pci"));
+        self.memory_devices(args);
         args.option(
             "-chardev",
             Props::of("file")
@@ -186,6 +243,9 @@ impl CommandLine<'_> {
         }
     }
 }
+
+/// Id of the device that gives the guest more memory.
+pub(super) const MORE_MEMORY: &str = "more-memory";
 
 /// Translated code of a guest, in MiB. QEMU would reserve an eighth of the host's
 /// memory, 1 GiB at most.
@@ -248,6 +308,10 @@ mod tests {
                 vcpus: 2,
                 memory_mib: 768,
             },
+            most: VmSize {
+                vcpus: 2,
+                memory_mib: 768,
+            },
             firmware: Path::new("/usr/share/qemu/qboot.rom"),
             qmp_fd: 3,
             kernel_fd: 4,
@@ -296,6 +360,7 @@ mod tests {
 -chardev socket,id=fs,path=fs.sock
 -device vhost-user-fs-pci,chardev=fs,tag=kuasar-share,queue-size=1024
 -device virtio-rng-pci
+-device virtio-balloon-pci,free-page-reporting=on
 -chardev file,id=console,path=/proc/self/fd/6
 -serial chardev:console
 -chardev socket,id=qmp,fd=3
@@ -323,6 +388,37 @@ mod tests {
                 "loglevel=4 no_timer_check noreplace-smp tsc=reliable tsc_early_khz=2445426",
             );
         assert_eq!(lines(&emulated), expected.lines().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_machine_that_may_grow_has_places_for_it() {
+        let growing = CommandLine {
+            most: VmSize {
+                vcpus: 4,
+                memory_mib: 1024,
+            },
+            ..command_line()
+        };
+        let emulated = CommandLine {
+            accel: Accel::Tcg { tsc_khz: None },
+            kernel_params: "",
+            ..growing
+        };
+        let (lines, emulated) = (lines(&growing), lines(&emulated));
+        assert!(emulated.iter().any(|l| l == "-smp 4"));
+        assert!(
+            emulated.iter().any(|l| l.ends_with(" maxcpus=2")),
+            "{emulated:#?}"
+        );
+        for line in [
+            "-smp 2,maxcpus=4",
+            "-m 768M,maxmem=1024M",
+            "-object memory-backend-memfd,id=ram,size=768M,share=on",
+            "-object memory-backend-memfd,id=more-ram,size=256M,share=on",
+            "-device virtio-mem-pci,id=more-memory,memdev=more-ram,requested-size=0",
+        ] {
+            assert!(lines.iter().any(|l| l == line), "{line} in {lines:#?}");
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ pub(super) fn on_message(
             // Our own pause, or the end: an internal error of KVM has no event
             // of its own.
             "STOP" => *status_query = Some(qmp.send("query-status", None)?),
+            "RESUME" => events.push_back(VmEvent::Resumed),
             _ => {}
         },
         Message::Answer { id, result } if Some(id) == *status_query => {

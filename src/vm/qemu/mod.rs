@@ -13,6 +13,7 @@ mod command_line;
 mod events;
 mod qmp;
 pub mod requirements;
+mod resize;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -28,6 +29,7 @@ use rustix::event::epoll;
 use self::command_line::{Accel, CommandLine};
 use self::events::on_message;
 use self::qmp::Qmp;
+use self::resize::Resizing;
 use super::log_pump::{LogPump, PERIOD};
 use super::process::{FIRST_FD, Process, Spawn};
 use super::{Capabilities, Device, Error, Vm, VmConfig, VmEvent, VmExit, VmSize};
@@ -78,13 +80,22 @@ enum Source {
 
 impl QemuVm {
     /// See [`super::create`].
-    pub(super) fn new(config: &Config, vm: VmConfig, cache_dir: &Path) -> Result<QemuVm, Error> {
+    pub(super) fn new(
+        config: &Config,
+        mut vm: VmConfig,
+        cache_dir: &Path,
+    ) -> Result<QemuVm, Error> {
         let qemu = config.qemu.clone();
         requirements::program(&qemu)?;
         requirements::firmware(&qemu)?;
         let kernel = requirements::kernel(&vm.kernel)?;
         let initrd = requirements::image(&vm.initrd)?;
         let accel = requirements::accel(qemu.accel, cache_dir)?;
+        // A CPU that waits costs an emulated boot a thirtieth, so only who asks for it
+        // has one.
+        if matches!(accel, Accel::Tcg { .. }) && config.vm.max_vcpus == 0 {
+            vm.most.vcpus = vm.size.vcpus;
+        }
 
         let io = |source| Error::Io {
             context: "cannot watch QEMU",
@@ -166,6 +177,7 @@ impl QemuVm {
             name: name.unwrap_or(env!("CARGO_PKG_NAME")),
             accel: self.accel,
             size: self.vm.size,
+            most: self.vm.most,
             firmware: &self.qemu.firmware,
             qmp_fd: FIRST_FD,
             kernel_fd: FIRST_FD + 1,
@@ -296,10 +308,22 @@ impl QemuVm {
     }
 
     fn command(&mut self, operation: &'static str, command: &'static str) -> Result<(), Error> {
+        let deadline = self.command_deadline;
+        self.with_qmp(operation, |qmp| {
+            qmp.execute(command, None, deadline).map(drop)
+        })
+    }
+
+    /// Has something said to QEMU and listens to what else it says meanwhile.
+    fn with_qmp(
+        &mut self,
+        operation: &'static str,
+        say: impl FnOnce(&mut Qmp) -> Result<(), QmpError>,
+    ) -> Result<(), Error> {
         let running = self.running.as_mut();
         let qmp = running.and_then(|running| running.qmp.as_mut());
         let qmp = qmp.ok_or(Error::NotRunning { operation })?;
-        let result = qmp.execute(command, None, self.command_deadline);
+        let result = say(qmp);
         // What came before the answer is off the socket, which stays silent.
         self.read_qmp()?;
         if !self.events.is_empty() {
@@ -308,8 +332,7 @@ impl QemuVm {
                 source,
             })?;
         }
-        result?;
-        Ok(())
+        Ok(result?)
     }
 
     /// Makes the event descriptor readable.
@@ -335,8 +358,8 @@ impl Vm for QemuVm {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             pause: true,
-            resize_vcpus: false,
-            resize_memory: false,
+            resize_vcpus: self.vm.most.vcpus > self.vm.size.vcpus,
+            resize_memory: self.vm.most.memory_mib > self.vm.size.memory_mib,
             attach_block: false,
             attach_net: false,
             emulated: matches!(self.accel, Accel::Tcg { .. }),
@@ -396,8 +419,24 @@ impl Vm for QemuVm {
         self.command("resume", "cont")
     }
 
-    fn resize(&mut self, _size: VmSize) -> Result<(), Error> {
-        Err(Self::unsupported("changing the size of a running VM"))
+    fn resize(&mut self, wanted: VmSize) -> Result<(), Error> {
+        let VmConfig { size, most, .. } = self.vm;
+        if wanted.vcpus > most.vcpus || wanted.memory_mib > most.memory_mib {
+            return Err(Error::TooLarge { wanted, most });
+        }
+        let deadline = self.command_deadline;
+        let emulated = matches!(self.accel, Accel::Tcg { .. });
+        self.with_qmp("resize", |qmp| {
+            let mut resizing = Resizing::new(qmp, deadline);
+            // An emulated machine has them, see `CommandLine`.
+            if wanted.vcpus > size.vcpus && !emulated {
+                resizing.grow_vcpus(wanted.vcpus)?;
+            }
+            if wanted.memory_mib > size.memory_mib {
+                resizing.grow_memory(wanted.memory_mib - size.memory_mib)?;
+            }
+            Ok(())
+        })
     }
 
     fn attach(&mut self, _id: &str, device: &Device) -> Result<(), Error> {

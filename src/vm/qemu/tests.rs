@@ -46,6 +46,10 @@ impl Fixture {
             kernel: self.path("kernel"),
             initrd: self.path("initrd"),
             kernel_params: String::new(),
+            most: VmSize {
+                vcpus: 1,
+                memory_mib: 256,
+            },
             size: VmSize {
                 vcpus: 1,
                 memory_mib: 128,

@@ -4,11 +4,15 @@
 //! which on a hybrid host has no controllers. The stand-in lives there, and the VM of a container that stands
 //! alone, so that what engines read there is what the container uses.
 
+pub mod limits;
+pub mod systemd;
+
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use self::systemd::Scope;
 use super::Error;
 
 /// How long a cgroup may stay busy after its last process has ended.
@@ -27,16 +31,19 @@ struct Hierarchy {
 ///
 /// `path` is `linux.cgroupsPath`: absolute from the root of each hierarchy,
 /// relative from this process's own cgroup, empty for a cgroup named after the
-/// container, and with `systemd` of the form `slice:prefix:name`.
+/// container. A scope of systemd has its own place.
 ///
 /// # Errors
-/// A path that leads out of the hierarchy, or no systemd where it is asked for.
-pub fn directories(path: Option<&Path>, id: &str, systemd: bool) -> Result<Vec<PathBuf>, Error> {
-    let path = match path {
-        None => PathBuf::from(id),
-        Some(path) if path.as_os_str().is_empty() => PathBuf::from(id),
-        Some(path) if systemd => systemd_path(path)?,
-        Some(path) => path.to_owned(),
+/// A path that leads out of the hierarchy.
+pub fn directories(
+    path: Option<&Path>,
+    id: &str,
+    scope: Option<&Scope>,
+) -> Result<Vec<PathBuf>, Error> {
+    let path = match (scope, path) {
+        (Some(scope), _) => scope.path(),
+        (None, Some(path)) if !path.as_os_str().is_empty() => path.to_owned(),
+        (None, _) => PathBuf::from(id),
     };
     if path.components().any(|c| c == Component::ParentDir) {
         return Err(Error::Unsupported(format!(
@@ -63,38 +70,9 @@ pub fn directories(path: Option<&Path>, id: &str, systemd: bool) -> Result<Vec<P
         .collect())
 }
 
-/// `slice:prefix:name` as systemd lays it out (systemd.slice(5)).
-fn systemd_path(path: &Path) -> Result<PathBuf, Error> {
-    if !Path::new("/run/systemd/system").is_dir() {
-        return Err(Error::Unsupported(
-            "systemd not running on this host, cannot use systemd cgroups manager".into(),
-        ));
-    }
-    let text = path.to_string_lossy();
-    let [slice, prefix, name] = text.split(':').collect::<Vec<_>>()[..] else {
-        return Err(Error::Unsupported(format!(
-            "expected cgroupsPath to be of format \"slice:prefix:name\" for systemd cgroups, got {text:?} instead"
-        )));
-    };
-    Ok(expand_slice(if slice.is_empty() {
-        "system.slice"
-    } else {
-        slice
-    })
-    .join(format!("{prefix}-{name}.scope")))
-}
-
-/// `a-b.slice` lies in `a.slice`.
-fn expand_slice(slice: &str) -> PathBuf {
-    let stem = slice.strip_suffix(".slice").unwrap_or(slice);
-    let mut path = PathBuf::from("/");
-    if stem == "-" {
-        return path;
-    }
-    for (end, _) in stem.match_indices('-').chain([(stem.len(), "")]) {
-        path.push(format!("{}.slice", &stem[..end]));
-    }
-    path
+/// Whether the host has cgroup v2 and nothing else.
+fn is_v2_only() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
 }
 
 fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
@@ -163,18 +141,34 @@ fn own_cgroup<'a>(own: &'a str, hierarchy: &Hierarchy) -> &'a str {
         .unwrap_or("/")
 }
 
-/// Makes the directories.
+/// Makes the directories. Those that a user other than root may not make are taken
+/// out of the list: as with runc, such a container runs without.
 ///
 /// # Errors
 /// As mkdir(2); those made before are left for [`remove`].
-pub fn create(directories: &[PathBuf]) -> Result<(), Error> {
-    for dir in directories {
-        make(dir).map_err(|source| Error::Cgroup {
-            path: dir.clone(),
-            source,
-        })?;
-    }
-    Ok(())
+pub fn create(directories: &mut Vec<PathBuf>) -> Result<(), Error> {
+    let rootless = !nix::unistd::geteuid().is_root();
+    let mut failed = Ok(());
+    directories.retain(|dir| match make(dir) {
+        Ok(()) => true,
+        Err(e) if rootless && is_denied(&e) => {
+            log::debug!("no cgroup {}: {e}", dir.display());
+            false
+        }
+        Err(source) => {
+            let path = dir.clone();
+            failed = Err(Error::Cgroup { path, source });
+            true
+        }
+    });
+    failed
+}
+
+fn is_denied(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EACCES | libc::EPERM | libc::EROFS)
+    )
 }
 
 /// Makes one directory and what is missing above it. A cpuset of v1 starts
@@ -185,6 +179,7 @@ fn make(dir: &Path) -> io::Result<()> {
     }
     if let Some(parent) = dir.parent() {
         make(parent)?;
+        pass_controllers_on(parent);
     }
     match fs::create_dir(dir) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
@@ -199,6 +194,21 @@ fn make(dir: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Lets the cgroups below a directory of v2 have its controllers, without which they
+/// have neither limits nor statistics. One that holds processes may not, nor one
+/// that belongs to somebody else.
+fn pass_controllers_on(dir: &Path) {
+    let Ok(controllers) = fs::read_to_string(dir.join("cgroup.controllers")) else {
+        return;
+    };
+    for controller in controllers.split_whitespace() {
+        let switch = dir.join("cgroup.subtree_control");
+        if let Err(e) = fs::write(&switch, format!("+{controller}")) {
+            log::debug!("{controller} in {}: {e}", switch.display());
+        }
+    }
 }
 
 /// Moves a process (with all its threads) into the cgroups.
@@ -239,53 +249,4 @@ pub fn remove(directories: &[PathBuf]) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const HYBRID: &str = "\
-30 25 0:26 / /sys/fs/cgroup ro,nosuid - tmpfs tmpfs ro,mode=755
-31 30 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
-32 30 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd
-33 30 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct
-34 30 0:29 / /mnt/again rw - cgroup cgroup rw,cpu,cpuacct
-";
-
-    #[test]
-    fn a_hybrid_host_has_each_hierarchy_once() {
-        let found = hierarchies(HYBRID);
-        let points: Vec<_> = found.iter().map(|h| h.mount_point.as_path()).collect();
-        assert_eq!(
-            points,
-            [
-                Path::new("/sys/fs/cgroup/systemd"),
-                Path::new("/sys/fs/cgroup/cpu,cpuacct"),
-                Path::new("/sys/fs/cgroup/unified")
-            ]
-        );
-        let own = "4:cpu,cpuacct:/user/a\n1:name=systemd:/init\n0::/v2\n";
-        assert_eq!(own_cgroup(own, &found[0]), "/init");
-        assert_eq!(own_cgroup(own, &found[1]), "/user/a");
-        assert_eq!(own_cgroup(own, &found[2]), "/v2");
-    }
-
-    #[test]
-    fn a_v2_host_has_one_hierarchy() {
-        let found = hierarchies("31 30 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
-        assert_eq!(found.len(), 1);
-        assert_eq!(own_cgroup("0::/v2\n", &found[0]), "/v2");
-    }
-
-    #[test]
-    fn slices_nest_by_their_dashes() {
-        assert_eq!(
-            expand_slice("machine-a-b.slice"),
-            Path::new("/machine.slice/machine-a.slice/machine-a-b.slice")
-        );
-        assert_eq!(expand_slice("-.slice"), Path::new("/"));
-    }
-
-    #[test]
-    fn a_path_that_leads_upwards_is_refused() {
-        assert!(directories(Some(Path::new("/a/../../etc")), "c1", false).is_err());
-    }
-}
+mod tests;
