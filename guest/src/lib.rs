@@ -26,6 +26,8 @@ pub mod helper;
 pub mod ipc;
 pub mod logging;
 pub mod machine;
+pub mod network;
+pub mod pci;
 pub mod process;
 pub mod reaper;
 pub mod serve;

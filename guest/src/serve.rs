@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use kuasar_runv_protocol::STREAM_PORT;
 use kuasar_runv_protocol::agent_ttrpc::create_agent;
+use kuasar_runv_protocol::network_ttrpc::create_network;
 use kuasar_runv_protocol::resources_ttrpc::create_resources;
 use ttrpc::r#async::Server;
 
@@ -13,6 +14,7 @@ use crate::containers::Containers;
 use crate::debug_console;
 use crate::events::Events;
 use crate::machine::Machine;
+use crate::network::NetworkService;
 use crate::reaper::Reaper;
 use crate::service::{AgentService, ResourcesService};
 use crate::streams::Streams;
@@ -81,10 +83,14 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
         streams,
         events,
     ));
+    let network = create_network(Arc::new(NetworkService::new(Arc::clone(&containers))));
     let service = create_agent(Arc::new(AgentService::new(containers)));
     let machine = Machine::booted().map_err(ServeError::Runtime)?;
     let resources = create_resources(Arc::new(ResourcesService::new(machine)));
-    let mut server = server.register_service(service).register_service(resources);
+    let mut server = server
+        .register_service(service)
+        .register_service(network)
+        .register_service(resources);
     server.start().await?;
     std::future::pending().await
 }

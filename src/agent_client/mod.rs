@@ -17,6 +17,8 @@ use kuasar_runv_protocol::agent::{
     SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
+use kuasar_runv_protocol::network::ApplyRequest;
+use kuasar_runv_protocol::network_ttrpc::NetworkClient;
 use kuasar_runv_protocol::resources_ttrpc::ResourcesClient as ResourcesStub;
 use ttrpc::Code;
 
@@ -52,6 +54,7 @@ impl Error {
 pub struct Agent {
     stub: Stub,
     resources: ResourcesStub,
+    network: NetworkClient,
     deadline: Duration,
 }
 
@@ -65,6 +68,7 @@ impl Agent {
             ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
             stub: Stub::new(client.clone()),
+            network: NetworkClient::new(client.clone()),
             resources: ResourcesStub::new(client),
             deadline,
         })
@@ -131,6 +135,17 @@ impl Agent {
         };
         self.stub
             .list_processes(self.context(), &request)
+            .map_err(|e| self.error(e))
+    }
+
+    /// Has the guest make the network of a container what the request says.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn apply_network(&self, request: &ApplyRequest) -> Result<(), Error> {
+        self.network
+            .apply(self.context(), request)
+            .map(drop)
             .map_err(|e| self.error(e))
     }
 

@@ -90,6 +90,12 @@ pub struct ContainerRecord {
     /// The unit of systemd that they are, to be ended with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<Scope>,
+    /// It has a network namespace of its own, which the sandboxer looks after.
+    #[serde(default)]
+    pub has_network: bool,
+    /// Where that namespace was found, if it was not made for the container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_path: Option<PathBuf>,
     /// What runs when the bundle may be gone.
     #[serde(default, skip_serializing_if = "LateHooks::is_empty")]
     pub hooks: LateHooks,
@@ -181,6 +187,8 @@ impl ContainerRecord {
             standin: None,
             paused: false,
             resources: Resources::default(),
+            has_network: false,
+            network_path: None,
             cgroups: Vec::new(),
             scope: None,
             hooks: LateHooks::default(),
