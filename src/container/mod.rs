@@ -17,11 +17,14 @@ pub mod hooks;
 pub mod kill;
 pub mod labels;
 pub mod limits;
+pub mod membership;
 pub mod mount_options;
 pub mod pause;
+pub mod pod;
 pub mod ps;
 pub mod resources;
 pub mod run;
+mod shared_memory;
 pub mod signal;
 pub mod start;
 pub mod state;
@@ -94,6 +97,8 @@ pub enum Error {
     Bundle(#[from] bundle::Error),
     #[error(transparent)]
     GuestSpec(#[from] guest_spec::Error),
+    #[error(transparent)]
+    Membership(#[from] membership::Error),
     #[error(transparent)]
     Config(#[from] crate::config::Error),
     #[error(transparent)]

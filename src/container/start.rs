@@ -4,7 +4,7 @@ use super::state::{ContainerRecord, Phase, Status};
 use super::{Error, hooks, kill, lock};
 use crate::agent_client::{self, Agent};
 use crate::root::Root;
-use crate::sandbox::Sandbox;
+use crate::sandbox::Guest;
 
 /// Starts a created container.
 ///
@@ -56,5 +56,5 @@ pub fn start_in_guest(agent: &Agent, id: &str) -> Result<(), Error> {
 /// # Errors
 /// See [`Error`].
 pub fn connect(root: &Root, sandbox_id: &str) -> Result<Agent, Error> {
-    Ok(Sandbox::open(root, sandbox_id)?.agent()?)
+    Ok(Guest::open(root, sandbox_id)?.agent()?)
 }
