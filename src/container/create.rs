@@ -26,7 +26,7 @@ use super::pod::{self, Unreachable};
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs};
+use super::{Error, cgroup, check_id, context, delete, execs, network};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -101,6 +101,14 @@ impl Created {
         // What comes now comes too late: the container exists.
         self.interrupt.ignore();
         Ok(self.standin)
+    }
+
+    /// Gives the container its network; before its program starts.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn connect_network(&self) -> Result<(), Error> {
+        network::connect(&self.sandbox, &self.record)
     }
 
     /// Runs the hooks that follow the start of the program.
@@ -218,7 +226,9 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("host-ready");
 
     wait_for_guest(&sandbox, &config, interrupt.as_fd())?;
+    let turn = pod::take_turn(root, &record)?;
     let (agent, streams) = create_in_guest(&sandbox, options, &bundle, &guest, &membership)?;
+    drop(turn);
     trace("guest-created");
     if !hooks.run_before_guest() {
         standin.wait_mounted()?;
@@ -344,6 +354,8 @@ fn begin(
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     record.cgroups = cgroups;
+    record.has_network = !membership.joins.contains_key(&Kind::Network);
+    record.network_path.clone_from(&membership.adopted_network);
     record.hooks = hooks.late.clone();
     record.resources = Resources::of_config(&bundle.json).map_err(super::bundle::Error::Json)?;
     let undo = Undo {
@@ -435,6 +447,7 @@ fn spawn_standin(
             .collect(),
         hostname: bundle.spec.hostname().clone(),
         domainname: bundle.spec.domainname().clone(),
+        sysctls: guest.sysctls.clone(),
         terminal,
         in_rootfs: has_hooks.then_some(&create_container),
     })?;

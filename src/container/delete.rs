@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::pod::{self, Unreachable};
 use super::state::{ContainerRecord, RecordError, Status};
-use super::{Error, cgroup, check_id, context, execs, hooks, lock};
+use super::{Error, cgroup, check_id, context, execs, hooks, lock, network};
 use crate::root::{self, Root};
 use crate::sandbox;
 
@@ -82,6 +82,7 @@ pub fn destroy(root: &Root, id: &str, guest: Unreachable) -> Result<(), Error> {
         }
     }
     if let Some(record) = &record {
+        network::clean(record);
         cgroup::remove(&record.cgroups).map_err(context("cleaning up"))?;
         // Before the id is free: hooks undo by id, and a delete that is killed
         // here is repeated as a whole.

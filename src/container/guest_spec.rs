@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::bundle::Bundle;
 use super::mount_options::{self, Depth};
+use super::network::Sysctl;
 use super::{labels, shared_memory, validate};
 
 /// Name of the rootfs below the container's part of the shared directory.
@@ -63,6 +64,8 @@ pub struct GuestSpec {
     pub binds: Vec<Bind>,
     /// What containers of the pod share, see [`shared_memory`].
     pub shared_memory: Vec<SharedMemory>,
+    /// Settings of its network namespace.
+    pub sysctls: Vec<Sysctl>,
 }
 
 /// Translates a bundle for the container `id`.
@@ -106,10 +109,20 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
     forget_namespace_paths(&mut json);
     keep_guest_hooks(&mut json, bundle);
+    let sysctls = bundle
+        .spec
+        .linux()
+        .as_ref()
+        .map(Sysctl::of)
+        .unwrap_or_default();
+    if let Some(guests) = json["linux"]["sysctl"].as_object_mut() {
+        guests.retain(|key, _| !sysctls.iter().any(|s| s.of_interface && s.key == *key));
+    }
     Ok(GuestSpec {
         json,
         binds,
         shared_memory: memory,
+        sysctls,
     })
 }
 

@@ -133,6 +133,8 @@ pub struct Membership {
     pub pod: Option<Pod>,
     /// Whose namespaces it joins in the guest, by kind.
     pub joins: BTreeMap<Kind, String>,
+    /// Path of a network namespace of the host, which is nobody's.
+    pub adopted_network: Option<PathBuf>,
     /// Namespaces of the host that its stand-in enters, by kind: those of the
     /// stand-ins of `joins`, and an adopted network.
     pub host: BTreeMap<Kind, Namespace>,
@@ -166,7 +168,10 @@ pub fn resolve(root: &Root, id: &str, spec: &Spec) -> Result<Membership, Error> 
                 found.joins.insert(given.kind, owner.id.clone());
                 owners.push((owner, of));
             }
-            None => check_adoption(&given)?,
+            None => {
+                check_adoption(&given)?;
+                found.adopted_network = Some(given.path.to_owned());
+            }
         }
         if let Some(namespace) = namespace {
             found.host.insert(given.kind, namespace);

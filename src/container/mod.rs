@@ -19,6 +19,7 @@ pub mod labels;
 pub mod limits;
 pub mod membership;
 pub mod mount_options;
+pub mod network;
 pub mod pause;
 pub mod pod;
 pub mod ps;

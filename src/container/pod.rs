@@ -1,4 +1,4 @@
-//! A container that leaves the VM of another one.
+//! A container in the VM of another one: its turn to be created, and its leaving.
 //!
 //! The host decides what there is: its part of a container can be removed when the
 //! guest does not answer. What the guest still has of it then has no process any
@@ -6,17 +6,43 @@
 //! the VM.
 
 use std::fs;
+use std::io;
 use std::time::Duration;
 
-use super::Error;
 use super::state::ContainerRecord;
+use super::{Error, context, membership};
 use crate::root::Root;
 use crate::sandbox::Sandbox;
 use crate::sandbox::record::SandboxRecord;
+use crate::sys::lock::DirLock;
 use crate::sys::process::ProcessRef;
 
 /// How long the guest may take when nobody would wait for it.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long those before it may take.
+const TURN_DEADLINE: Duration = Duration::from_secs(300);
+
+/// Waits for a member's turn to be created. The guest makes one container at a time;
+/// if all that are created at once asked it, the last would wait longer than a single
+/// one may take. `None` for a container that has its VM alone.
+///
+/// # Errors
+/// [`Error::Busy`], or that the VM has ended.
+pub fn take_turn(root: &Root, record: &ContainerRecord) -> Result<Option<DirLock>, Error> {
+    if record.member_of.is_none() {
+        return Ok(None);
+    }
+    match DirLock::acquire(&root.sandbox(&record.sandbox_id), TURN_DEADLINE) {
+        Ok(turn) => Ok(Some(turn)),
+        Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(Error::Busy),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Err(membership::Error::Ended {
+            id: record.sandbox_id.clone(),
+        }
+        .into()),
+        Err(e) => Err(context("locking the sandbox")(e)),
+    }
+}
 
 /// What it means that sandboxer or guest do not answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,8 +108,9 @@ fn remove(
     }
     // First, so that the guest forgets the files when it looks for them.
     let unshared = sandbox.unshare(id);
+    let disconnected = sandbox.disconnect_network(id);
     remove_from_guest(&sandbox, id)?;
-    Ok(unshared?)
+    Ok(unshared.and(disconnected)?)
 }
 
 /// Removes what the guest has of a container, if anything.

@@ -1,10 +1,10 @@
 //! `start`: lets the waiting process execute its program.
 
 use super::state::{ContainerRecord, Phase, Status};
-use super::{Error, hooks, kill, lock};
+use super::{Error, hooks, kill, lock, network};
 use crate::agent_client::{self, Agent};
 use crate::root::Root;
-use crate::sandbox::Guest;
+use crate::sandbox::{Guest, Sandbox};
 
 /// Starts a created container.
 ///
@@ -19,6 +19,9 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
         Status::Running => return Err(Error::AlreadyRunning),
         Status::Stopped => return Err(Error::HasStopped),
         Status::Creating => return Err(Error::StillCreating),
+    }
+    if record.has_network {
+        network::connect(&Sandbox::open(root, &record.sandbox_id)?, &record)?;
     }
     let agent = connect(root, &record.sandbox_id)?;
     let started = start_in_guest(&agent, id);

@@ -26,6 +26,7 @@ use rustix::thread::CapabilitySet;
 
 use super::{CHANNEL_FD, COMMAND};
 use crate::container::cgroup;
+use crate::container::network::Sysctl;
 use crate::sys::capabilities;
 use crate::sys::mount as mounts;
 use crate::sys::seqpacket::{Channel, wait_any_readable};
@@ -77,6 +78,8 @@ pub struct Plan<'a> {
     pub namespaces: Vec<(CloneFlags, BorrowedFd<'a>)>,
     pub hostname: Option<String>,
     pub domainname: Option<String>,
+    /// Settings of its network namespace.
+    pub sysctls: Vec<Sysctl>,
     /// Slave side of the container's terminal; becomes stdio and the
     /// controlling terminal. Without it stdio is inherited.
     pub terminal: Option<OwnedFd>,
@@ -115,6 +118,9 @@ pub fn spawn(mut plan: Plan<'_>) -> Result<StandIn, Error> {
     launch(plan.label, terminal, move |channel| {
         join_cgroups(plan.cgroups)?;
         enter_namespaces(&plan).map_err(step("entering namespaces"))?;
+        for sysctl in &plan.sysctls {
+            sysctl.set().map_err(step("setting up the network"))?;
+        }
         mount_rootfs(&plan)?;
         channel.send(b"mounted", &[])?;
         match channel.recv(UNBOUNDED)? {

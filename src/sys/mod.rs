@@ -11,3 +11,4 @@ pub mod own_binary;
 pub mod process;
 pub mod seqpacket;
 pub mod unix_socket;
+pub mod wake;
