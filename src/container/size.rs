@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use super::limits;
 use super::resources::Resources;
-use crate::sandbox::size::Demand;
+use super::state::ContainerRecord;
+use crate::config;
+use crate::sandbox::size::{Bounds, Demand, Demands, Error};
 
 /// Limits from here on mean "none": engines write the largest number of the
 /// cgroup v1 files, 2^63 rounded down to a page.
@@ -62,6 +64,16 @@ pub fn of_annotations(annotations: &BTreeMap<String, String>) -> Demand {
         cpu_millis: cpu_millis(number(CPU_QUOTA).unwrap_or(0), period.unwrap_or(0)),
         named_cpus: 0,
     }
+}
+
+/// What the size of a new VM for a container follows from.
+///
+/// # Errors
+/// Limits beyond what a VM may have.
+pub fn demands(vm: &config::Vm, record: &ContainerRecord) -> Result<Demands, Error> {
+    let mut demands = Demands::new(Bounds::of(vm), of_annotations(&record.annotations));
+    demands.note(&record.id, of_limits(&record.resources))?;
+    Ok(demands)
 }
 
 /// Thousandths of a CPU; 0 for no limit.
