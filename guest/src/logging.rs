@@ -38,8 +38,8 @@ impl Log for KernelLog {
             return;
         }
         let priority = match record.level() {
-            Level::Error => 3,
-            Level::Warn => 4,
+            // Both reach the console, and so the host's log.
+            Level::Error | Level::Warn => 3,
             Level::Info => 6,
             Level::Debug | Level::Trace => 7,
         };

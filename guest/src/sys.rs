@@ -48,17 +48,19 @@ pub fn memory_kib() -> io::Result<u64> {
     Ok(info.totalram * u64::from(info.mem_unit) >> 10)
 }
 
-/// Moves the wall clock by so many nanoseconds.
+/// Moves the wall clock by so many nanoseconds, to the microsecond.
 ///
 /// # Errors
 /// Of adjtimex(2); `EPERM` without the right to.
 pub fn shift_clock(offset_ns: i64) -> io::Result<()> {
     // SAFETY: timex is plain integers, for which zero is valid.
     let mut timex: libc::timex = unsafe { std::mem::zeroed() };
-    timex.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
+    // In microseconds: ADJ_NANO would change what others are told from then on.
+    timex.modes = libc::ADJ_SETOFFSET;
     // The part below a second must not be negative.
-    timex.time.tv_sec = offset_ns.div_euclid(1_000_000_000);
-    timex.time.tv_usec = offset_ns.rem_euclid(1_000_000_000);
+    let offset_us = offset_ns / 1000;
+    timex.time.tv_sec = offset_us.div_euclid(1_000_000);
+    timex.time.tv_usec = offset_us.rem_euclid(1_000_000);
     adjust_clock(&mut timex)
 }
 

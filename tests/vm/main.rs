@@ -16,6 +16,7 @@ mod guest;
 mod limits;
 mod pods;
 mod pods_end;
+mod resources;
 mod sizes;
 mod terminal;
 mod unsupported;
