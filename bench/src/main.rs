@@ -6,6 +6,7 @@
 //!  exec        exec of `true` | the guest's part of it | runc; a hundred at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
+//!  network     TCP through a container's network | a bare tap of the same VM
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
@@ -27,6 +28,7 @@ mod floor;
 mod keys;
 mod machine;
 mod memory;
+mod network;
 mod report;
 mod sample;
 mod source;
@@ -66,12 +68,16 @@ enum Part {
     Exec,
     Memory,
     Throughput,
+    Network,
     Keys,
 }
 
 fn main() {
     if source::is_wanted() {
         return source::main();
+    }
+    if network::is_wanted() {
+        return network::main();
     }
     let options = Options::parse();
     let wanted = |part| options.parts.is_empty() || options.parts.contains(&part);
@@ -91,6 +97,9 @@ fn main() {
     }
     if wanted(Part::Throughput) {
         report.add(throughput::measure(options.rounds));
+    }
+    if wanted(Part::Network) {
+        report.add(network::measure(options.rounds));
     }
     if wanted(Part::Keys) {
         report.add(keys::measure(options.keys));

@@ -244,16 +244,25 @@ impl Containers {
     /// # Errors
     /// `NotFound`, `NotRunning`.
     pub fn network_namespace(&self, id: &str) -> Result<OwnedFd> {
-        let container = self.get(id)?;
-        let process = &container.process;
-        let opened = fs::File::open(format!("/proc/{}/ns/net", process.pid));
+        let pid = self.pid(id)?;
+        let opened = fs::File::open(format!("/proc/{pid}/ns/net"));
         // Asked afterwards: while it has not been reaped, the pid is its own.
-        if process.has_ended() {
-            return Err(SignalError::NotRunning.into());
-        }
+        self.pid(id)?;
         opened
             .map(OwnedFd::from)
             .map_err(ContainerError::io("opening the network namespace"))
+    }
+
+    /// The pid of a container's process.
+    ///
+    /// # Errors
+    /// `NotFound`, `NotRunning`.
+    pub fn pid(&self, id: &str) -> Result<i32> {
+        let container = self.get(id)?;
+        if container.process.has_ended() {
+            return Err(SignalError::NotRunning.into());
+        }
+        Ok(container.process.pid)
     }
 
     /// Removes a container; its processes are killed first.

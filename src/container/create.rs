@@ -22,7 +22,7 @@ use super::mount_options::Depth;
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs, network};
+use super::{Error, cgroup, check_id, context, delete, execs, net_devices, network};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -214,6 +214,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     standin.release()?;
     share(&sandbox, options, &bundle, &guest)?;
     standin.wait_mounted()?;
+    net_devices::give(&bundle.spec, &record)?;
     run_hooks(&record, &hooks, interrupt.as_fd())?;
     standin.enter_rootfs(hooks.create_container_time(), interrupt.as_fd())?;
     trace("host-ready");

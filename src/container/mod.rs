@@ -18,6 +18,7 @@ pub mod kill;
 pub mod labels;
 pub mod limits;
 pub mod mount_options;
+pub mod net_devices;
 pub mod network;
 pub mod pause;
 pub mod ps;
@@ -101,6 +102,8 @@ pub enum Error {
     Sandbox(#[from] crate::sandbox::Error),
     #[error(transparent)]
     Network(#[from] crate::sandbox::network::namespace::Error),
+    #[error(transparent)]
+    NetDevice(#[from] net_devices::Error),
     #[error(transparent)]
     StandIn(crate::standin::spawn::Error),
     /// A hook of the container's set-up.

@@ -8,6 +8,7 @@
 mod apply;
 mod links;
 mod settings;
+mod stats;
 
 use std::collections::HashMap;
 use std::io;
@@ -15,7 +16,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use kuasar_runv_protocol::network::{ApplyRequest, ApplyResponse, Interface};
+use kuasar_runv_protocol::network::{
+    ApplyRequest, ApplyResponse, Interface, StatsRequest, StatsResponse,
+};
 use kuasar_runv_protocol::network_ttrpc::Network;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Error, get_status};
@@ -161,6 +164,21 @@ fn check(request: &ApplyRequest) -> Result<()> {
 
 #[async_trait]
 impl Network for NetworkService {
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let interfaces = self
+            .containers
+            .pid(&request.container_id)
+            .map_err(NetworkError::from)
+            .and_then(|pid| stats::of_process(pid).map_err(NetworkError::io("reading statistics")));
+        match interfaces {
+            Ok(interfaces) => Ok(StatsResponse {
+                interfaces,
+                ..StatsResponse::new()
+            }),
+            Err(e) => Err(Error::RpcStatus(get_status(e.code(), e.to_string()))),
+        }
+    }
+
     async fn apply(&self, _: &TtrpcContext, request: ApplyRequest) -> ttrpc::Result<ApplyResponse> {
         match self.make_so(request).await {
             Ok(()) => Ok(ApplyResponse::new()),

@@ -309,6 +309,7 @@ impl Watcher {
             sysfs: self.sysfs.as_ref(),
             model: self.settings.model,
             queues: self.settings.queues,
+            sandbox_dir: self.settings.root.sandbox(&self.settings.sandbox_id),
             owner: model::owner(&self.settings.sandbox_id),
         };
         (&mut self.cards, host)

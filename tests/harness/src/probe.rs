@@ -36,6 +36,7 @@ pub fn main() {
         "memory" => memory(argument.parse().unwrap()),
         "system-calls" => system_calls(),
         "network" => network(),
+        "echo" => crate::network::echo(),
         other => panic!("no probe {other:?}"),
     }
 }
