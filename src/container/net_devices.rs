@@ -42,6 +42,15 @@ struct Device {
     addresses: Vec<AddressMessage>,
 }
 
+/// Whether there are devices to give.
+#[must_use]
+pub fn are_wanted(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    linux
+        .and_then(|linux| linux.net_devices().as_ref())
+        .is_some_and(|devices| !devices.is_empty())
+}
+
 /// Gives the container its devices, all or none.
 ///
 /// # Errors

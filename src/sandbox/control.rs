@@ -57,6 +57,8 @@ pub enum Request {
     /// Attach the mount tree that comes with this message at
     /// `<container>/<name>` of the shared directory.
     Share { container: String, name: String },
+    /// Take everything of the container out of the shared directory.
+    Unshare { container: String },
     /// Answered when the agent is ready or the boot has failed.
     WaitReady,
     /// Only on the creator's channel: keep the VM when the channel closes.
@@ -64,7 +66,7 @@ pub enum Request {
     /// Connect the container to what is in the network namespace that comes with this
     /// message. Answered when the guest has it.
     Network { container: String },
-    /// Undo that: the container is being deleted.
+    /// Undo that: the container is being deleted. Answered when it is done.
     NoNetwork { container: String },
     /// From now on the answers on this channel are notices about the container.
     Subscribe { container: String },

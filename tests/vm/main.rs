@@ -16,7 +16,17 @@ mod flavours;
 mod guest;
 mod limits;
 mod network;
+mod pods;
+mod pods_end;
 mod sizes;
 mod terminal;
 mod unsupported;
 mod victims;
+
+mod probe {
+    #[test]
+    #[ignore = "runs inside the containers of other tests"]
+    fn main() {
+        kuasar_runv_test_harness::probe::main();
+    }
+}

@@ -69,6 +69,13 @@ pub fn apply(namespace: OwnedFd, applied: &mut Applied, request: ApplyRequest) -
     result
 }
 
+/// Lets go of the devices of a container whose network namespace has ended.
+pub fn let_go(applied: &Applied) -> Result<()> {
+    let interfaces = applied.request.interfaces.iter();
+    let macs: Vec<_> = interfaces.map(|i| i.mac.clone()).collect();
+    links::remove_retired(&macs).map_err(NetworkError::io("removing a device"))
+}
+
 /// Interfaces of `these` whose devices are not among `those`.
 fn missing(these: &[Interface], those: &[Interface]) -> Vec<Interface> {
     these

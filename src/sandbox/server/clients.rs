@@ -8,8 +8,9 @@ use super::{Boot, End, Sandboxer};
 use crate::sandbox::control::{self, Reply, Request};
 use crate::sys::seqpacket::{Channel, Message};
 
-/// Commands connected at the same time; each is short.
-const MAX_CLIENTS: usize = 64;
+/// Commands connected at the same time: those that create containers for as long
+/// as that takes.
+const MAX_CLIENTS: usize = 256;
 
 /// A command.
 pub(super) struct Client {
@@ -87,6 +88,10 @@ impl Sandboxer {
                 self.share.attach(&container, &name, tree.as_fd())?;
                 Ok(Some(Reply::default()))
             }
+            Request::Unshare { container } => {
+                self.share.detach(&container)?;
+                Ok(Some(Reply::default()))
+            }
             Request::WaitReady => match &self.boot {
                 Boot::Ready(info) => Ok(Some(Reply {
                     ready: Some(info.clone()),
@@ -103,10 +108,7 @@ impl Sandboxer {
                 })?;
                 self.connect_network(index, container, namespace.as_fd())
             }
-            Request::NoNetwork { container } => {
-                self.network.disconnect(&container);
-                Ok(Some(Reply::default()))
-            }
+            Request::NoNetwork { container } => Ok(self.disconnect_network(index, container)),
             Request::Commit => {
                 self.clients[index].is_creator = false;
                 Ok(Some(Reply::default()))
