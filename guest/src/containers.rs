@@ -257,20 +257,6 @@ impl Containers {
         }
     }
 
-    /// The network namespace of a container's process.
-    ///
-    /// # Errors
-    /// `NotFound`, `NotRunning`.
-    pub fn network_namespace(&self, id: &str) -> Result<OwnedFd> {
-        let pid = self.pid(id)?;
-        let opened = fs::File::open(format!("/proc/{pid}/ns/net"));
-        // Asked afterwards: while it has not been reaped, the pid is its own.
-        self.pid(id)?;
-        opened
-            .map(OwnedFd::from)
-            .map_err(ContainerError::io("opening the network namespace"))
-    }
-
     /// The pid of a container's process.
     ///
     /// # Errors
