@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kuasar_runv_test_harness::{Bundle, Container, Flavour, Runtime, World, leaks, process};
 
-use crate::memory::{Pss, is_sandboxer, pss};
+use crate::memory::{is_sandboxer, pss};
 use crate::report::{Row, Section, Target, Verdict};
 use crate::sample::Samples;
 
@@ -106,7 +106,8 @@ pub fn second(rounds: u32) -> Section {
 /// One pod after the other with this many containers each.
 pub fn scale(rounds: u32, containers: usize) -> Section {
     let mut by_number = vec![Samples::default(); containers + 1];
-    let (mut per_container, mut with_guest) = (Samples::default(), Samples::default());
+    let (mut resident, mut hypervisor) = (Samples::default(), Samples::default());
+    let (mut per_container, mut guest) = (Samples::default(), Samples::default());
     for round in 1..=rounds {
         let pod = Pod::start(Runtime::built());
         let bundle = pod.member();
@@ -123,9 +124,11 @@ pub fn scale(rounds: u32, containers: usize) -> Section {
             }
         }
         let (before, after) = (before.expect("two containers"), memory_of(&pod.world));
-        let added = (containers - 2) as f64;
-        per_container.add((after.own - before.own) / added);
-        with_guest.add((after.own + after.guest - before.own - before.guest) / added);
+        let each = |of: fn(&Memory) -> f64| (of(&after) - of(&before)) / (containers - 2) as f64;
+        resident.add(each(|m| m.resident));
+        hypervisor.add(each(|m| m.hypervisor));
+        per_container.add(each(|m| m.resident + m.hypervisor));
+        guest.add(each(|m| m.guest));
         for member in &members {
             let _ = member.delete_force().ok();
         }
