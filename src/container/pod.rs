@@ -12,8 +12,8 @@ use std::time::Duration;
 use super::state::ContainerRecord;
 use super::{Error, context, membership};
 use crate::root::Root;
-use crate::sandbox::Sandbox;
 use crate::sandbox::record::SandboxRecord;
+use crate::sandbox::{self, Sandbox};
 use crate::sys::lock::DirLock;
 use crate::sys::process::ProcessRef;
 
@@ -108,6 +108,10 @@ fn remove(
     }
     // First, so that the guest forgets the files when it looks for them.
     let unshared = sandbox.unshare(id);
+    if matches!(unshared, Err(sandbox::Error::Timeout(_))) {
+        // Without its sandboxer the guest cannot be reached either.
+        return Ok(unshared?);
+    }
     let disconnected = sandbox.disconnect_network(id);
     remove_from_guest(&sandbox, id)?;
     Ok(unshared.and(disconnected)?)
