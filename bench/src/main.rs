@@ -6,6 +6,7 @@
 //!  exec        exec of `true` | the guest's part of it | runc; a hundred at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
+//!  files       files of the rootfs | the same served by virtiofsd, same QEMU and kernel
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
@@ -23,6 +24,7 @@
 
 mod commands;
 mod exec;
+mod files;
 mod floor;
 mod keys;
 mod machine;
@@ -66,12 +68,16 @@ enum Part {
     Exec,
     Memory,
     Throughput,
+    Files,
     Keys,
 }
 
 fn main() {
     if source::is_wanted() {
         return source::main();
+    }
+    if let Some(dir) = files::workload::directory() {
+        files::workload::main(&dir);
     }
     let options = Options::parse();
     let wanted = |part| options.parts.is_empty() || options.parts.contains(&part);
@@ -91,6 +97,9 @@ fn main() {
     }
     if wanted(Part::Throughput) {
         report.add(throughput::measure(options.rounds));
+    }
+    if wanted(Part::Files) {
+        report.add(files::measure(options.rounds));
     }
     if wanted(Part::Keys) {
         report.add(keys::measure(options.keys));

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use kuasar_runv_protocol::STREAM_PORT;
 use kuasar_runv_protocol::agent_ttrpc::create_agent;
+use kuasar_runv_protocol::storage_ttrpc::create_storage;
 use ttrpc::r#async::Server;
 
 use crate::containers::Containers;
@@ -13,6 +14,7 @@ use crate::debug_console;
 use crate::events::Events;
 use crate::reaper::Reaper;
 use crate::service::AgentService;
+use crate::storage::StorageService;
 use crate::streams::Streams;
 use crate::sys;
 use crate::transport::Transport;
@@ -80,7 +82,8 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
         events,
     ));
     let service = create_agent(Arc::new(AgentService::new(containers)));
-    let mut server = server.register_service(service);
+    let storage = create_storage(Arc::new(StorageService::default()));
+    let mut server = server.register_service(service).register_service(storage);
     server.start().await?;
     std::future::pending().await
 }

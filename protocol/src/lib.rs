@@ -5,7 +5,7 @@
 //!
 //! | port | opened by | carries |
 //! |---|---|---|
-//! | [`AGENT_PORT`] | host | ttrpc, service `Agent` of `proto/agent.proto` |
+//! | [`AGENT_PORT`] | host | ttrpc, the services of `proto/*.proto` |
 //! | [`DEBUG_CONSOLE_PORT`] | host | a shell, only when enabled in the configuration |
 //! | [`STREAM_PORT`] | host (stand-in) | one stdio stream or the control channel of one guest process, see [`stream`] |
 //! | [`EVENT_PORT`] | guest | length-prefixed `Event` messages, the first is `Ready`, see [`event`] |
@@ -24,9 +24,11 @@ pub mod words;
 mod generated {
     pub mod agent;
     pub mod agent_ttrpc;
+    pub mod storage;
+    pub mod storage_ttrpc;
 }
 
-pub use generated::{agent, agent_ttrpc};
+pub use generated::{agent, agent_ttrpc, storage, storage_ttrpc};
 
 /// Bumped with every incompatible change of anything in this crate.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -53,6 +55,13 @@ pub const MAX_ARGS_LEN: usize = 3072;
 /// virtio-fs tag of the pod's one shared directory and where the agent mounts it.
 pub const SHARE_TAG: &str = "kuasar-share";
 pub const GUEST_SHARE_DIR: &str = "/run/kuasar/share";
+
+/// Directory of the share with the volumes, which belong to the pod and not to one
+/// of its containers. No container id has this character.
+pub const VOLUMES_DIR: &str = "@volumes";
+
+/// Where the agent makes the pod's volumes that live in the guest.
+pub const GUEST_VOLUMES_DIR: &str = "/run/kuasar/volumes";
 
 /// Kernel command line parameters the agent reads.
 pub mod cmdline {

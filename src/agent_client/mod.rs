@@ -5,6 +5,7 @@
 //! error is cut and cleaned before it is shown.
 
 mod resources;
+mod storage;
 pub mod streams;
 pub mod vsock;
 
@@ -17,6 +18,7 @@ use kuasar_runv_protocol::agent::{
     SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
+use kuasar_runv_protocol::storage_ttrpc::StorageClient;
 use ttrpc::Code;
 
 /// Longest error text of the guest that is passed on, in characters.
@@ -50,6 +52,7 @@ impl Error {
 /// A connection to the agent's task service.
 pub struct Agent {
     stub: Stub,
+    storage: StorageClient,
     deadline: Duration,
 }
 
@@ -62,7 +65,8 @@ impl Agent {
         let client =
             ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
-            stub: Stub::new(client),
+            stub: Stub::new(client.clone()),
+            storage: StorageClient::new(client),
             deadline,
         })
     }

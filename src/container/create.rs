@@ -4,6 +4,7 @@
 //! a step that fails removes it all through the same path as `delete --force`.
 //! While the VM boots, everything the host has to do is done.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,7 +23,7 @@ use super::mount_options::Depth;
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs};
+use super::{Error, cgroup, check_id, context, delete, execs, guest_volumes};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -183,6 +184,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
 
     let hooks = Hooks::of(&bundle.spec);
     let (mut record, undo) = begin(root, options, &bundle, &hooks, cgroups)?;
+    record.has_guest_volumes = !guest.volumes.is_empty();
     cgroup::create(&record.cgroups)?;
     let sandbox = Sandbox::boot(
         root,
@@ -410,7 +412,8 @@ fn share(
 ) -> Result<(), Error> {
     sandbox.share(&options.id, ROOTFS, clone_rootfs(bundle)?.as_fd())?;
     for bind in &guest.binds {
-        sandbox.share(&options.id, &bind.name, clone_bind(bind)?.as_fd())?;
+        let (tree, writes) = (clone_bind(bind)?, bind.read_only.is_none());
+        sandbox.share_volume(&options.id, &bind.volume, writes, tree.as_fd())?;
     }
     Ok(())
 }
@@ -433,9 +436,14 @@ fn create_in_guest(
     standin.attach(flags, &streams)?;
     drop(streams);
     let agent = sandbox.agent()?;
+    let mut config = Cow::Borrowed(&guest.json);
+    if !guest.volumes.is_empty() {
+        let config = config.to_mut();
+        guest_volumes::make(sandbox, &agent, &options.id, &guest.volumes, config)?;
+    }
     let request = CreateContainerRequest {
         container_id: options.id.clone(),
-        spec_json: guest.json.to_string().into_bytes(),
+        spec_json: config.to_string().into_bytes(),
         stdin: wanted.stdin,
         stdout: wanted.stdout,
         stderr: wanted.stderr,

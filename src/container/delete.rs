@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::state::{ContainerRecord, RecordError, Status};
-use super::{Error, cgroup, check_id, context, execs, hooks, lock};
+use super::{Error, cgroup, check_id, context, execs, guest_volumes, hooks, lock};
 use crate::root::{self, Root};
 use crate::sandbox;
 
@@ -67,6 +67,12 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
     }
     // From here on nobody can start another.
     let _no_more = execs::end_all(root, id, same_boot, KILL_DEADLINE)?;
+    if let Some(record) = &record
+        && same_boot
+        && record.has_guest_volumes
+    {
+        guest_volumes::release(root, record);
+    }
     let sandbox_id = record.as_ref().map_or(id, |r| r.sandbox_id.as_str());
     sandbox::end(root, sandbox_id)?;
     if let Some(record) = &record {

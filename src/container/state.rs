@@ -84,6 +84,9 @@ pub struct ContainerRecord {
     /// Limits asked for by `create` and every `update`.
     #[serde(default)]
     pub resources: Resources,
+    /// It has disks, to be written back before its machine ends.
+    #[serde(default)]
+    pub has_guest_volumes: bool,
     /// Host cgroup directories made for it, to be removed with it.
     pub cgroups: Vec<PathBuf>,
     /// What runs when the bundle may be gone.
@@ -176,6 +179,7 @@ impl ContainerRecord {
             creator: ProcessRef::current()?,
             standin: None,
             paused: false,
+            has_guest_volumes: false,
             resources: Resources::default(),
             cgroups: Vec::new(),
             hooks: LateHooks::default(),

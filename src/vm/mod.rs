@@ -24,7 +24,7 @@ mod process;
 mod qemu;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -164,12 +164,21 @@ pub struct FsDevice {
 
 /// A device that can be attached to a running machine.
 #[allow(dead_code, reason = "see `Vm`")]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Device {
-    /// A host block device or image file, raw.
-    Block { path: PathBuf, read_only: bool },
+    Block(BlockDevice),
     /// An existing tap interface.
     Net { tap: String, mac: [u8; 6] },
+}
+
+/// A virtio-blk device whose serial number is the id it is attached under. The
+/// hypervisor gets a copy of the descriptor.
+#[derive(Debug)]
+pub struct BlockDevice {
+    /// A block device or an image file, raw, opened as it is to be used.
+    pub file: OwnedFd,
+    pub is_device: bool,
+    pub read_only: bool,
 }
 
 /// What happened to a machine.

@@ -18,3 +18,12 @@ mod sizes;
 mod terminal;
 mod unsupported;
 mod victims;
+mod volumes;
+
+mod probe {
+    #[test]
+    #[ignore = "runs inside the containers of other tests"]
+    fn main() {
+        kuasar_runv_test_harness::probe::main();
+    }
+}

@@ -8,6 +8,7 @@ fn main() -> std::io::Result<()> {
     ttrpc_codegen::Codegen::new()
         .out_dir(protocol.join("src/generated"))
         .input(protocol.join("proto/agent.proto"))
+        .input(protocol.join("proto/storage.proto"))
         .include(protocol.join("proto"))
         .rust_protobuf()
         .customize(ttrpc_codegen::Customize {

@@ -14,6 +14,7 @@ mod machine;
 mod privileges;
 mod spawn;
 mod subscribers;
+mod volumes;
 
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -27,6 +28,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use self::agent::AgentEvents;
 use self::clients::Client;
 use super::control::{self, Listener, ReadyInfo, Reply, SandboxerConfig, monotonic_us};
+use super::guest_volumes::GuestVolumes;
 use super::record::SandboxRecord;
 use super::share::Share;
 use super::{CONTROL_SOCKET, VSOCK_SOCKET};
@@ -119,6 +121,7 @@ enum Boot {
 struct Sandboxer {
     vm: Box<dyn Vm>,
     share: Share,
+    volumes: GuestVolumes,
     listener: Listener,
     /// Takes the agent's one connection, before any container runs.
     event_listener: Option<UnixListener>,
@@ -175,6 +178,7 @@ impl Sandboxer {
         Ok(Sandboxer {
             vm: machine,
             share,
+            volumes: GuestVolumes::default(),
             listener,
             event_listener: Some(event_listener),
             agent: None,
@@ -205,6 +209,7 @@ impl Sandboxer {
             channel: creator,
             is_creator: true,
             waits_for_boot: false,
+            waits_for_removal: None,
             listens_to: None,
         });
         let code = loop {
