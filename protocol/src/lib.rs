@@ -13,10 +13,11 @@
 //! Both sides are built from one commit; [`PROTOCOL_VERSION`] is checked in
 //! `Ready` so that a stale guest image is reported instead of misunderstood.
 //!
-//! [`hook`] is the one thing that both sides do instead of say.
+//! [`hook`] and [`rtnetlink`] are what both sides do instead of say.
 
 pub mod event;
 pub mod hook;
+pub mod rtnetlink;
 pub mod stream;
 pub mod words;
 
@@ -24,11 +25,13 @@ pub mod words;
 mod generated {
     pub mod agent;
     pub mod agent_ttrpc;
+    pub mod network;
+    pub mod network_ttrpc;
     pub mod storage;
     pub mod storage_ttrpc;
 }
 
-pub use generated::{agent, agent_ttrpc, storage, storage_ttrpc};
+pub use generated::{agent, agent_ttrpc, network, network_ttrpc, storage, storage_ttrpc};
 
 /// Bumped with every incompatible change of anything in this crate.
 pub const PROTOCOL_VERSION: u32 = 1;

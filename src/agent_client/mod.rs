@@ -18,6 +18,8 @@ use kuasar_runv_protocol::agent::{
     SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
+use kuasar_runv_protocol::network::ApplyRequest;
+use kuasar_runv_protocol::network_ttrpc::NetworkClient;
 use kuasar_runv_protocol::storage_ttrpc::StorageClient;
 use ttrpc::Code;
 
@@ -52,6 +54,7 @@ impl Error {
 /// A connection to the agent's task service.
 pub struct Agent {
     stub: Stub,
+    network: NetworkClient,
     storage: StorageClient,
     deadline: Duration,
 }
@@ -66,6 +69,7 @@ impl Agent {
             ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
             stub: Stub::new(client.clone()),
+            network: NetworkClient::new(client.clone()),
             storage: StorageClient::new(client),
             deadline,
         })
@@ -132,6 +136,17 @@ impl Agent {
         };
         self.stub
             .list_processes(self.context(), &request)
+            .map_err(|e| self.error(e))
+    }
+
+    /// Has the guest make the network of a container what the request says.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn apply_network(&self, request: &ApplyRequest) -> Result<(), Error> {
+        self.network
+            .apply(self.context(), request)
+            .map(drop)
             .map_err(|e| self.error(e))
     }
 

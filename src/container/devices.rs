@@ -124,7 +124,10 @@ fn char_device(number: (u32, u32)) -> Fate {
         return Fate::Refused("there is no KVM in a virtual machine of this runtime");
     }
     // What the host does not have either cannot be used, but made, as with runc.
-    if !Path::new(SYSFS).join(format!("char/{major}:{minor}")).exists() {
+    if !Path::new(SYSFS)
+        .join(format!("char/{major}:{minor}"))
+        .exists()
+    {
         return Fate::Guests;
     }
     Fate::Refused("it is a device of the host, which the virtual machine does not have")
@@ -136,11 +139,16 @@ fn block_device(number: (u32, u32)) -> io::Result<Fate> {
         return Ok(Fate::Guests);
     }
     let uevent = fs::read_to_string(sysfs.join("uevent"))?;
-    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    let name = uevent
+        .lines()
+        .find_map(|line| line.strip_prefix("DEVNAME="));
     let node = Path::new("/dev").join(name.ok_or(io::ErrorKind::NotFound)?);
     let rdev = fs::metadata(&node)?.rdev();
     if (libc::major(rdev), libc::minor(rdev)) != number {
-        return Err(io::Error::other(format!("{} is another device", node.display())));
+        return Err(io::Error::other(format!(
+            "{} is another device",
+            node.display()
+        )));
     }
     Ok(Fate::Disk(node))
 }
@@ -176,7 +184,10 @@ fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
 fn is_read_only(device: &LinuxDevice, rules: Option<&[LinuxDeviceCgroup]>) -> bool {
     let is = |number: Option<i64>, own: i64| number.is_none_or(|n| n < 0 || n == own);
     let about = |rule: &&LinuxDeviceCgroup| {
-        let of_type = matches!(rule.typ(), None | Some(LinuxDeviceType::A | LinuxDeviceType::B));
+        let of_type = matches!(
+            rule.typ(),
+            None | Some(LinuxDeviceType::A | LinuxDeviceType::B)
+        );
         of_type && is(rule.major(), device.major()) && is(rule.minor(), device.minor())
     };
     let writes = |rule: &&LinuxDeviceCgroup| {
@@ -189,7 +200,10 @@ fn is_read_only(device: &LinuxDevice, rules: Option<&[LinuxDeviceCgroup]>) -> bo
 }
 
 fn refused(path: &Path, why: &str) -> Error {
-    Error::Unsupported(format!("the device {} is not supported: {why}", path.display()))
+    Error::Unsupported(format!(
+        "the device {} is not supported: {why}",
+        path.display()
+    ))
 }
 
 fn at(path: &Path, source: io::Error) -> Error {
@@ -232,13 +246,18 @@ mod tests {
     fn what_only_the_host_has_is_refused_or_left_out_when_everything_is_listed() {
         let kvm = json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
         let message = translated(kvm.clone(), json!([])).unwrap_err().to_string();
-        assert!(message.contains("/dev/kvm") && message.contains("no KVM"), "{message}");
+        assert!(
+            message.contains("/dev/kvm") && message.contains("no KVM"),
+            "{message}"
+        );
         // Every Linux has this one, and no virtual machine of ours.
         let Some((path, major, minor)) = some_char_device() else {
             return;
         };
         let listed = json!([{"path": path, "type": "c", "major": major, "minor": minor}]);
-        let message = translated(listed.clone(), json!([])).unwrap_err().to_string();
+        let message = translated(listed.clone(), json!([]))
+            .unwrap_err()
+            .to_string();
         assert!(message.contains(&path), "{message}");
         let everything = json!([{"allow": true, "access": "rwm"}]);
         let (volumes, kept) = translated(listed, everything).unwrap();
@@ -262,9 +281,7 @@ mod tests {
     fn a_disk_nobody_may_write_to_is_read_only() {
         let device = json!({"path": "/dev/x", "type": "b", "major": 8, "minor": 1});
         let device: LinuxDevice = serde_json::from_value(device).unwrap();
-        let rule = |allow: bool, access: &str| {
-            json!({"allow": allow, "type": "b", "major": 8, "minor": 1, "access": access})
-        };
+        let rule = |allow: bool, access: &str| json!({"allow": allow, "type": "b", "major": 8, "minor": 1, "access": access});
         let deny = json!({"allow": false, "access": "rwm"});
         for (rules, expected) in [
             (json!([]), false),

@@ -37,12 +37,7 @@ impl GuestVolumes {
     ///
     /// # Errors
     /// It is there in another way.
-    pub fn add(
-        &mut self,
-        key: &str,
-        mode: Option<DiskMode>,
-        container: &str,
-    ) -> io::Result<Found> {
+    pub fn add(&mut self, key: &str, mode: Option<DiskMode>, container: &str) -> io::Result<Found> {
         let known = self.volumes.iter_mut().find(|(_, v)| v.key == key);
         if let Some((name, volume)) = known {
             if let Some(why) = conflict(volume.mode.as_ref(), mode.as_ref()) {

@@ -8,9 +8,11 @@
 
 pub mod control;
 mod guest_volumes;
+pub mod network;
 pub mod record;
 pub mod server;
 mod share;
+mod volumes;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -28,7 +30,7 @@ use crate::root::{self, Root};
 use crate::sys::process::ProcessRef;
 use crate::sys::seqpacket::Channel;
 use crate::sys::unix_socket;
-use control::{Connection, DiskMode, Notice, ReadyInfo, Request, SandboxerConfig, Unused};
+use control::{Connection, Notice, ReadyInfo, Request, SandboxerConfig};
 use record::SandboxRecord;
 
 /// Socket names in the sandbox directory.
@@ -43,6 +45,9 @@ pub const CONSOLE_LOG: &str = "console.log";
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the sandboxer may take to answer a request that needs no VM.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What connecting a network takes besides the guest's answer.
+const NETWORK_MARGIN: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -274,94 +279,36 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
-    /// Lets a container use the volume `name` of the pod, of whose source `tree` is a
-    /// clone.
+    /// Connects the container to the network in `namespace`, and keeps it connected
+    /// to what will be there. Returns when its network is complete in the guest.
     ///
     /// # Errors
-    /// See [`Error`].
-    pub fn share_volume(
-        &self,
-        container: &str,
-        name: &str,
-        writes: bool,
-        tree: BorrowedFd<'_>,
-    ) -> Result<(), Error> {
-        let request = Request::ShareVolume {
+    /// See [`Error`]; [`Error::Refused`] with what cannot be connected.
+    pub fn connect_network(&self, container: &str, namespace: BorrowedFd<'_>) -> Result<(), Error> {
+        let request = Request::Network {
             container: container.to_owned(),
-            name: name.to_owned(),
-            writes,
         };
+        let deadline = self.guest.deadline + NETWORK_MARGIN;
         self.connection
-            .call(&request, &[tree], REQUEST_DEADLINE)
+            .call(&request, &[namespace], deadline)
             .map(drop)
-            .map_err(|e| self.control_error(e))
+            .map_err(|e| match e {
+                control::Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
+                    Error::Timeout(deadline)
+                }
+                other => self.control_error(other),
+            })
     }
 
-    /// Lets a container use a disk that is attached to the machine, or is from now on;
-    /// returns its name there. `file` is the disk.
-    ///
-    /// # Errors
-    /// See [`Error`]; [`Error::Refused`] when it is used in another way.
-    pub fn use_disk(
-        &self,
-        container: &str,
-        key: &str,
-        mode: &DiskMode,
-        file: BorrowedFd<'_>,
-    ) -> Result<String, Error> {
-        let request = Request::UseDisk {
-            container: container.to_owned(),
-            key: key.to_owned(),
-            mode: mode.clone(),
-        };
-        self.volume(&request, &[file])
-    }
-
-    /// Lets a container use a volume that the guest makes by itself; returns its name
-    /// there.
+    /// Disconnects a container that is being deleted from its network, while the VM
+    /// goes on.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn use_volume(&self, container: &str, key: &str) -> Result<String, Error> {
-        let request = Request::UseVolume {
+    #[allow(dead_code, reason = "a VM with one container ends with it")]
+    pub fn disconnect_network(&self, container: &str) -> Result<(), Error> {
+        let request = Request::NoNetwork {
             container: container.to_owned(),
-            key: key.to_owned(),
-        };
-        self.volume(&request, &[])
-    }
-
-    fn volume(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<String, Error> {
-        let reply = self
-            .connection
-            .call(request, fds, REQUEST_DEADLINE)
-            .map_err(|e| self.control_error(e))?;
-        reply
-            .volume
-            .ok_or_else(|| Error::Refused("the sandboxer's answer has no volume".into()))
-    }
-
-    /// Takes away what is shared for a container alone; returns what the guest is to
-    /// be told of it.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn unshare(&self, container: &str) -> Result<Unused, Error> {
-        let request = Request::Unshare {
-            container: container.to_owned(),
-        };
-        self.connection
-            .call(&request, &[], REQUEST_DEADLINE)
-            .map(|reply| reply.unused.unwrap_or_default())
-            .map_err(|e| self.control_error(e))
-    }
-
-    /// Takes away a volume that the guest has let go of.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn remove_volume(&self, name: &str) -> Result<(), Error> {
-        let request = Request::RemoveVolume {
-            name: name.to_owned(),
         };
         self.connection
             .call(&request, &[], REQUEST_DEADLINE)

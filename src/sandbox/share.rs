@@ -102,7 +102,9 @@ impl Share {
     /// their paths in the directory. Does what can be done, whatever fails.
     pub fn release(&mut self, container: &str) -> Vec<PathBuf> {
         let own = self.own.remove(container).unwrap_or_default();
-        let own = own.into_iter().map(|(name, mount)| (container, name, mount));
+        let own = own
+            .into_iter()
+            .map(|(name, mount)| (container, name, mount));
         let unused = self.volumes.release(container).into_iter();
         let unused = unused.map(|(name, mount)| (VOLUMES_DIR, name, mount));
         let mut gone = Vec::new();

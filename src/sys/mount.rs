@@ -90,7 +90,10 @@ pub fn is_read_only(mount: BorrowedFd<'_>) -> io::Result<bool> {
 /// As umount2(2).
 pub fn detach(mount: BorrowedFd<'_>) -> io::Result<()> {
     let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
-    Ok(nix::mount::umount2(path.as_str(), nix::mount::MntFlags::MNT_DETACH)?)
+    Ok(nix::mount::umount2(
+        path.as_str(),
+        nix::mount::MntFlags::MNT_DETACH,
+    )?)
 }
 
 /// Cuts a cloned tree off from later mounts of the original.

@@ -50,7 +50,13 @@ fn a_directory_bound_twice_is_one_directory() {
         .bind(&volume, "/a")
         .bind(&volume, "/b");
     let out = world.run(&bundle, "c").ok();
-    for key in ["same file", "mapping", "two mappings", "flock", "record lock"] {
+    for key in [
+        "same file",
+        "mapping",
+        "two mappings",
+        "flock",
+        "record lock",
+    ] {
         assert_eq!(out.fact(key), "true", "{key}");
     }
 }
@@ -96,7 +102,11 @@ fn five_thousand_files() {
         mkdir /vol/guest; cd /vol/guest; seq 0 999 | xargs touch
         echo made=$(ls /vol/guest | wc -l); rm -r /vol/host; echo left=$(ls /vol)";
     let bundle = world.bundle().sh(script).bind(&volume, "/vol");
-    let out = world.run_call(&bundle, "c").deadline(CALL * 3).output().ok();
+    let out = world
+        .run_call(&bundle, "c")
+        .deadline(CALL * 3)
+        .output()
+        .ok();
     assert_eq!(out.fact("seen"), "5000");
     assert_eq!(out.fact("sum"), "12497500");
     assert_eq!(out.fact("made"), "1000");
@@ -114,10 +124,13 @@ fn an_overlay_over_the_rootfs_with_its_changes_on_a_tmpfs() {
         echo up >/merged/dir/file; rm /merged/gone; mv /merged/dir /merged/moved 2>/dev/null || true
         echo lower=$(cat /lower/dir/file); echo merged=$(cat /merged/moved/file /merged/dir/file 2>/dev/null)
         [ -e /merged/gone ] && echo there || echo removed=ok; umount /merged";
-    let bundle = world
-        .bundle()
-        .sh(script)
-        .capabilities(&["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_MKNOD", "CAP_FOWNER", "CAP_CHOWN"]);
+    let bundle = world.bundle().sh(script).capabilities(&[
+        "CAP_SYS_ADMIN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_MKNOD",
+        "CAP_FOWNER",
+        "CAP_CHOWN",
+    ]);
     let out = world.run(&bundle, "c").ok();
     assert_eq!(out.fact("lower"), "low");
     assert_eq!(out.fact("merged"), "up");
@@ -150,6 +163,8 @@ fn secrets_and_parts_of_a_directory() {
     assert_ne!(out.fact("write"), "0");
     assert_ne!(out.fact("chmod"), "0");
     assert!(out.stdout().contains("deep\n"), "{}", out.stdout());
-    wait_until("the guest's file", SHORT, || volume.join("part/file").exists());
+    wait_until("the guest's file", SHORT, || {
+        volume.join("part/file").exists()
+    });
     assert_eq!(fs::read_to_string(volume.join("secret")).unwrap(), "s\n");
 }

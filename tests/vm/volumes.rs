@@ -10,7 +10,9 @@ use crate::victims::{self, Victim};
 fn volumes_on_the_host(world: &World) -> Vec<String> {
     let pid = victims::the(world, Victim::Sandboxer);
     let table = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
-    let fields = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let fields = table
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>());
     fields
         .filter(|fields| fields[4].contains("/@volumes/"))
         .map(|fields| fields[5].split(',').next().unwrap().to_owned())
@@ -61,14 +63,17 @@ fn huge_pages_are_the_guests() {
     let out = world.try_create(&bundle, "much");
     let _ = out.fails_with(1, "huge pages of 2048 KiB");
     let bundle = world.bundle().sh("exit 0").mount(pages(&[]));
-    let _ = world.try_create(&bundle, "none").fails_with(1, "hugepageLimits");
+    let _ = world
+        .try_create(&bundle, "none")
+        .fails_with(1, "hugepageLimits");
     world.assert_clean();
 }
 
 #[test]
 fn devices_of_the_guest_can_be_given_to_a_container() {
     let world = World::new();
-    let device = |path: &str, minor: u32| json!({ "path": path, "type": "c", "major": 10, "minor": minor });
+    let device =
+        |path: &str, minor: u32| json!({ "path": path, "type": "c", "major": 10, "minor": minor });
     let rule = |minor: u32| json!({ "allow": true, "type": "c", "major": 10, "minor": minor, "access": "rwm" });
     let script = "(: <>/dev/fuse) && echo fuse=ok; (: <>/dev/net/tun) && echo tun=ok
         tunctl -t tap7 >/dev/null; ip link show tap7 >/dev/null && echo tap=ok";

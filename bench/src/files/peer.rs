@@ -24,9 +24,17 @@ impl Peer {
         let server = spawn_server(&socket, dir);
         wait_until("virtiofsd's socket", SHORT, || socket.exists());
         let (program, words) = model(world);
-        let args = adapt(&words, &Flavour::Source.artefact("vmlinux"), &image, &socket);
+        let args = adapt(
+            &words,
+            &Flavour::Source.artefact("vmlinux"),
+            &image,
+            &socket,
+        );
         let mut command = Command::new(program);
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::null());
+        command
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         let machine = spawn(&mut command);
         Peer {
             processes: vec![machine, server],
@@ -57,7 +65,14 @@ fn spawn_server(socket: &Path, dir: &Path) -> i32 {
     command
         .arg(format!("--socket-path={}", socket.display()))
         .args(["-o", &format!("source={}", dir.display())])
-        .args(["-o", "cache=auto", "-o", "xattr", "-o", "announce_submounts"])
+        .args([
+            "-o",
+            "cache=auto",
+            "-o",
+            "xattr",
+            "-o",
+            "announce_submounts",
+        ])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());

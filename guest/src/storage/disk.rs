@@ -13,6 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::uevents::Uevents;
 use super::{Error, Result, make_place};
+use crate::pci;
 
 const BLOCK_DEVICES: &str = "/sys/block";
 /// How long an attached device may take to appear.
@@ -100,13 +101,17 @@ impl Disk {
         let deadline = Instant::now() + FREED;
         loop {
             match self.sync_when_free() {
-                Ok(()) => return Ok(()),
+                Ok(()) => return self.let_go(),
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
                 // The host has taken it away already.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENXIO)) => {
                     return Ok(());
                 }
-                Err(e) => return Err(Error::io(format!("writing {} back", self.node.display()))(e)),
+                Err(e) => {
+                    return Err(Error::io(format!("writing {} back", self.node.display()))(
+                        e,
+                    ));
+                }
             }
             if Instant::now() >= deadline {
                 return Err(Error::Deadline(format!(
@@ -116,6 +121,13 @@ impl Disk {
             }
             sleep(POLL);
         }
+    }
+
+    /// The host takes the device away without asking.
+    fn let_go(&self) -> Result<()> {
+        let name = self.node.file_name().unwrap_or_default();
+        pci::remove(&Path::new(BLOCK_DEVICES).join(name))
+            .map_err(Error::io(format!("letting go of {}", self.node.display())))
     }
 
     /// `EBUSY` while a file system has the device.
@@ -139,6 +151,7 @@ fn sync_file_system(place: &Path) -> io::Result<()> {
 fn wait_for(serial: &str) -> Result<String> {
     let deadline = Instant::now() + APPEARS;
     let uevents = Uevents::new().map_err(Error::io("listening for devices"))?;
+    pci::rescan().map_err(Error::io("looking for devices"))?;
     loop {
         let found = find_in(Path::new(BLOCK_DEVICES), serial);
         if let Some(name) = found.map_err(Error::io("reading the block devices"))? {

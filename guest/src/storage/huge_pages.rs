@@ -79,7 +79,13 @@ fn mount_pages(name: &str, page_size: u64, pages: u64) -> Result<PathBuf> {
     let place = make_place(name)?;
     let data = format!("pagesize={page_size},size={}", pages * page_size);
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    let done = mount(Some("hugetlbfs"), &place, Some("hugetlbfs"), flags, Some(data.as_str()));
+    let done = mount(
+        Some("hugetlbfs"),
+        &place,
+        Some("hugetlbfs"),
+        flags,
+        Some(data.as_str()),
+    );
     if let Err(e) = done {
         // Still empty.
         drop(fs::remove_dir(&place));
@@ -108,8 +114,8 @@ impl Pool {
 
     fn read(&self, file: &str) -> Result<u64> {
         let path = self.dir.join(file);
-        let text = fs::read_to_string(&path)
-            .map_err(Error::io(format!("reading {}", path.display())))?;
+        let text =
+            fs::read_to_string(&path).map_err(Error::io(format!("reading {}", path.display())))?;
         let number = text.trim().parse();
         number.map_err(|_| Error::Invalid(format!("{} has {text:?}", path.display())))
     }

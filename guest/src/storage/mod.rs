@@ -64,7 +64,9 @@ impl Volume {
     fn make(name: &str, kind: Option<Kind>) -> Result<Volume> {
         match kind {
             Some(Kind::Disk(wanted)) => Disk::find(name, &wanted).map(Volume::Disk),
-            Some(Kind::HugePages(wanted)) => HugePages::reserve(name, &wanted).map(Volume::HugePages),
+            Some(Kind::HugePages(wanted)) => {
+                HugePages::reserve(name, &wanted).map(Volume::HugePages)
+            }
             _ => Err(Error::Invalid("a volume of an unknown kind".into())),
         }
     }

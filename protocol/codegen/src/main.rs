@@ -1,14 +1,15 @@
 //! Writes `protocol/src/generated/` from `protocol/proto/`. Run by
-//! `make protocol` after a change of the .proto file.
+//! `make protocol` after a change of a .proto file.
 
 use std::path::Path;
+
+const FILES: [&str; 3] = ["agent", "network", "storage"];
 
 fn main() -> std::io::Result<()> {
     let protocol = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     ttrpc_codegen::Codegen::new()
         .out_dir(protocol.join("src/generated"))
-        .input(protocol.join("proto/agent.proto"))
-        .input(protocol.join("proto/storage.proto"))
+        .inputs(FILES.map(|name| protocol.join(format!("proto/{name}.proto"))))
         .include(protocol.join("proto"))
         .rust_protobuf()
         .customize(ttrpc_codegen::Customize {

@@ -1,4 +1,5 @@
 // @generated
 
 pub mod agent;
+pub mod network;
 pub mod storage;

@@ -11,6 +11,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use kuasar_runv_protocol::storage;
 use oci_spec::runtime::Mount;
@@ -20,6 +22,11 @@ use rustix::io::Errno;
 use super::super::guest_spec::Error;
 use super::super::mount_options;
 use super::at;
+
+/// A machine that another command has just ended, or taken the disk away from, closes
+/// it a moment later.
+const LET_GO: Duration = Duration::from_millis(500);
+const POLL: Duration = Duration::from_millis(10);
 
 /// What is to be mounted from a disk.
 #[derive(Debug, PartialEq, Eq)]
@@ -100,11 +107,23 @@ impl Disk {
         if self.number.is_some() && !self.read_only {
             options.custom_flags(libc::O_EXCL);
         }
+        let deadline = Instant::now() + LET_GO;
+        loop {
+            match self.try_open(&options) {
+                Err(Error::InUse(_)) if Instant::now() < deadline => sleep(POLL),
+                other => return other,
+            }
+        }
+    }
+
+    fn try_open(&self, options: &OpenOptions) -> Result<OwnedFd, Error> {
         let in_use = || Error::InUse(self.source.clone());
-        let file: File = options.open(&self.source).map_err(|e| match e.raw_os_error() {
-            Some(libc::EBUSY) => in_use(),
-            _ => at(&self.source)(e),
-        })?;
+        let file: File = options
+            .open(&self.source)
+            .map_err(|e| match e.raw_os_error() {
+                Some(libc::EBUSY) => in_use(),
+                _ => at(&self.source)(e),
+            })?;
         let lock = match self.read_only {
             true => FlockOperation::NonBlockingLockShared,
             false => FlockOperation::NonBlockingLockExclusive,
@@ -139,10 +158,9 @@ pub fn of_mount(mount: &Mount, kind: &str) -> Result<Option<DiskMount>, Error> {
         return Ok(None);
     }
     let given = mount.options().iter().flatten();
-    let (mut options, data): (Vec<String>, Vec<String>) =
-        given.cloned().partition(|option| {
-            mount_options::KNOWN.binary_search(&option.as_str()).is_ok()
-        });
+    let (mut options, data): (Vec<String>, Vec<String>) = given
+        .cloned()
+        .partition(|option| mount_options::KNOWN.binary_search(&option.as_str()).is_ok());
     // The last of both counts.
     let read_only = options.iter().rev().find(|o| *o == "ro" || *o == "rw");
     let read_only = read_only.is_some_and(|option| option == "ro");
@@ -191,7 +209,10 @@ mod tests {
         let held = found.disk.open().unwrap();
         for options in [&[][..], &["ro"]] {
             let other = of_mount(&mount(&image, options), "ext4").unwrap().unwrap();
-            assert!(matches!(other.disk.open(), Err(Error::InUse(_))), "{options:?}");
+            assert!(
+                matches!(other.disk.open(), Err(Error::InUse(_))),
+                "{options:?}"
+            );
         }
         drop(held);
         let reader = || of_mount(&mount(&image, &["ro"]), "ext4").unwrap().unwrap();
@@ -203,7 +224,11 @@ mod tests {
     fn what_is_no_disk_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         assert!(of_mount(&mount(dir.path(), &[]), "ext4").unwrap().is_none());
-        assert!(of_mount(&mount(Path::new("none"), &[]), "x").unwrap().is_none());
+        assert!(
+            of_mount(&mount(Path::new("none"), &[]), "x")
+                .unwrap()
+                .is_none()
+        );
         let missing = of_mount(&mount(&dir.path().join("missing"), &[]), "ext4");
         assert!(missing.is_err());
     }

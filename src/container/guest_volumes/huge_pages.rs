@@ -49,7 +49,10 @@ pub fn of_bind(source: &Path, key: &str, spec: &Spec) -> Result<Option<HugePages
     }
     let page_size = u64::try_from(found.f_bsize).unwrap_or(DEFAULT_PAGE_SIZE);
     // Without a limit of its own it has all ones, or nothing.
-    let own = found.f_blocks.checked_mul(page_size).filter(|bytes| *bytes > 0);
+    let own = found
+        .f_blocks
+        .checked_mul(page_size)
+        .filter(|bytes| *bytes > 0);
     let own = own.filter(|bytes| i64::try_from(*bytes).is_ok());
     let pages = with_size(key, page_size, limit(spec, page_size).or(own), source)?;
     Ok(Some(pages))
@@ -68,7 +71,9 @@ pub fn of_mount(mount: &Mount, key: &str, spec: &Spec) -> Result<(HugePages, Vec
         let bytes = |text: &str| {
             parse_size(text).ok_or_else(|| {
                 let at = at.display();
-                Error::Unsupported(format!("the mount on {at} has {option:?}, which is no size"))
+                Error::Unsupported(format!(
+                    "the mount on {at} has {option:?}, which is no size"
+                ))
             })
         };
         match option.split_once('=') {
@@ -137,7 +142,8 @@ mod tests {
     use serde_json::json;
 
     fn of(options: &[&str], limits: serde_json::Value) -> Result<(HugePages, Vec<String>), Error> {
-        let spec = json!({"ociVersion": "1.0.2", "linux": {"resources": {"hugepageLimits": limits}}});
+        let spec =
+            json!({"ociVersion": "1.0.2", "linux": {"resources": {"hugepageLimits": limits}}});
         let mount = json!({"destination": "/x", "type": "hugetlbfs", "options": options});
         let (spec, mount) = (spec.to_string(), mount.to_string());
         of_mount(
@@ -149,13 +155,23 @@ mod tests {
 
     #[test]
     fn sizes_come_from_the_mount_or_the_limit() {
-        let limits = json!([{"pageSize": "1GB", "limit": 1}, {"pageSize": "2MB", "limit": 8 << 20}]);
+        let limits =
+            json!([{"pageSize": "1GB", "limit": 1}, {"pageSize": "2MB", "limit": 8 << 20}]);
         let (pages, options) = of(&["nosuid", "size=4M"], limits.clone()).unwrap();
         assert_eq!((pages.page_size, pages.size), (2 << 20, 4 << 20));
         assert_eq!(options, ["bind", "nosuid"]);
-        assert_eq!(of(&["pagesize=2M"], limits.clone()).unwrap().0.size, 8 << 20);
+        assert_eq!(
+            of(&["pagesize=2M"], limits.clone()).unwrap().0.size,
+            8 << 20
+        );
         assert_eq!(of(&["pagesize=1G"], limits).unwrap().0.size, 1);
-        for options in [&[][..], &["size=x"], &["size=-1"], &["bogus", "size=4M"], &["size=50%"]] {
+        for options in [
+            &[][..],
+            &["size=x"],
+            &["size=-1"],
+            &["bogus", "size=4M"],
+            &["size=50%"],
+        ] {
             assert!(of(options, json!([])).is_err(), "{options:?}");
         }
     }

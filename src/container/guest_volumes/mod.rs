@@ -13,9 +13,9 @@ use std::os::fd::AsFd;
 use kuasar_runv_protocol::storage::{AddVolumeRequest, AddVolumeResponse, add_volume_request};
 use serde_json::{Value, json};
 
+use super::Error;
 use super::guest_spec::Error as SpecError;
 use super::state::ContainerRecord;
-use super::Error;
 use crate::agent_client::Agent;
 use crate::root::Root;
 use crate::sandbox::Sandbox;
@@ -175,9 +175,7 @@ mod tests {
 
     #[test]
     fn rules_follow_the_devices_they_are_about() {
-        let rule = |typ: &str, major: u32, minor: u32| {
-            json!({"allow": true, "type": typ, "major": major, "minor": minor, "access": "rw"})
-        };
+        let rule = |typ: &str, major: u32, minor: u32| json!({"allow": true, "type": typ, "major": major, "minor": minor, "access": "rw"});
         let mut config = json!({"linux": {"resources": {"devices": [
             {"allow": false, "access": "rwm"},
             rule("b", 8, 1), rule("b", 8, 2), rule("c", 8, 1), rule("b", 254, 0),

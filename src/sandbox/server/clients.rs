@@ -1,7 +1,7 @@
 //! The commands that are connected, and what they ask for.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use super::{Boot, End, Sandboxer};
@@ -19,6 +19,8 @@ pub(super) struct Client {
     pub waits_for_boot: bool,
     /// The disk whose removal it waits for.
     pub waits_for_removal: Option<String>,
+    /// The container whose network it waits for.
+    pub waits_for_network: Option<String>,
     /// The container whose notices it gets.
     pub listens_to: Option<String>,
 }
@@ -41,6 +43,7 @@ impl Sandboxer {
                 is_creator: false,
                 waits_for_boot: false,
                 waits_for_removal: None,
+                waits_for_network: None,
                 listens_to: None,
             }),
             Err(e) => log::warn!("accepting a command: {e}"),
@@ -115,6 +118,16 @@ impl Sandboxer {
                     Ok(None)
                 }
             },
+            Request::Network { container } => {
+                let namespace = message.fds.first().ok_or_else(|| {
+                    io::Error::new(io::ErrorKind::InvalidInput, "no network namespace")
+                })?;
+                self.connect_network(index, container, namespace.as_fd())
+            }
+            Request::NoNetwork { container } => {
+                self.network.disconnect(&container);
+                Ok(Some(Reply::default()))
+            }
             Request::Commit => {
                 self.clients[index].is_creator = false;
                 Ok(Some(Reply::default()))

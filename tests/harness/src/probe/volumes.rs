@@ -151,7 +151,13 @@ fn access_control_list(path: &Path) -> io::Result<String> {
     const NAME: &str = "system.posix_acl_access";
     let mut acl = 2u32.to_le_bytes().to_vec();
     let none = u32::MAX;
-    for (tag, permissions, id) in [(1u16, 6u16, none), (2, 4, 1234), (4, 0, none), (16, 4, none), (32, 0, none)] {
+    for (tag, permissions, id) in [
+        (1u16, 6u16, none),
+        (2, 4, 1234),
+        (4, 0, none),
+        (16, 4, none),
+        (32, 0, none),
+    ] {
         acl.extend(tag.to_le_bytes());
         acl.extend(permissions.to_le_bytes());
         acl.extend(id.to_le_bytes());
@@ -160,7 +166,10 @@ fn access_control_list(path: &Path) -> io::Result<String> {
     set_xattr(path, NAME, &acl)?;
     let read = get_xattr(path, NAME)?;
     let mode = fs::metadata(path)?.mode() & 0o777;
-    Ok(format!("{} {mode:o}", read.contains(&String::from_utf8_lossy(&acl)[..4])))
+    Ok(format!(
+        "{} {mode:o}",
+        read.contains(&String::from_utf8_lossy(&acl)[..4])
+    ))
 }
 
 /// The way editors and package managers replace a file: readers see the old or the
