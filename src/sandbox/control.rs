@@ -64,7 +64,8 @@ pub enum Request {
         name: String,
         writes: bool,
     },
-    /// Let the container use the disk `key`, whose file comes with this message.
+    /// Let the container use the disk `key`. Its file comes with this message, or it
+    /// is attached; the answer has no name when neither is so.
     UseDisk {
         container: String,
         key: String,

@@ -29,8 +29,8 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
-    /// Lets a container use a disk that is attached to the machine, or is from now on;
-    /// returns its name there. `file` is the disk.
+    /// Lets a container use a disk; returns its name in the guest. It is attached now
+    /// if `file`, the disk, is given; `None` when it is neither given nor attached.
     ///
     /// # Errors
     /// See [`Error`]; [`Error::Refused`] when it is used in another way.
@@ -39,14 +39,14 @@ impl Sandbox {
         container: &str,
         key: &str,
         mode: &DiskMode,
-        file: BorrowedFd<'_>,
-    ) -> Result<String, Error> {
+        file: Option<BorrowedFd<'_>>,
+    ) -> Result<Option<String>, Error> {
         let request = Request::UseDisk {
             container: container.to_owned(),
             key: key.to_owned(),
             mode: mode.clone(),
         };
-        self.volume(&request, &[file])
+        self.volume(&request, file.as_slice())
     }
 
     /// Lets a container use a volume that the guest makes by itself; returns its name
@@ -59,17 +59,15 @@ impl Sandbox {
             container: container.to_owned(),
             key: key.to_owned(),
         };
-        self.volume(&request, &[])
+        self.volume(&request, &[])?
+            .ok_or_else(|| Error::Refused("the sandboxer's answer has no volume".into()))
     }
 
-    fn volume(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<String, Error> {
-        let reply = self
-            .connection
+    fn volume(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Option<String>, Error> {
+        self.connection
             .call(request, fds, REQUEST_DEADLINE)
-            .map_err(|e| self.control_error(e))?;
-        reply
-            .volume
-            .ok_or_else(|| Error::Refused("the sandboxer's answer has no volume".into()))
+            .map(|reply| reply.volume)
+            .map_err(|e| self.control_error(e))
     }
 
     /// Takes away what is shared for a container alone; returns what the guest is to

@@ -50,16 +50,7 @@ impl GuestVolume {
     fn make(&self, sandbox: &Sandbox, agent: &Agent, id: &str) -> Result<AddVolumeResponse, Error> {
         let (name, kind) = match &self.kind {
             Kind::Disk(disk) => {
-                let file = disk.open()?;
-                let mode = DiskMode {
-                    file_system: disk.file_system.as_ref().map(|fs| fs.kind.clone()),
-                    read_only: disk.read_only,
-                    is_device: disk.number.is_some(),
-                };
-                let key = disk.key();
-                let name = sandbox
-                    .use_disk(id, &key, &mode, file.as_fd())
-                    .map_err(|e| about(disk, e))?;
+                let name = attach(disk, sandbox, id)?;
                 (name, add_volume_request::Kind::Disk(disk.request()))
             }
             Kind::HugePages(pages) => {
@@ -77,6 +68,27 @@ impl GuestVolume {
             Kind::HugePages(_) => Error::Agent(e),
         })
     }
+}
+
+/// Has the sandboxer attach a disk, unless it has; returns its name in the guest.
+fn attach(disk: &Disk, sandbox: &Sandbox, id: &str) -> Result<String, Error> {
+    let mode = DiskMode {
+        file_system: disk.file_system.as_ref().map(|fs| fs.kind.clone()),
+        read_only: disk.read_only,
+        is_device: disk.number.is_some(),
+    };
+    let use_it = |file| {
+        sandbox
+            .use_disk(id, &disk.key(), &mode, file)
+            .map_err(|e| about(disk, e))
+    };
+    if let Some(name) = use_it(None)? {
+        return Ok(name);
+    }
+    // It is nobody's: opening it anew would fail if it were this pod's.
+    let file = disk.open()?;
+    let nameless = || crate::sandbox::Error::Refused("the sandboxer did not attach it".into());
+    use_it(Some(file.as_fd()))?.ok_or_else(|| about(disk, nameless()))
 }
 
 fn about(disk: &Disk, error: crate::sandbox::Error) -> Error {

@@ -102,7 +102,7 @@ impl Sandboxer {
                 key,
                 mode,
             } => {
-                let file = taken(message)?;
+                let file = message.fds.pop();
                 self.use_disk(&container, &key, mode, file).map(Some)
             }
             Request::UseVolume { container, key } => self.use_volume(&container, &key).map(Some),

@@ -16,12 +16,16 @@ impl Sandboxer {
         container: &str,
         key: &str,
         mode: DiskMode,
-        file: OwnedFd,
+        file: Option<OwnedFd>,
     ) -> io::Result<Reply> {
         let (read_only, is_device) = (mode.read_only, mode.is_device);
         let name = match self.volumes.add(key, Some(mode), container)? {
             Found::Known(name) => name,
             Found::New(name) => {
+                let Some(file) = file else {
+                    self.volumes.forget(&name);
+                    return Ok(Reply::default());
+                };
                 let disk = Device::Block(BlockDevice {
                     file,
                     is_device,
