@@ -17,6 +17,7 @@
 
 pub mod event;
 pub mod hook;
+pub mod namespace;
 pub mod rtnetlink;
 pub mod stream;
 pub mod words;
@@ -34,7 +35,7 @@ mod generated {
 pub use generated::{agent, agent_ttrpc, network, network_ttrpc, storage, storage_ttrpc};
 
 /// Bumped with every incompatible change of anything in this crate.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The guest's context id. Each VM has a vsock device of its own, so all can
 /// use the same.
@@ -65,6 +66,8 @@ pub const VOLUMES_DIR: &str = "@volumes";
 
 /// Where the agent makes the pod's volumes that live in the guest.
 pub const GUEST_VOLUMES_DIR: &str = "/run/kuasar/volumes";
+/// Where the agent mounts the memory that containers share.
+pub const GUEST_SHM_DIR: &str = "/run/kuasar/shm";
 
 /// Kernel command line parameters the agent reads.
 pub mod cmdline {

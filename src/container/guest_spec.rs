@@ -6,8 +6,9 @@
 
 use std::path::{Path, PathBuf};
 
+use kuasar_runv_protocol::agent::SharedMemory;
 use kuasar_runv_protocol::words::words;
-use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR, VOLUMES_DIR};
+use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR, GUEST_SHM_DIR, VOLUMES_DIR};
 use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use serde_json::{Value, json};
 
@@ -15,7 +16,7 @@ use super::bundle::Bundle;
 use super::guest_volumes::{self as volume, GuestVolume, Place, disk, huge_pages};
 use super::mount_options::{self, Depth};
 use super::network::Sysctl;
-use super::{devices, labels, validate, volume_name};
+use super::{devices, labels, shared_memory, validate, volume_name};
 
 /// Name of the rootfs below the container's part of the shared directory.
 pub const ROOTFS: &str = "rootfs";
@@ -58,6 +59,8 @@ pub struct Bind {
     pub private: bool,
     /// With the mounts below the source.
     pub recursive: bool,
+    /// It is part of the shared directory. If not, the guest has memory there.
+    pub is_shared: bool,
     /// The guest's options.
     options: Vec<String>,
 }
@@ -67,10 +70,10 @@ pub struct Bind {
 pub struct GuestSpec {
     pub json: Value,
     pub binds: Vec<Bind>,
-    /// What is not in the shared directory.
+    /// Disks, and what else the guest has beside the shared directory.
     pub volumes: Vec<GuestVolume>,
-    /// Path of the network namespace it is to be in; `None` for a new one.
-    pub network: Option<PathBuf>,
+    /// What containers of the pod share, see [`shared_memory`].
+    pub shared_memory: Vec<SharedMemory>,
     /// Settings of its network namespace.
     pub sysctls: Vec<Sysctl>,
 }
@@ -88,14 +91,23 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     json["root"]["path"] = json!(share.join(ROOTFS));
     let mut binds = Vec::new();
     let mut guest_volumes = devices::translate(&bundle.spec, &mut json)?;
+    let mut memory = Vec::new();
     for (index, mount) in bundle.spec.mounts().iter().flatten().enumerate() {
         let destination = destination(mount);
         let guest = &mut json["mounts"][index];
         guest["destination"] = json!(destination);
         match translate_mount(bundle, mount, destination, &format!("{id} {index}"))? {
             Translated::Guests => {}
-            Translated::Shared(bind) => {
-                guest["source"] = json!(volumes.join(&bind.volume));
+            Translated::Shared(mut bind) => {
+                guest["source"] = match shared_memory::instead_of(&bind) {
+                    None => json!(volumes.join(&bind.volume)),
+                    Some(instead) => {
+                        bind.is_shared = false;
+                        let source = Path::new(GUEST_SHM_DIR).join(&instead.name);
+                        memory.push(instead);
+                        json!(source)
+                    }
+                };
                 guest["type"] = json!("bind");
                 guest["options"] = json!(bind.options);
                 binds.push(bind);
@@ -115,8 +127,8 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     }
     labels::strip(&mut json["process"]);
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
+    forget_namespace_paths(&mut json);
     keep_guest_hooks(&mut json, bundle);
-    let network = take_network_path(&mut json);
     let sysctls = bundle
         .spec
         .linux()
@@ -130,7 +142,7 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
         json,
         binds,
         volumes: guest_volumes,
-        network,
+        shared_memory: memory,
         sysctls,
     })
 }
@@ -155,13 +167,15 @@ fn keep_guest_hooks(json: &mut Value, bundle: &Bundle) {
     }
 }
 
-/// The host's network namespace, which in the guest is a new one.
-fn take_network_path(json: &mut Value) -> Option<PathBuf> {
-    let namespaces = json["linux"]["namespaces"].as_array_mut()?;
-    let network = namespaces.iter_mut().find(|n| n["type"] == "network")?;
-    let path = network.as_object_mut()?.remove("path")?;
-    let path = path.as_str().filter(|path| !path.is_empty())?;
-    Some(PathBuf::from(path))
+/// Paths of the host; what they mean is found out elsewhere
+/// ([`membership`](super::membership)).
+fn forget_namespace_paths(json: &mut Value) {
+    let namespaces = json["linux"]["namespaces"].as_array_mut();
+    for namespace in namespaces.into_iter().flatten() {
+        if let Some(namespace) = namespace.as_object_mut() {
+            namespace.remove("path");
+        }
+    }
 }
 
 /// Where a mount goes; relative paths start at the root (config.md, mounts).
@@ -185,21 +199,6 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
             .flatten()
             .find(move |n| n.typ() == kind)
     };
-    for namespace in namespaces.into_iter().flatten() {
-        // An empty path is a new namespace, as with runc.
-        // Its interfaces become the VM's.
-        if namespace.typ() == LinuxNamespaceType::Network {
-            continue;
-        }
-        let path = namespace.path().as_ref();
-        if let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) {
-            return Err(Error::Unsupported(format!(
-                "joining the {} namespace {} is not supported: a container in a virtual machine has namespaces of its own",
-                json!(namespace.typ()).as_str().unwrap_or_default(),
-                path.display()
-            )));
-        }
-    }
     if find(LinuxNamespaceType::Mount).is_none() {
         return Err(Error::Unsupported(
             "a container needs a mount namespace: add {\"type\": \"mount\"} to linux.namespaces"
@@ -292,6 +291,7 @@ fn translate_mount(
         read_only: parsed.read_only,
         private: parsed.private,
         recursive: parsed.recursive,
+        is_shared: true,
         options: parsed.guest,
     }))
 }
@@ -375,6 +375,15 @@ mod tests {
     }
 
     #[test]
+    fn paths_of_namespaces_stay_on_the_host() {
+        let guest = bundle(|c| c["linux"]["namespaces"][1]["path"] = json!("/x")).unwrap();
+        assert_eq!(
+            guest.json["linux"]["namespaces"],
+            json!([{"type": "mount"}, {"type": "network"}])
+        );
+    }
+
+    #[test]
     fn a_relative_destination_starts_at_the_root() {
         let guest = bundle(|c| c["mounts"][1]["destination"] = json!("etc/hosts")).unwrap();
         assert_eq!(guest.json["mounts"][1]["destination"], "/etc/hosts");
@@ -384,12 +393,9 @@ mod tests {
     #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
         type Case = (&'static str, fn(&mut Value));
-        let cases: [Case; 5] = [
+        let cases: [Case; 4] = [
             ("network", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "mount"}]);
-            }),
-            ("joining the ipc namespace /x", |c| {
-                c["linux"]["namespaces"][0] = json!({"type": "ipc", "path": "/x"});
             }),
             ("mount namespace", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "network"}]);

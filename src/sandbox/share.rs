@@ -137,21 +137,31 @@ impl Share {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             openat(&dir, name, flags | OFlags::NOFOLLOW, FILE_MODE)?;
         }
-        let point = mounts::open_entry(dir.as_fd(), name)?;
-        mounts::attach(tree, point.as_fd(), Path::new(""))
+        let attached = mounts::open_entry(dir.as_fd(), name)
+            .and_then(|point| mounts::attach(tree, point.as_fd(), Path::new("")));
+        if attached.is_err() {
+            // The name is to be free for the next time; the error is what matters.
+            let _ = unlinkat(&dir, name, removal_of(tree)?);
+        }
+        attached
     }
 
     fn detach_at(&self, dir: &str, name: &str, mount: OwnedFd) -> io::Result<()> {
-        let remove = match mounts::is_dir(mount.as_fd())? {
-            true => AtFlags::REMOVEDIR,
-            false => AtFlags::empty(),
-        };
+        let remove = removal_of(mount.as_fd())?;
         mounts::detach(mount.as_fd())?;
         drop(mount);
         let root = crate::sys::unix_socket::open_dir(&self.dir)?;
         let dir = mounts::open_entry(root.as_fd(), dir)?;
         Ok(unlinkat(&dir, name, remove)?)
     }
+}
+
+/// How the mount point of a tree is removed.
+fn removal_of(tree: BorrowedFd<'_>) -> io::Result<AtFlags> {
+    Ok(match mounts::is_dir(tree)? {
+        true => AtFlags::REMOVEDIR,
+        false => AtFlags::empty(),
+    })
 }
 
 /// Enters a mount namespace in which the host's file systems are read-only, except

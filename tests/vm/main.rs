@@ -15,6 +15,8 @@ mod faults_in_between;
 mod flavours;
 mod guest;
 mod limits;
+mod pods;
+mod pods_end;
 mod sizes;
 mod terminal;
 mod unsupported;

@@ -8,18 +8,20 @@
 pub mod disk;
 pub mod huge_pages;
 
+use std::fs;
+use std::io;
 use std::os::fd::AsFd;
 
 use kuasar_runv_protocol::storage::{AddVolumeRequest, AddVolumeResponse, add_volume_request};
 use serde_json::{Value, json};
 
-use super::Error;
 use super::guest_spec::Error as SpecError;
 use super::state::ContainerRecord;
+use super::{Error, context, pod};
 use crate::agent_client::Agent;
 use crate::root::Root;
 use crate::sandbox::Sandbox;
-use crate::sandbox::control::DiskMode;
+use crate::sandbox::control::{DiskMode, Unused};
 use disk::Disk;
 use huge_pages::HugePages;
 
@@ -101,17 +103,17 @@ fn about(disk: &Disk, error: crate::sandbox::Error) -> Error {
 /// Makes the volumes of a container and completes its config.json.
 ///
 /// # Errors
-/// See [`Error`]. What has been made until then goes with [`release`].
+/// See [`Error`]. What has been made until then is the container's, and goes with it.
 pub fn make(
     sandbox: &Sandbox,
-    agent: &Agent,
     id: &str,
     volumes: &[GuestVolume],
     config: &mut Value,
 ) -> Result<(), Error> {
+    let agent = sandbox.agent()?;
     let mut numbers = Vec::new();
     for volume in volumes {
-        let made = volume.make(sandbox, agent, id)?;
+        let made = volume.make(sandbox, &agent, id)?;
         match volume.place {
             Place::Mount(index) => config["mounts"][index]["source"] = json!(made.path),
             Place::Device(index) => {
@@ -150,25 +152,63 @@ fn translate_rules(config: &mut Value, numbers: &[((u32, u32), (u32, u32))]) {
     }
 }
 
-/// Ends a container's use of everything that the pod shares. Its processes have
-/// ended. What fails is logged and stays until the virtual machine ends.
-pub fn release(root: &Root, record: &ContainerRecord) {
-    if let Err(e) = try_release(root, record) {
-        log::warn!("volumes of {}: {e}", record.id);
+/// Takes apart what nobody uses any more; its containers are gone from the guest.
+///
+/// # Errors
+/// See [`Error`]. What is left is taken apart the next time, or ends with the
+/// machine.
+pub fn take_apart(sandbox: &Sandbox, unused: &Unused) -> Result<(), Error> {
+    if unused.paths.is_empty() && unused.volumes.is_empty() {
+        return Ok(());
+    }
+    let agent = sandbox.agent()?;
+    agent.forget(&unused.paths).map_err(Error::Agent)?;
+    for name in &unused.volumes {
+        // A disk that the guest does not let go of must not be taken away from it.
+        agent.remove_volume(name).map_err(Error::Agent)?;
+        sandbox.remove_volume(name)?;
+    }
+    Ok(())
+}
+
+/// Name of the file in a sandbox's directory that is there if there may be volumes to
+/// be written back.
+const MARK: &str = "guest-volumes";
+
+/// Notes that the pod has volumes in the guest, before there are any.
+///
+/// # Errors
+/// As open(2).
+pub fn note(root: &Root, sandbox_id: &str) -> io::Result<()> {
+    fs::write(root.sandbox(sandbox_id).join(MARK), "")
+}
+
+/// Has the guest write back what it has of the pod's disks, because its machine is
+/// about to end. The containers in it end first. What fails is logged: the machine
+/// may have ended by itself.
+pub fn write_back(root: &Root, sandbox_id: &str) {
+    if !root.sandbox(sandbox_id).join(MARK).exists() {
+        return;
+    }
+    let written = Sandbox::open(root, sandbox_id)
+        .map_err(Error::Sandbox)
+        .and_then(|sandbox| write_back_all(root, &sandbox, sandbox_id));
+    if let Err(e) = written {
+        log::warn!("writing the disks of {sandbox_id} back: {e}");
     }
 }
 
-fn try_release(root: &Root, record: &ContainerRecord) -> Result<(), Error> {
-    let sandbox = Sandbox::open(root, &record.sandbox_id)?;
-    let unused = sandbox.unshare(&record.id)?;
-    let agent = sandbox.agent()?;
-    if !unused.paths.is_empty() {
-        agent.forget(&unused.paths).map_err(Error::Agent)?;
-    }
-    for name in unused.volumes {
-        // A disk that the guest does not let go of must not be taken away from it.
-        agent.remove_volume(&name).map_err(Error::Agent)?;
-        sandbox.remove_volume(&name)?;
+fn write_back_all(root: &Root, sandbox: &Sandbox, sandbox_id: &str) -> Result<(), Error> {
+    let containers = fs::read_dir(root.containers()).map_err(context("reading the containers"))?;
+    for entry in containers.flatten() {
+        let id = entry.file_name();
+        let Some(id) = id.to_str() else { continue };
+        let record = ContainerRecord::read(root, id);
+        if record.is_ok_and(|record| record.sandbox_id == sandbox_id) {
+            let unused = sandbox.unshare(id)?;
+            pod::remove_from_guest(sandbox, id)?;
+            take_apart(sandbox, &unused)?;
+        }
     }
     Ok(())
 }

@@ -8,8 +8,9 @@ use super::{Boot, End, Sandboxer};
 use crate::sandbox::control::{self, Reply, Request};
 use crate::sys::seqpacket::{Channel, Message};
 
-/// Commands connected at the same time; each is short.
-const MAX_CLIENTS: usize = 64;
+/// Commands connected at the same time: those that create containers for as long
+/// as that takes.
+const MAX_CLIENTS: usize = 256;
 
 /// A command.
 pub(super) struct Client {
