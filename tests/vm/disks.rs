@@ -3,15 +3,20 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use kuasar_runv_test_harness::{Bundle, SHORT, Value, World, json, reaper};
+
+use crate::pods;
 
 /// Runs a program of the host to its end and returns what it printed.
 #[track_caller]
 fn host(program: &str, args: &[&str]) -> String {
     let mut command = Command::new(program);
-    command.args(args).stdout(std::process::Stdio::piped());
+    command
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
     let mut child = reaper::spawn(&mut command).unwrap_or_else(|e| panic!("{program}: {e}"));
     let mut out = String::new();
     let stdout = child.stdout.as_mut().unwrap();
@@ -152,7 +157,8 @@ impl Drop for Loop {
 
 fn with_device(bundle: Bundle, device: &Loop, access: &str) -> Bundle {
     let (major, minor) = device.number();
-    bundle.with(|c| {
+    // Its owner is not the container's user.
+    bundle.capabilities(&["CAP_DAC_OVERRIDE"]).with(|c| {
         c["linux"]["devices"] = json!([{ "path": "/dev/disk", "type": "b", "major": major,
             "minor": minor, "fileMode": 0o640, "uid": 7, "gid": 8 }]);
         let rules = c["linux"]["resources"]["devices"].as_array_mut().unwrap();
@@ -191,4 +197,30 @@ fn a_block_device_is_a_disk_of_the_machine() {
     let bundle = with_device(world.bundle().sh(script), &device, "r");
     let out = world.run(&bundle, "r").ok();
     assert_eq!(out.stdout(), "write=1\nfrom");
+}
+
+/// A member of a pod uses a disk while the machine runs, and leaves it behind written.
+#[test]
+fn a_disk_comes_and_goes_with_a_member_of_a_pod() {
+    let world = World::new();
+    let image = image(&world, "image");
+    let first = pods::sandbox(&world, "s");
+    for round in ["one", "two"] {
+        let script = format!("ls /vol | grep -v lost; echo {round} >/vol/{round}; sleep 1000");
+        let bundle = pods::member(&world, &first.id, &script);
+        let bundle = bundle.mount(mount("ext4", &image, &[]));
+        let member = world.start(&bundle, round);
+        member.wait_for_output("from-host\n");
+        // Another one of the pod may use it at the same time.
+        let script = format!("while [ ! -s /vol/{round} ]; do sleep 0.05; done; cat /vol/{round}");
+        let bundle = pods::member(&world, &first.id, &script);
+        let bundle = bundle.mount(mount("ext4", &image, &["ro"]));
+        let out = world.run(&bundle, &format!("{round}-reader")).ok();
+        assert_eq!(out.stdout(), format!("{round}\n"));
+        let _ = member.delete_force().ok();
+        let cat = format!("cat {round}");
+        let on_host = ["-R", cat.as_str(), image.to_str().unwrap()];
+        assert_eq!(host("debugfs", &on_host), round);
+    }
+    let _ = first.delete_force().ok();
 }

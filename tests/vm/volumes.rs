@@ -2,8 +2,9 @@
 
 use std::fs;
 
-use kuasar_runv_test_harness::{World, json};
+use kuasar_runv_test_harness::{SHORT, World, json, wait_until};
 
+use crate::pods;
 use crate::victims::{self, Victim};
 
 /// Options of the mounts of the pod's volumes, as the sandboxer has them.
@@ -101,4 +102,41 @@ fn devices_that_only_the_host_has_are_refused_by_name() {
     });
     let _ = world.try_create(&bundle, "kvm").fails_with(1, "/dev/kvm");
     world.assert_clean();
+}
+
+/// What two containers of a pod map is the same memory, and what a volume may be
+/// written by follows who uses it.
+#[test]
+fn a_volume_of_a_pod_is_one_for_all_its_containers() {
+    let world = World::new();
+    let volume = world.path("volume");
+    fs::create_dir(&volume).unwrap();
+    let bind = |destination: &str, option: &str| json!({ "destination": destination, "type": "bind", "source": volume, "options": ["rbind", option] });
+    let reader = "while [ ! -e /ro/word ]; do sleep 0.1; done; echo seen; sleep 1000";
+    let first = world.bundle().sh(reader).mount(bind("/ro", "ro"));
+    let first = world.start(&first, "s");
+    assert_eq!(volumes_on_the_host(&world), ["ro"]);
+
+    let writers = ["a", "b"].map(|name| {
+        let place = format!("/{name}");
+        let bundle = pods::member(&world, &first.id, "").mount(bind(&place, "rw"));
+        world.start(&bundle.probe(&format!("shared-word {place}/word")), name)
+    });
+    first.wait_for_output("seen");
+    assert_eq!(volumes_on_the_host(&world), ["rw"], "attached once");
+    for writer in &writers {
+        assert_eq!(writer.exit_code(), 0);
+        let said = writer.stdout();
+        assert!(said.contains("both=true"), "{said}");
+        let _ = writer.delete().ok();
+    }
+    wait_until("nobody to write", SHORT, || {
+        volumes_on_the_host(&world) == ["ro"]
+    });
+    // And gone with the last of a pod that uses it.
+    let other = world.path("other");
+    fs::create_dir(&other).unwrap();
+    let bundle = pods::member(&world, &first.id, "ls /other").bind(&other, "/other");
+    let _ = world.run(&bundle, "m").ok();
+    assert_eq!(volumes_on_the_host(&world).len(), 1);
 }

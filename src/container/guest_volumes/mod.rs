@@ -134,17 +134,20 @@ pub fn make(
     Ok(())
 }
 
+/// Of a device: major and minor.
+type Number = (u32, u32);
+
 /// Rules about devices of the host become rules about those of the guest.
-fn translate_rules(config: &mut Value, numbers: &[((u32, u32), (u32, u32))]) {
+fn translate_rules(config: &mut Value, numbers: &[(Number, Number)]) {
     let rules = config["linux"]["resources"]["devices"].as_array_mut();
     for rule in rules.into_iter().flatten() {
         let number = |key: &str| rule[key].as_u64().and_then(|n| u32::try_from(n).ok());
         let (Some(major), Some(minor)) = (number("major"), number("minor")) else {
             continue;
         };
-        let of = |(host, _): &&((u32, u32), (u32, u32))| *host == (major, minor);
+        let known = numbers.iter().find(|(host, _)| *host == (major, minor));
         if rule["type"] == "b"
-            && let Some((_, (major, minor))) = numbers.iter().find(of)
+            && let Some((_, (major, minor))) = known
         {
             rule["major"] = json!(major);
             rule["minor"] = json!(minor);
