@@ -9,7 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Mapping, check, fact, get_xattr, open_new, set_xattr};
+use super::{Mapping, check, fact, open_new};
 
 const PAGE: usize = 4096;
 
@@ -82,7 +82,6 @@ pub fn particular(dir: &Path) {
     fact("punched", punched(&dir.join("punched")));
     fact("direct", direct(&dir.join("direct")));
     fact("copied", copied(dir));
-    fact("acl", access_control_list(&dir.join("acl")));
     fact("replaced", replaced(dir));
     fact("space", space(dir));
     fact("notified", notified(dir));
@@ -144,32 +143,6 @@ fn copied(dir: &Path) -> io::Result<bool> {
         }
     }
     Ok(fs::read(&to)? == expected)
-}
-
-/// Sets `u::rw-,u:1234:r--,g::---,m::r--,o::---` and reads the size of it.
-fn access_control_list(path: &Path) -> io::Result<String> {
-    const NAME: &str = "system.posix_acl_access";
-    let mut acl = 2u32.to_le_bytes().to_vec();
-    let none = u32::MAX;
-    for (tag, permissions, id) in [
-        (1u16, 6u16, none),
-        (2, 4, 1234),
-        (4, 0, none),
-        (16, 4, none),
-        (32, 0, none),
-    ] {
-        acl.extend(tag.to_le_bytes());
-        acl.extend(permissions.to_le_bytes());
-        acl.extend(id.to_le_bytes());
-    }
-    fs::write(path, "")?;
-    set_xattr(path, NAME, &acl)?;
-    let read = get_xattr(path, NAME)?;
-    let mode = fs::metadata(path)?.mode() & 0o777;
-    Ok(format!(
-        "{} {mode:o}",
-        read.contains(&String::from_utf8_lossy(&acl)[..4])
-    ))
 }
 
 /// The way editors and package managers replace a file: readers see the old or the
