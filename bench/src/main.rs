@@ -8,6 +8,7 @@
 //!  scale       one pod with many containers: time and memory of each; many pods at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
+//!  files       files of the rootfs | the same served by virtiofsd, same QEMU and kernel
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
@@ -25,6 +26,7 @@
 
 mod commands;
 mod exec;
+mod files;
 mod floor;
 mod keys;
 mod machine;
@@ -80,12 +82,16 @@ enum Part {
     Scale,
     Memory,
     Throughput,
+    Files,
     Keys,
 }
 
 fn main() {
     if source::is_wanted() {
         return source::main();
+    }
+    if let Some(dir) = files::workload::directory() {
+        files::workload::main(&dir);
     }
     let options = Options::parse();
     let wanted = |part| options.parts.is_empty() || options.parts.contains(&part);
@@ -113,6 +119,9 @@ fn main() {
     }
     if wanted(Part::Throughput) {
         report.add(throughput::measure(options.rounds));
+    }
+    if wanted(Part::Files) {
+        report.add(files::measure(options.rounds));
     }
     if wanted(Part::Keys) {
         report.add(keys::measure(options.keys));

@@ -10,7 +10,7 @@ use std::io;
 use std::time::Duration;
 
 use super::state::ContainerRecord;
-use super::{Error, context, membership};
+use super::{Error, context, guest_volumes, membership};
 use crate::root::Root;
 use crate::sandbox::record::SandboxRecord;
 use crate::sandbox::{self, Sandbox};
@@ -114,7 +114,9 @@ fn remove(
     }
     let disconnected = sandbox.disconnect_network(id);
     remove_from_guest(&sandbox, id)?;
-    Ok(unshared.and(disconnected)?)
+    let unused = unshared?;
+    guest_volumes::take_apart(&sandbox, &unused)?;
+    Ok(disconnected?)
 }
 
 /// Removes what the guest has of a container, if anything.

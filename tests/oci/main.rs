@@ -43,6 +43,7 @@ mod terminal;
 mod tty;
 mod update;
 mod userns;
+mod volumes;
 
 mod probe {
     #[test]

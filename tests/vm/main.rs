@@ -8,6 +8,7 @@ mod comforts;
 mod concurrency;
 mod config_file;
 mod confinement;
+mod disks;
 mod exec;
 mod faults;
 mod faults_in_between;
@@ -20,6 +21,7 @@ mod sizes;
 mod terminal;
 mod unsupported;
 mod victims;
+mod volumes;
 
 mod probe {
     #[test]
