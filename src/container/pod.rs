@@ -107,11 +107,11 @@ fn remove(
         sandbox.limit_patience(patience);
     }
     // First, so that the guest forgets the files when it looks for them.
-    let unshared = sandbox.unshare(id);
-    if matches!(unshared, Err(sandbox::Error::Timeout(_))) {
+    let unshared = match sandbox.unshare(id) {
         // Without its sandboxer the guest cannot be reached either.
-        return Ok(unshared?);
-    }
+        Err(e @ sandbox::Error::Timeout(_)) => return Err(e.into()),
+        unshared => unshared,
+    };
     let disconnected = sandbox.disconnect_network(id);
     remove_from_guest(&sandbox, id)?;
     let unused = unshared?;
