@@ -9,6 +9,7 @@
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
 //!  network     TCP through a container's network | a bare tap of the same VM
+//!  files       files of the rootfs | the same served by virtiofsd, same QEMU and kernel
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
@@ -26,6 +27,7 @@
 
 mod commands;
 mod exec;
+mod files;
 mod floor;
 mod keys;
 mod machine;
@@ -83,6 +85,7 @@ enum Part {
     Memory,
     Throughput,
     Network,
+    Files,
     Keys,
 }
 
@@ -92,6 +95,9 @@ fn main() {
     }
     if network::is_wanted() {
         return network::main();
+    }
+    if let Some(dir) = files::workload::directory() {
+        files::workload::main(&dir);
     }
     let options = Options::parse();
     let wanted = |part| options.parts.is_empty() || options.parts.contains(&part);
@@ -122,6 +128,9 @@ fn main() {
     }
     if wanted(Part::Network) {
         report.add(network::measure(options.rounds));
+    }
+    if wanted(Part::Files) {
+        report.add(files::measure(options.rounds));
     }
     if wanted(Part::Keys) {
         report.add(keys::measure(options.keys));

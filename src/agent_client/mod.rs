@@ -5,6 +5,7 @@
 //! error is cut and cleaned before it is shown.
 
 mod resources;
+mod storage;
 pub mod streams;
 pub mod vsock;
 
@@ -19,6 +20,7 @@ use kuasar_runv_protocol::agent::{
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
 use kuasar_runv_protocol::network::{self, ApplyRequest};
 use kuasar_runv_protocol::network_ttrpc::NetworkClient;
+use kuasar_runv_protocol::storage_ttrpc::StorageClient;
 use ttrpc::Code;
 
 /// Longest error text of the guest that is passed on, in characters.
@@ -59,6 +61,7 @@ impl Error {
 pub struct Agent {
     stub: Stub,
     network: NetworkClient,
+    storage: StorageClient,
     deadline: Duration,
 }
 
@@ -72,7 +75,8 @@ impl Agent {
             ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
             stub: Stub::new(client.clone()),
-            network: NetworkClient::new(client),
+            network: NetworkClient::new(client.clone()),
+            storage: StorageClient::new(client),
             deadline,
         })
     }

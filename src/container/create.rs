@@ -4,6 +4,7 @@
 //! a step that fails removes it all through the same path as `delete --force`.
 //! While the VM boots, everything the host has to do is done.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,7 +27,7 @@ use super::pod::{self, Unreachable};
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs, net_devices, network};
+use super::{Error, cgroup, check_id, context, delete, execs, guest_volumes, net_devices, network};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -228,6 +229,9 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("host-ready");
 
     wait_for_guest(&sandbox, &config, interrupt.as_fd())?;
+    if !guest.volumes.is_empty() {
+        guest_volumes::note(root, &record.sandbox_id).map_err(context("noting volumes"))?;
+    }
     let turn = pod::take_turn(root, &record)?;
     let (agent, streams) = create_in_guest(&sandbox, options, &bundle, &guest, &membership)?;
     drop(turn);
@@ -502,7 +506,8 @@ fn share(
 ) -> Result<(), Error> {
     sandbox.share(&options.id, ROOTFS, clone_rootfs(bundle)?.as_fd())?;
     for bind in guest.binds.iter().filter(|bind| bind.is_shared) {
-        sandbox.share(&options.id, &bind.name, clone_bind(bind)?.as_fd())?;
+        let (tree, writes) = (clone_bind(bind)?, bind.read_only.is_none());
+        sandbox.share_volume(&options.id, &bind.volume, writes, tree.as_fd())?;
     }
     Ok(())
 }
@@ -516,9 +521,13 @@ fn create_in_guest(
     membership: &Membership,
 ) -> Result<(Agent, Vec<OwnedFd>), Error> {
     let wanted = wanted_streams(has_terminal(bundle));
+    let mut config = Cow::Borrowed(&guest.json);
+    if !guest.volumes.is_empty() {
+        guest_volumes::make(sandbox, &options.id, &guest.volumes, config.to_mut())?;
+    }
     let request = CreateContainerRequest {
         container_id: options.id.clone(),
-        spec_json: guest.json.to_string().into_bytes(),
+        spec_json: config.to_string().into_bytes(),
         stdin: wanted.stdin,
         stdout: wanted.stdout,
         stderr: wanted.stderr,

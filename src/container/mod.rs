@@ -9,10 +9,12 @@ pub mod cgroup;
 pub mod console;
 pub mod create;
 pub mod delete;
+mod devices;
 pub mod events;
 pub mod exec;
 pub mod execs;
 pub mod guest_spec;
+pub mod guest_volumes;
 pub mod hooks;
 pub mod kill;
 pub mod labels;
@@ -34,6 +36,7 @@ pub mod stats;
 pub mod terminal;
 pub mod update;
 mod validate;
+mod volume_name;
 
 use std::io;
 use std::path::PathBuf;
@@ -120,6 +123,11 @@ pub enum Error {
     Process(String),
     #[error(transparent)]
     Agent(crate::agent_client::Error),
+    #[error("the volume {}: {source}", path.display())]
+    Volume {
+        path: PathBuf,
+        source: Box<crate::sandbox::Error>,
+    },
     #[error("cgroup {}: {source}", path.display())]
     Cgroup { path: PathBuf, source: io::Error },
     #[error("interrupted")]

@@ -7,10 +7,12 @@
 //! the processes, so that a VM whose sandboxer is gone can still be ended.
 
 pub mod control;
+mod guest_volumes;
 pub mod network;
 pub mod record;
 pub mod server;
 mod share;
+mod volumes;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -287,20 +289,6 @@ impl Sandbox {
         };
         self.connection
             .call(&request, &[tree], REQUEST_DEADLINE)
-            .map(drop)
-            .map_err(|e| self.control_error(e))
-    }
-
-    /// Takes everything of a container out of the pod's shared directory.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn unshare(&self, container: &str) -> Result<(), Error> {
-        let request = Request::Unshare {
-            container: container.to_owned(),
-        };
-        self.connection
-            .call(&request, &[], REQUEST_DEADLINE)
             .map(drop)
             .map_err(|e| self.control_error(e))
     }

@@ -44,6 +44,7 @@ mod terminal;
 mod tty;
 mod update;
 mod userns;
+mod volumes;
 
 mod probe {
     #[test]

@@ -9,6 +9,7 @@ mod comforts;
 mod concurrency;
 mod config_file;
 mod confinement;
+mod disks;
 mod exec;
 mod faults;
 mod faults_in_between;
@@ -22,6 +23,7 @@ mod sizes;
 mod terminal;
 mod unsupported;
 mod victims;
+mod volumes;
 
 mod probe {
     #[test]
