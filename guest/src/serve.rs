@@ -8,6 +8,7 @@ use kuasar_runv_protocol::STREAM_PORT;
 use kuasar_runv_protocol::agent_ttrpc::create_agent;
 use kuasar_runv_protocol::network_ttrpc::create_network;
 use kuasar_runv_protocol::resources_ttrpc::create_resources;
+use kuasar_runv_protocol::storage_ttrpc::create_storage;
 use ttrpc::r#async::Server;
 
 use crate::containers::Containers;
@@ -17,6 +18,7 @@ use crate::machine::Machine;
 use crate::network::NetworkService;
 use crate::reaper::Reaper;
 use crate::service::{AgentService, ResourcesService};
+use crate::storage::StorageService;
 use crate::streams::Streams;
 use crate::sys;
 use crate::transport::Transport;
@@ -87,9 +89,11 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
     let service = create_agent(Arc::new(AgentService::new(containers)));
     let machine = Machine::booted().map_err(ServeError::Runtime)?;
     let resources = create_resources(Arc::new(ResourcesService::new(machine)));
+    let storage = create_storage(Arc::new(StorageService::default()));
     let mut server = server
         .register_service(service)
         .register_service(network)
+        .register_service(storage)
         .register_service(resources);
     server.start().await?;
     std::future::pending().await

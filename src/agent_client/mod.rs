@@ -5,6 +5,7 @@
 //! error is cut and cleaned before it is shown.
 
 mod resources;
+mod storage;
 pub mod streams;
 pub mod vsock;
 
@@ -17,9 +18,10 @@ use kuasar_runv_protocol::agent::{
     ListProcessesResponse, SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
-use kuasar_runv_protocol::network::ApplyRequest;
+use kuasar_runv_protocol::network::{self, ApplyRequest};
 use kuasar_runv_protocol::network_ttrpc::NetworkClient;
 use kuasar_runv_protocol::resources_ttrpc::ResourcesClient as ResourcesStub;
+use kuasar_runv_protocol::storage_ttrpc::StorageClient;
 use ttrpc::Code;
 
 /// Longest error text of the guest that is passed on, in characters.
@@ -61,6 +63,7 @@ pub struct Agent {
     stub: Stub,
     resources: ResourcesStub,
     network: NetworkClient,
+    storage: StorageClient,
     deadline: Duration,
 }
 
@@ -75,7 +78,8 @@ impl Agent {
         Ok(Agent {
             stub: Stub::new(client.clone()),
             network: NetworkClient::new(client.clone()),
-            resources: ResourcesStub::new(client),
+            resources: ResourcesStub::new(client.clone()),
+            storage: StorageClient::new(client),
             deadline,
         })
     }
@@ -167,6 +171,21 @@ impl Agent {
         self.network
             .apply(self.context(), request)
             .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// What the guest says it has counted for the container's interfaces. The size is
+    /// bounded by that of a message, and nothing else.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn network_stats(&self, id: &str) -> Result<network::StatsResponse, Error> {
+        let request = network::StatsRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.network
+            .stats(self.context(), &request)
             .map_err(|e| self.error(e))
     }
 

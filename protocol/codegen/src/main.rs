@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-const FILES: [&str; 3] = ["agent", "network", "resources"];
+const FILES: [&str; 4] = ["agent", "network", "resources", "storage"];
 
 fn main() -> std::io::Result<()> {
     let protocol = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");

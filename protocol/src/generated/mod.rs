@@ -3,3 +3,4 @@
 pub mod agent;
 pub mod network;
 pub mod resources;
+pub mod storage;

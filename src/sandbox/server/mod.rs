@@ -16,6 +16,7 @@ mod network;
 mod privileges;
 mod spawn;
 mod subscribers;
+mod volumes;
 
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -31,6 +32,7 @@ use self::clients::Client;
 use self::clock::ClockWatch;
 use self::network::Network;
 use super::control::{self, Listener, ReadyInfo, Reply, Resized, SandboxerConfig, monotonic_us};
+use super::guest_volumes::GuestVolumes;
 use super::record::SandboxRecord;
 use super::share::Share;
 use super::size::{self, Demands};
@@ -128,6 +130,7 @@ struct Sandboxer {
     size: Resized,
     demands: Demands,
     share: Share,
+    volumes: GuestVolumes,
     listener: Listener,
     /// Takes the agent's one connection, before any container runs.
     event_listener: Option<UnixListener>,
@@ -198,6 +201,7 @@ impl Sandboxer {
             },
             demands,
             share,
+            volumes: GuestVolumes::default(),
             listener,
             event_listener: Some(event_listener),
             agent: None,
@@ -230,6 +234,7 @@ impl Sandboxer {
             channel: creator,
             is_creator: true,
             waits_for_boot: false,
+            waits_for_removal: None,
             waits_for_network: None,
             listens_to: None,
         });

@@ -9,6 +9,7 @@
 //! Nothing waits for QEMU's monitor during boot: requests lie in its socket
 //! before QEMU exists.
 
+mod block;
 mod command_line;
 mod events;
 mod hotplug;
@@ -365,7 +366,7 @@ impl Vm for QemuVm {
             pause: true,
             resize_vcpus: self.vm.most.vcpus > self.vm.size.vcpus,
             resize_memory: self.vm.most.memory_mib > self.vm.size.memory_mib,
-            attach_block: false,
+            attach_block: true,
             attach_net: true,
             emulated: matches!(self.accel, Accel::Tcg { .. }),
         }
