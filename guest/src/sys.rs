@@ -45,7 +45,7 @@ pub fn memory_kib() -> io::Result<u64> {
     let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
     // SAFETY: the struct is valid for the call.
     check(unsafe { libc::sysinfo(&raw mut info) }.into())?;
-    Ok(info.totalram * u64::from(info.mem_unit) >> 10)
+    Ok((info.totalram * u64::from(info.mem_unit)) >> 10)
 }
 
 /// Moves the wall clock by so many nanoseconds, to the microsecond.

@@ -327,11 +327,15 @@ impl Systemd {
         }
         let name = answer.dynheader.error_name.clone().unwrap_or_default();
         let said = answer.body.parser().get::<String>().unwrap_or_default();
-        let kind = match name.as_str() {
-            "org.freedesktop.systemd1.NoSuchUnit" => io::ErrorKind::NotFound,
-            _ => io::ErrorKind::Other,
-        };
-        Err(io::Error::new(kind, format!("{said} ({name})")))
+        Err(io::Error::new(kind_of(&name), format!("{said} ({name})")))
+    }
+}
+
+/// What an error of that name is.
+fn kind_of(name: &str) -> io::ErrorKind {
+    match name {
+        "org.freedesktop.systemd1.NoSuchUnit" => io::ErrorKind::NotFound,
+        _ => io::ErrorKind::Other,
     }
 }
 

@@ -203,6 +203,9 @@ fn the_real_qemu_pauses_and_resumes() {
         vm.resume().unwrap();
         vm.resume().unwrap();
     }
+    for _ in 0..2 {
+        assert_eq!(vm.next_event().unwrap(), Some(VmEvent::Resumed));
+    }
     assert_eq!(vm.next_event().unwrap(), None);
     rustix::process::kill_process(
         rustix::process::Pid::from_raw(vm.pid().unwrap()).unwrap(),
