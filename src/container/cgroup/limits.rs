@@ -28,6 +28,9 @@ const STANDIN_MEMORY: i64 = 32 * MIB;
 /// Processor time the machine itself may take besides the container's quota, in
 /// thousandths of a CPU.
 const VMM_CPU_MILLIS: u64 = 500;
+/// Least shares of a cgroup with a VM: engines give 2 to containers that asked for
+/// nothing, with which a busy host would starve the guest's agent.
+pub const LEAST_SHARES: u64 = 256;
 const DEFAULT_PERIOD: u64 = 100_000;
 
 /// Who is in the cgroup.
@@ -111,6 +114,10 @@ fn vm_memory(memory_mib: u32) -> i64 {
 fn cpu(resources: &Resources, holds: Holds, values: &mut Vec<(&'static str, String)>) {
     let cpu = &resources.cpu;
     if let Some(shares) = cpu.shares.filter(|shares| *shares != 0) {
+        let shares = match holds {
+            Holds::StandIn => shares,
+            Holds::Vm { .. } => shares.max(LEAST_SHARES),
+        };
         values.push(("cpu.shares", shares.to_string()));
         values.push(("cpu.weight", cpu_weight(shares).to_string()));
     }
@@ -177,12 +184,16 @@ mod tests {
 
     #[test]
     fn a_vm_gets_room_for_itself() {
-        let limits = json!({"memory": {"limit": 64 << 20}, "cpu": {"quota": 10000}});
+        let limits = json!({
+            "memory": {"limit": 64 << 20}, "cpu": {"quota": 10000, "shares": 2},
+        });
         assert_eq!(
             written(limits, VM),
             [
                 "memory.limit_in_bytes=1073741824",
                 "memory.max=1073741824",
+                "cpu.shares=256",
+                "cpu.weight=10",
                 "cpu.cfs_period_us=100000",
                 "cpu.cfs_quota_us=60000",
                 "cpu.max=60000 100000",

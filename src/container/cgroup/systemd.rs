@@ -20,6 +20,7 @@ use rustbus::message_builder::{MarshalledMessage, MessageBuilder};
 use rustbus::{MessageType, RpcConn};
 use serde::{Deserialize, Serialize};
 
+use super::limits::LEAST_SHARES;
 use crate::container::Error;
 use crate::container::limits::cpu_weight;
 use crate::container::resources::Resources;
@@ -191,6 +192,7 @@ fn switch(name: &str, value: bool) -> Property {
 fn limits(resources: &Resources) -> Vec<Property> {
     let mut properties = Vec::new();
     if let Some(shares) = resources.cpu.shares.filter(|shares| *shares != 0) {
+        let shares = shares.max(LEAST_SHARES);
         let (name, value) = match super::is_v2_only() {
             true => ("CPUWeight", cpu_weight(shares)),
             false => ("CPUShares", shares),

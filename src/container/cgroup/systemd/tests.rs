@@ -153,7 +153,7 @@ fn serve(mut connection: RpcConn, calls: usize) -> Vec<String> {
 fn systemd_gets_what_it_documents() {
     let bus = Bus::start();
     let mut service = bus.connect();
-    let mut name = rustbus::standard_messages::request_name(NAME.into(), 0);
+    let mut name = rustbus::standard_messages::request_name(NAME, 0);
     let serial = service
         .send_message(&mut name)
         .unwrap()
@@ -187,9 +187,9 @@ fn systemd_gets_what_it_documents() {
         "StartTransientUnit a-b.scope replace Slice=a.slice PIDs=[7] Delegate=true"
     );
     let shares = if super::super::is_v2_only() {
-        "CPUWeight=1"
+        "CPUWeight=10"
     } else {
-        "CPUShares=2"
+        "CPUShares=256"
     };
     assert_eq!(
         seen[1],
