@@ -54,6 +54,8 @@ pub enum Hypervisor {
     /// The best one that works on this machine.
     #[default]
     Auto,
+    /// The one inside the sandboxer; needs KVM.
+    Builtin,
     Qemu,
 }
 
