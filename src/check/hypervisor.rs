@@ -42,7 +42,7 @@ pub(super) fn choice(subject: &Subject) -> Finding {
     };
     let status = match config.qemu.accel {
         Accel::Tcg => {
-            let text = format!("qemu, emulating (TCG), because {why} and qemu.accel \"tcg\"");
+            let text = "qemu, emulating (TCG), because qemu.accel is \"tcg\"";
             return Finding::ok(NAME, text);
         }
         Accel::Kvm | Accel::Auto => kvm(),
