@@ -37,7 +37,7 @@ build: ## compile the host binary and the guest agent
 	@cargo build --profile agent --package kuasar-runv-agent
 
 .PHONY: protocol
-protocol: ## regenerate the code of the protocol from its .proto file
+protocol: ## regenerate the code of the protocol from its .proto files
 	@cargo run --manifest-path protocol/codegen/Cargo.toml
 
 # --- guest ---
@@ -76,6 +76,14 @@ demo: ## set everything up and run a bundle in a VM
 .PHONY: test
 test: ## set everything up and run all tests
 	@scripts/test
+
+.PHONY: test-kvm
+test-kvm: image ## run a selection of the tests on the built-in VMM, in a test machine with KVM
+	@scripts/test-kvm
+
+.PHONY: bench-kvm
+bench-kvm: image ## measure boots with the built-in VMM beside QEMU on KVM, there as well
+	@scripts/bench-kvm
 
 .PHONY: bench
 bench: image floor ## measure beside a bare boot, runc and crun

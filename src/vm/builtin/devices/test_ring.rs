@@ -21,7 +21,7 @@ pub struct TestRing {
     pub ring: ServiceRing<()>,
     next_descriptor: u16,
     next_available: u16,
-    _rings: SharedRings<ServiceMemory<()>>,
+    rings: SharedRings<ServiceMemory<()>>,
 }
 
 impl TestRing {
@@ -47,8 +47,12 @@ impl TestRing {
             memory,
             next_descriptor: 0,
             next_available: 0,
-            _rings: rings,
+            rings,
         }
+    }
+
+    pub fn into_rings(self) -> SharedRings<ServiceMemory<()>> {
+        self.rings
     }
 
     pub fn write(&self, address: u64, bytes: &[u8]) {
