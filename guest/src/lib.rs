@@ -25,7 +25,6 @@ pub mod helper;
 pub mod ipc;
 pub mod logging;
 pub mod network;
-pub mod mmio;
 pub mod pci;
 pub mod process;
 pub mod reaper;

@@ -6,23 +6,15 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use crate::mmio;
-
 const DEVICES: &str = "/sys/bus/pci/devices";
 
 /// Has the kernel look for devices behind bridges, where all that are plugged in
-/// are, and in empty slots of machines without PCI.
+/// are.
 ///
 /// # Errors
 /// When sysfs is not mounted.
 pub fn rescan() -> io::Result<()> {
-    mmio::rescan()?;
-    let devices = match fs::read_dir(DEVICES) {
-        // A machine without PCI.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        devices => devices?,
-    };
-    for device in devices {
+    for device in fs::read_dir(DEVICES)? {
         let rescan = device?.path().join("rescan");
         // Only bridges have one that finds anything: their buses begin below them.
         if rescan.with_file_name("pci_bus").exists() {
@@ -32,7 +24,7 @@ pub fn rescan() -> io::Result<()> {
     Ok(())
 }
 
-/// Lets go of the PCI device or the slot that a device of a class belongs to, such as
+/// Lets go of the PCI device that a device of a class belongs to, such as
 /// `/sys/class/net/eth0`. One that is gone already is no error.
 ///
 /// # Errors
@@ -44,9 +36,6 @@ pub fn remove(class_device: &Path) -> io::Result<()> {
     };
     // From the virtio device up to that of its transport.
     while !device.join("remove").exists() {
-        if mmio::is_slot(&device) {
-            return mmio::remove(&device);
-        }
         if !device.pop() {
             return Ok(());
         }

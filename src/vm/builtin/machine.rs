@@ -74,19 +74,4 @@ impl Board {
         lock(&self.slots[slot]).insert(identity, rings);
         Ok(())
     }
-
-    /// Takes a device out of its slot and unwires it.
-    pub fn remove(&self, vm: &VmFd, slot: usize, events: &Events) {
-        lock(&self.slots[slot]).remove();
-        let address = IoEventAddress::Mmio(virtio_address(slot) + QUEUE_NOTIFY);
-        for (number, kick) in events.kicks.iter().enumerate() {
-            // Fewer than 2^16 queues.
-            if let Err(e) = vm.unregister_ioevent(kick, &address, number as u32) {
-                log::warn!("unwiring a queue: {e}");
-            }
-        }
-        if let Err(e) = vm.unregister_irqfd(&events.call, VIRTIO_LINES[slot]) {
-            log::warn!("unwiring an interrupt: {e}");
-        }
-    }
 }

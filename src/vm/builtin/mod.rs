@@ -13,7 +13,6 @@ mod acpi;
 mod boot;
 mod cpuid;
 mod devices;
-mod hotplug;
 mod layout;
 mod machine;
 mod memory;
@@ -268,14 +267,6 @@ impl BuiltinVm {
         Ok(())
     }
 
-    fn machine(&mut self, operation: &'static str) -> Result<&mut Machine, Error> {
-        self.take_over(self.command_deadline);
-        match &mut self.state {
-            Stage::Running { machine, .. } => Ok(machine),
-            _ => Err(Error::NotRunning { operation }),
-        }
-    }
-
     fn processors(&self, operation: &'static str) -> Result<&Processors, Error> {
         match &self.state {
             Stage::Running { machine, .. } => Ok(&machine.processors),
@@ -309,7 +300,7 @@ impl Vm for BuiltinVm {
             resize_vcpus: false,
             resize_memory: false,
             attach_block: false,
-            attach_net: true,
+            attach_net: false,
             emulated: false,
         }
     }
@@ -419,18 +410,16 @@ impl Vm for BuiltinVm {
         Err(Self::unsupported("changing the size of a running VM"))
     }
 
-    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
-        self.machine("attaching a device")?.attach(id, device)
+    fn attach(&mut self, _id: &str, device: &Device) -> Result<(), Error> {
+        Err(Self::unsupported(match device {
+            Device::Block { .. } => "attaching a block device",
+            Device::Net(_) => "attaching a network interface",
+            Device::Vfio { .. } => "passing a physical device through",
+        }))
     }
 
-    fn detach(&mut self, id: &str) -> Result<(), Error> {
-        self.machine("detaching a device")?.detach(id)?;
-        // There is nothing to wait for.
-        self.events
-            .push_back(VmEvent::Detached { id: id.to_owned() });
-        // Fails only when the counter is full, that is, when it is set already.
-        let _ = self.reported.write(1);
-        Ok(())
+    fn detach(&mut self, _id: &str) -> Result<(), Error> {
+        Err(Self::unsupported("detaching a device"))
     }
 
     fn stop(&mut self, deadline: Duration) -> Result<Option<ExitStatus>, Error> {

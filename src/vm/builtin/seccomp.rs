@@ -19,8 +19,6 @@ pub enum Kind {
     Processor,
     /// Moves bytes between queues and descriptors it has.
     Device,
-    /// As a device, and tells a tap what it may leave to the guest.
-    Network,
     /// As a device, and works with sockets.
     Sockets,
 }
@@ -97,8 +95,6 @@ const SOCKETS: &[libc::c_long] = &[
 /// `_IO(KVMIO, 0x80)` and `_IO(KVMIO, 0xad)` of include/uapi/linux/kvm.h.
 const KVM_RUN: u64 = 0xae80;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
-/// `_IOW('T', 208, unsigned int)` of include/uapi/linux/if_tun.h.
-const TUN_SET_OFFLOAD: u64 = 0x4004_54d0;
 
 #[derive(Debug, thiserror::Error)]
 #[error("seccomp: {0}")]
@@ -120,7 +116,7 @@ pub fn confine(kind: Kind) -> io::Result<()> {
 fn filter(kind: Kind) -> Result<SeccompFilter, seccompiler::BackendError> {
     let own = match kind {
         Kind::Processor => &[][..],
-        Kind::Device | Kind::Network => DEVICE,
+        Kind::Device => DEVICE,
         Kind::Sockets => SOCKETS,
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = COMMON
@@ -165,7 +161,7 @@ mod tests {
 
     #[test]
     fn no_kind_can_open_files_or_make_processes() {
-        for kind in [Kind::Processor, Kind::Device, Kind::Network, Kind::Sockets] {
+        for kind in [Kind::Processor, Kind::Device, Kind::Sockets] {
             assert!(confined(kind, open_is_refused), "{kind:?}");
             // SAFETY: the call is refused; if it were not, the child would end at once.
             let forked = confined(kind, || unsafe {

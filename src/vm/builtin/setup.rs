@@ -13,28 +13,24 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::boot;
 use super::devices::Planned;
-use super::hotplug::HotPlug;
 use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_LINE};
 use super::machine::Board;
 use super::memory::MemoryFile;
 use super::ports::{Console, Line, Ports};
 use super::processors::Processors;
 use super::vcpu;
-use crate::vm::{Device, Error, VmConfig};
+use crate::vm::{Error, VmConfig};
 
 /// What keeps a running machine together.
 pub struct Machine {
     pub processors: Processors,
-    board: Arc<Board>,
     /// The devices' wires end here.
-    vm: VmFd,
-    file: MemoryFile,
-    plugged: HotPlug,
+    _vm: VmFd,
     /// The mapping KVM works with, which has to outlive the machine.
     _memory: GuestMemoryMmap,
 }
 
-pub fn kvm_error(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+fn kvm_error(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
     move |e| Error::Kvm {
         operation,
         source: io::Error::from_raw_os_error(e.errno()),
@@ -59,10 +55,10 @@ pub struct Plan {
 /// # Errors
 /// KVM or the host refuse something, or the guest cannot be loaded.
 pub fn start(plan: Plan) -> Result<Machine, Error> {
-    let (config, file) = (plan.config, plan.memory);
+    let Plan { config, memory, .. } = plan;
     let (mut kernel, mut image) = (plan.kernel, plan.image);
-    let size = file.size();
-    let memory: GuestMemoryMmap = file.map().map_err(memory_error)?;
+    let size = memory.size();
+    let memory: GuestMemoryMmap = memory.map().map_err(memory_error)?;
     let kvm = Kvm::new().map_err(kvm_error("opening /dev/kvm"))?;
     let vm = create_vm(&kvm)?;
     add_memory(&vm, &memory)?;
@@ -78,44 +74,22 @@ pub fn start(plan: Plan) -> Result<Machine, Error> {
     if let Some(first) = vcpus.first() {
         vcpu::set_entry(first, entry).map_err(kvm_error("setting the first CPU up"))?;
     }
-    let board = Arc::new(Board::new(serial(&vm, plan.console)?));
+    let board = Board::new(serial(&vm, plan.console)?);
     for (slot, device) in plan.devices.into_iter().enumerate() {
         board
             .insert(&vm, slot, device.identity, device.rings, &device.events)
             .map_err(kvm_error("wiring a device"))?;
     }
     let processors =
-        Processors::start(vcpus, &board, plan.reported).map_err(|source| Error::Io {
+        Processors::start(vcpus, &Arc::new(board), plan.reported).map_err(|source| Error::Io {
             context: "cannot start the virtual CPUs",
             source,
         })?;
     Ok(Machine {
         processors,
-        board,
-        vm,
-        file,
-        plugged: HotPlug::default(),
+        _vm: vm,
         _memory: memory,
     })
-}
-
-impl Machine {
-    /// See [`crate::vm::Vm::attach`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
-        self.plugged
-            .attach(&self.vm, &self.board, &self.file, id, device)
-    }
-
-    /// See [`crate::vm::Vm::detach`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn detach(&mut self, id: &str) -> Result<(), Error> {
-        self.plugged.detach(&self.vm, &self.board, id)
-    }
 }
 
 fn memory_error(source: io::Error) -> Error {

@@ -8,7 +8,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
-use super::{Answer, work_through};
+use super::work_through;
 use crate::vm::builtin::memory::MemoryFile;
 use crate::vm::builtin::virtio::registers::Identity;
 use crate::vm::builtin::virtio::worker::{Service, ServiceMemory, ServiceRing};
@@ -49,7 +49,7 @@ impl Service for Balloon {
             if reports {
                 self.discard(chain);
             }
-            Answer::Used(0)
+            0
         });
         Ok(())
     }

@@ -5,7 +5,6 @@
 //! ([`crate::vm::devices`]).
 
 mod balloon;
-mod net;
 mod rng;
 #[cfg(test)]
 mod test_ring;
@@ -29,7 +28,7 @@ use super::memory::MemoryFile;
 use super::seccomp::{self, Kind};
 use super::virtio::registers::{Identity, Rings};
 use super::virtio::rings::{Events, SharedRings};
-use super::virtio::worker::{self, Own, Service, ServiceMemory, ServiceRing};
+use super::virtio::worker::{self, Service, ServiceMemory, ServiceRing};
 use crate::sys::capabilities::limit_to;
 use crate::vm::devices::vhost_user::{Error as DeviceError, Handle, is_running};
 use crate::vm::devices::{fs, vsock};
@@ -45,9 +44,6 @@ pub struct Planned {
 /// Features of all queues, which their common code implements.
 const FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
-
-/// Devices that are there from boot, in the first slots.
-pub const FIXED: usize = 4;
 
 /// Sizes of the queues of the socket device: receive, transmit, and that of
 /// events, of which there are none without migration.
@@ -66,7 +62,7 @@ pub fn start(
     config: &VmConfig,
     back_ends: BackEnds,
 ) -> Result<(Vec<Planned>, Vec<Served>), Error> {
-    let devices: [Started; FIXED] = [
+    let devices = [
         sockets(file, back_ends.sockets, back_ends.guest_cid),
         files(file, config, back_ends.shared),
         own(file, "rng", rng::identity(FEATURES), |memory| rng::Rng {
@@ -87,7 +83,6 @@ pub fn start(
     Ok(devices.into_iter().unzip())
 }
 
-/// A device and its thread.
 type Started = io::Result<(Planned, Served)>;
 
 fn sockets(file: &MemoryFile, sockets: OwnedFd, guest_cid: u64) -> Started {
@@ -98,9 +93,7 @@ fn sockets(file: &MemoryFile, sockets: OwnedFd, guest_cid: u64) -> Started {
     let handle = vsock::spawn_with(sockets, guest_cid, move |device| {
         device.backend.update_memory(memory)?;
         seccomp::confine(Kind::Sockets)?;
-        let own = device
-            .own_events()
-            .map(|(fd, event)| Own::while_ready(fd, event));
+        let own = device.own_events();
         worker::run(&device.backend, &rings, &events, &own, device.control)
     })?;
     let identity = Identity {
@@ -156,61 +149,16 @@ where
     Ok(queues.started(identity, name, handle))
 }
 
-/// A network interface that is plugged in.
-///
-/// # Errors
-/// The descriptor is not that of a tap, or no thread or descriptor is to be had.
-pub fn network(file: &MemoryFile, tap: OwnedFd, mac: [u8; 6]) -> Started {
-    let identity = net::identity(FEATURES, mac);
-    let queues = Queues::<()>::new(file, &identity.queues)?;
-    let agreed = net::Agreed::default();
-    let service = net::Net::new(tap, queues.memory.clone(), agreed.clone())?;
-    let (events, rings) = (queues.events.clone(), queues.rings.rings());
-    let handle = Handle::spawn("net", move |control| {
-        let work = || {
-            limit_to(CapabilitySet::empty())?;
-            seccomp::confine(Kind::Network)?;
-            // Frames that find no buffer wait until the guest has one.
-            let own = [Own::at_edge(service.tap(), net::TAP_EVENT)];
-            worker::run(&service, &rings, &events, &own, control)
-        };
-        work().map_err(DeviceError::Start)
-    })?;
-    let planned = Planned {
-        identity,
-        rings: Box::new(net::NetRings {
-            rings: queues.rings,
-            agreed,
-        }),
-        events: queues.events,
-    };
-    Ok((
-        planned,
-        Served {
-            name: "net",
-            handle,
-        },
-    ))
-}
-
-/// What became of a request.
-enum Answer {
-    /// It was answered with this many bytes.
-    Used(u32),
-    /// It stays in the queue, and with it those behind it.
-    Later,
-}
-
 /// Requests answered before the ring is let go for a moment.
 const BATCH: usize = 64;
 
-/// Answers all requests of a ring.
+/// Answers all requests of a ring; `answer` returns how many bytes it has written.
 /// In between, the driver gets its turn to stop it.
 fn work_through(
     name: &str,
     ring: &ServiceRing<()>,
     memory: &GuestMemoryMmap,
-    mut answer: impl FnMut(&GuestMemoryMmap, DescriptorChain<&GuestMemoryMmap>) -> Answer,
+    mut answer: impl FnMut(&GuestMemoryMmap, DescriptorChain<&GuestMemoryMmap>) -> u32,
 ) {
     let mut some = || -> Result<bool, QueueError> {
         let mut state = ring.get_mut();
@@ -223,10 +171,7 @@ fn work_through(
                 return state.enable_notification();
             };
             let head = chain.head_index();
-            let Answer::Used(len) = answer(memory, chain) else {
-                state.get_queue_mut().go_to_previous_position();
-                return Ok(false);
-            };
+            let len = answer(memory, chain);
             state.add_used(head, len)?;
             // When in doubt, interrupt: at worst it is one too many.
             if state.needs_notification().unwrap_or(true) {

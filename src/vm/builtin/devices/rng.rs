@@ -6,7 +6,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
 
-use super::{Answer, work_through};
+use super::work_through;
 use crate::vm::builtin::virtio::registers::Identity;
 use crate::vm::builtin::virtio::worker::{Service, ServiceMemory, ServiceRing};
 
@@ -33,9 +33,7 @@ impl Service for Rng {
     fn handle(&self, _event: u16, rings: &[ServiceRing<()>]) -> io::Result<()> {
         let memory = self.memory.memory();
         for ring in rings {
-            work_through("rng", ring, &memory, |memory, chain| {
-                Answer::Used(fill(memory, chain))
-            });
+            work_through("rng", ring, &memory, fill);
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ pub struct TestRing {
     pub ring: ServiceRing<()>,
     next_descriptor: u16,
     next_available: u16,
-    rings: SharedRings<ServiceMemory<()>>,
+    _rings: SharedRings<ServiceMemory<()>>,
 }
 
 impl TestRing {
@@ -47,12 +47,8 @@ impl TestRing {
             memory,
             next_descriptor: 0,
             next_available: 0,
-            rings,
+            _rings: rings,
         }
-    }
-
-    pub fn into_rings(self) -> SharedRings<ServiceMemory<()>> {
-        self.rings
     }
 
     pub fn write(&self, address: u64, bytes: &[u8]) {

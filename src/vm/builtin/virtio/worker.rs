@@ -40,35 +40,9 @@ where
 
 const CANCEL: u64 = u64::MAX;
 
-/// A descriptor of the device's own, and the event it stands for.
-#[derive(Clone, Copy, Debug)]
-pub struct Own {
-    fd: RawFd,
-    event: u64,
-    when: EventSet,
-}
-
-impl Own {
-    /// The event happens as long as the descriptor is readable.
-    pub fn while_ready(fd: RawFd, event: u64) -> Own {
-        Own {
-            fd,
-            event,
-            when: EventSet::IN,
-        }
-    }
-
-    /// The event happens once whenever there is something new to read.
-    pub fn at_edge(fd: RawFd, event: u64) -> Own {
-        Own {
-            fd,
-            event,
-            when: EventSet::IN | EventSet::EDGE_TRIGGERED,
-        }
-    }
-}
-
 /// Works until the device's handle is dropped.
+///
+/// `own` are descriptors of the device and the events they stand for.
 ///
 /// # Errors
 /// The descriptors cannot be watched, or the device gives up.
@@ -76,20 +50,24 @@ pub fn run<S: Service>(
     service: &S,
     rings: &[ServiceRing<S::Bitmap>],
     events: &Events,
-    own: &[Own],
+    own: &[(RawFd, u64)],
     control: &Control,
 ) -> io::Result<()> {
     let epoll = Epoll::new()?;
-    let watch = |Own { fd, event, when }: Own| {
-        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(when, event))
+    let watch = |fd: RawFd, event: u64| {
+        epoll.ctl(
+            ControlOperation::Add,
+            fd,
+            EpollEvent::new(EventSet::IN, event),
+        )
     };
     for (number, kick) in events.kicks.iter().enumerate().take(rings.len()) {
-        watch(Own::while_ready(kick.as_raw_fd(), number as u64))?;
+        watch(kick.as_raw_fd(), number as u64)?;
     }
-    for own in own {
-        watch(*own)?;
+    for &(fd, event) in own {
+        watch(fd, event)?;
     }
-    watch(Own::while_ready(control.cancelled().as_raw_fd(), CANCEL))?;
+    watch(control.cancelled().as_raw_fd(), CANCEL)?;
     let mut ready = [EpollEvent::default(); 8];
     loop {
         let count = match epoll.wait(-1, &mut ready) {
