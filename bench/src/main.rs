@@ -4,8 +4,11 @@
 //!  start       floor (same QEMU and kernel, an init that prints) | run | run --debug
 //!  commands    state and list of kuasar-runv | runc | crun
 //!  exec        exec of `true` | the guest's part of it | runc; a hundred at once
+//!  second      create and start of a second container in a running VM | runc
+//!  scale       one pod with many containers: time and memory of each; many pods at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
+//!  files       files of the rootfs | the same served by virtiofsd, same QEMU and kernel
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
@@ -23,10 +26,12 @@
 
 mod commands;
 mod exec;
+mod files;
 mod floor;
 mod keys;
 mod machine;
 mod memory;
+mod pods;
 mod report;
 mod sample;
 mod source;
@@ -51,6 +56,15 @@ struct Options {
     /// Keys that are typed
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     keys: u32,
+    /// Pods of the measurements of many containers, which take minutes
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    scale_rounds: u32,
+    /// Containers of the pod with many
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(12..=200))]
+    containers: u32,
+    /// Pods at once
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pods: u32,
     /// Also write the result as Markdown
     #[arg(long)]
     markdown: Option<PathBuf>,
@@ -64,14 +78,20 @@ enum Part {
     Start,
     Commands,
     Exec,
+    Second,
+    Scale,
     Memory,
     Throughput,
+    Files,
     Keys,
 }
 
 fn main() {
     if source::is_wanted() {
         return source::main();
+    }
+    if let Some(dir) = files::workload::directory() {
+        files::workload::main(&dir);
     }
     let options = Options::parse();
     let wanted = |part| options.parts.is_empty() || options.parts.contains(&part);
@@ -86,11 +106,22 @@ fn main() {
     if wanted(Part::Exec) {
         report.add(exec::measure(options.command_rounds));
     }
+    if wanted(Part::Second) {
+        report.add(pods::second(options.command_rounds));
+    }
+    if wanted(Part::Scale) {
+        let rounds = options.scale_rounds;
+        report.add(pods::scale(rounds, options.containers as usize));
+        report.add(pods::at_once(rounds, options.pods as usize));
+    }
     if wanted(Part::Memory) {
         report.add(memory::measure(options.rounds));
     }
     if wanted(Part::Throughput) {
         report.add(throughput::measure(options.rounds));
+    }
+    if wanted(Part::Files) {
+        report.add(files::measure(options.rounds));
     }
     if wanted(Part::Keys) {
         report.add(keys::measure(options.keys));

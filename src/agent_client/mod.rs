@@ -5,6 +5,7 @@
 //! error is cut and cleaned before it is shown.
 
 mod resources;
+mod storage;
 pub mod streams;
 pub mod vsock;
 
@@ -13,12 +14,13 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use kuasar_runv_protocol::agent::{
-    CreateContainerRequest, ExecProcessRequest, ListProcessesRequest, ListProcessesResponse,
-    SignalProcessRequest, StartContainerRequest,
+    CreateContainerRequest, DeleteContainerRequest, ExecProcessRequest, ListProcessesRequest,
+    ListProcessesResponse, SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
 use kuasar_runv_protocol::network::ApplyRequest;
 use kuasar_runv_protocol::network_ttrpc::NetworkClient;
+use kuasar_runv_protocol::storage_ttrpc::StorageClient;
 use ttrpc::Code;
 
 /// Longest error text of the guest that is passed on, in characters.
@@ -42,6 +44,12 @@ impl Error {
         matches!(self, Error::Refused { code, .. } if *code == Code::NOT_FOUND)
     }
 
+    /// Whether the agent said that it has such a container already.
+    #[must_use]
+    pub fn is_already_there(&self) -> bool {
+        matches!(self, Error::Refused { code, .. } if *code == Code::ALREADY_EXISTS)
+    }
+
     /// Whether the agent said that the container is in the wrong state.
     #[must_use]
     pub fn is_wrong_state(&self) -> bool {
@@ -53,6 +61,7 @@ impl Error {
 pub struct Agent {
     stub: Stub,
     network: NetworkClient,
+    storage: StorageClient,
     deadline: Duration,
 }
 
@@ -66,7 +75,8 @@ impl Agent {
             ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
             stub: Stub::new(client.clone()),
-            network: NetworkClient::new(client),
+            network: NetworkClient::new(client.clone()),
+            storage: StorageClient::new(client),
             deadline,
         })
     }
@@ -89,6 +99,21 @@ impl Agent {
         };
         self.stub
             .start_container(self.context(), &request)
+            .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// Removes a container from the guest, with all its processes.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn delete_container(&self, id: &str) -> Result<(), Error> {
+        let request = DeleteContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.stub
+            .delete_container(self.context(), &request)
             .map(drop)
             .map_err(|e| self.error(e))
     }

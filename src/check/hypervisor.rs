@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use super::guest::unusable;
 use super::{Finding, Subject};
-use crate::config::{Accel, Config, Hypervisor};
+use crate::config::Accel;
 use crate::root::Root;
 use crate::sys::seqpacket::wait_readable;
 use crate::vm::detect::{self, KvmStatus};
 use crate::vm::requirements;
-use crate::vm::selection::{self, Choice, WhyQemu};
+use crate::vm::selection::{self, Choice};
 
 /// How long `qemu --version` may take.
 const VERSION_DEADLINE: Duration = Duration::from_secs(5);
@@ -24,33 +24,38 @@ const KVM_REMEDY: &str = "load the module kvm_intel or kvm_amd; in a virtual mac
 
 /// What runs a VM in this configuration, and why.
 pub(super) fn choice(subject: &Subject) -> Finding {
+    match selection::choose(&subject.config) {
+        Choice::Builtin => builtin(),
+        Choice::Qemu => accelerator(subject),
+    }
+}
+
+fn builtin() -> Finding {
     const NAME: &str = "hypervisor";
-    let config = &subject.config;
-    let kvm = || detect::kvm(&Root::machine_path());
-    let why = match selection::choose(config, kvm) {
-        Choice::Builtin => return builtin(config, kvm),
-        Choice::Qemu(WhyQemu::Configured) => "hypervisor is \"qemu\"",
-        Choice::Qemu(WhyQemu::Keys) => "qemu.accel or qemu.extra_args is set",
-        Choice::Qemu(WhyQemu::Kernel) => "the guest kernel is not an ELF",
-        Choice::Qemu(WhyQemu::NoKvm(status)) => {
-            return Finding::warn(
-                NAME,
-                format!("qemu, emulating (TCG), because KVM does not work: {status}"),
-                format!("{SLOW}; make KVM work"),
-            );
-        }
-    };
-    let status = match config.qemu.accel {
+    match detect::kvm(&Root::machine_path()) {
+        KvmStatus::Usable => Finding::ok(NAME, "builtin with KVM, which works"),
+        status => Finding::fail(
+            NAME,
+            format!("hypervisor is \"builtin\", but KVM does not work: {status}"),
+            "set hypervisor to \"auto\" in config.toml, or make KVM work",
+        ),
+    }
+}
+
+/// What QEMU does about KVM in this configuration.
+fn accelerator(subject: &Subject) -> Finding {
+    const NAME: &str = "hypervisor";
+    const SLOW: &str = "everything in the guest takes about ten times as long";
+    let accel = subject.config.qemu.accel;
+    let status = match accel {
         Accel::Tcg => {
             let text = "qemu, emulating (TCG), because qemu.accel is \"tcg\"";
             return Finding::ok(NAME, text);
         }
-        Accel::Kvm | Accel::Auto => kvm(),
+        Accel::Kvm | Accel::Auto => detect::kvm(&Root::machine_path()),
     };
-    match (status, config.qemu.accel) {
-        (KvmStatus::Usable, _) => {
-            Finding::ok(NAME, format!("qemu with KVM, which works, because {why}"))
-        }
+    match (status, accel) {
+        (KvmStatus::Usable, _) => Finding::ok(NAME, "qemu with KVM, which works"),
         (status, Accel::Kvm) => Finding::fail(
             NAME,
             format!("qemu.accel is \"kvm\", but KVM does not work: {status}"),
@@ -58,25 +63,8 @@ pub(super) fn choice(subject: &Subject) -> Finding {
         ),
         (status, _) => Finding::warn(
             NAME,
-            format!("qemu, because {why}, emulating (TCG), because KVM does not work: {status}"),
+            format!("qemu, emulating (TCG), because KVM does not work: {status}"),
             format!("{SLOW}; make KVM work"),
-        ),
-    }
-}
-
-const SLOW: &str = "everything in the guest takes about ten times as long";
-
-fn builtin(config: &Config, kvm: impl FnOnce() -> KvmStatus) -> Finding {
-    const NAME: &str = "hypervisor";
-    if config.hypervisor == Hypervisor::Auto {
-        return Finding::ok(NAME, "builtin, because KVM works");
-    }
-    match kvm() {
-        KvmStatus::Usable => Finding::ok(NAME, "builtin with KVM, which works"),
-        status => Finding::fail(
-            NAME,
-            format!("hypervisor is \"builtin\", but KVM does not work: {status}"),
-            "set hypervisor to \"auto\" in config.toml, or make KVM work",
         ),
     }
 }
@@ -178,6 +166,7 @@ fn number(line: &str) -> Option<(u32, u32)> {
 mod tests {
     use super::*;
     use crate::check::Level;
+    use crate::config::{Config, Hypervisor};
 
     fn ask(question: fn(&Subject) -> Finding, edit: impl FnOnce(&mut Config)) -> Finding {
         let mut config = Config::default();
@@ -211,5 +200,7 @@ mod tests {
         assert_eq!(chosen.level, Level::Ok);
         let forced = ask(choice, |c| c.qemu.accel = Accel::Kvm);
         assert_ne!(forced.level, Level::Warn);
+        let builtin = ask(choice, |c| c.hypervisor = Hypervisor::Builtin);
+        assert_ne!(builtin.level, Level::Warn);
     }
 }

@@ -6,15 +6,17 @@
 
 use std::path::{Path, PathBuf};
 
+use kuasar_runv_protocol::agent::SharedMemory;
 use kuasar_runv_protocol::words::words;
-use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR};
+use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR, GUEST_SHM_DIR, VOLUMES_DIR};
 use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use serde_json::{Value, json};
 
 use super::bundle::Bundle;
+use super::guest_volumes::{self as volume, GuestVolume, Place, disk, huge_pages};
 use super::mount_options::{self, Depth};
 use super::network::Sysctl;
-use super::{labels, validate};
+use super::{devices, labels, shared_memory, validate, volume_name};
 
 /// Name of the rootfs below the container's part of the shared directory.
 pub const ROOTFS: &str = "rootfs";
@@ -34,13 +36,20 @@ pub enum Error {
         destination: PathBuf,
         source: std::io::Error,
     },
+    #[error("the volume {}: {}", .path.display(), words(source))]
+    Volume {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the disk {} is in use by the host or by another virtual machine", .0.display())]
+    InUse(PathBuf),
 }
 
 /// A bind mount that becomes part of the shared directory.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Bind {
-    /// Name below the container's part of the shared directory.
-    pub name: String,
+    /// Name among the pod's volumes.
+    pub volume: String,
     /// Absolute host path.
     pub source: PathBuf,
     /// Path in the container.
@@ -50,6 +59,8 @@ pub struct Bind {
     pub private: bool,
     /// With the mounts below the source.
     pub recursive: bool,
+    /// It is part of the shared directory. If not, the guest has memory there.
+    pub is_shared: bool,
     /// The guest's options.
     options: Vec<String>,
 }
@@ -59,8 +70,10 @@ pub struct Bind {
 pub struct GuestSpec {
     pub json: Value,
     pub binds: Vec<Bind>,
-    /// Path of the network namespace it is to be in; `None` for a new one.
-    pub network: Option<PathBuf>,
+    /// Disks, and what else the guest has beside the shared directory.
+    pub volumes: Vec<GuestVolume>,
+    /// What containers of the pod share, see [`shared_memory`].
+    pub shared_memory: Vec<SharedMemory>,
     /// Settings of its network namespace.
     pub sysctls: Vec<Sysctl>,
 }
@@ -74,19 +87,38 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     check_namespaces(bundle)?;
     let mut json = bundle.json.clone();
     let share = Path::new(GUEST_SHARE_DIR).join(id);
+    let volumes = Path::new(GUEST_SHARE_DIR).join(VOLUMES_DIR);
     json["root"]["path"] = json!(share.join(ROOTFS));
     let mut binds = Vec::new();
+    let mut guest_volumes = devices::translate(&bundle.spec, &mut json)?;
+    let mut memory = Vec::new();
     for (index, mount) in bundle.spec.mounts().iter().flatten().enumerate() {
         let destination = destination(mount);
-        json["mounts"][index]["destination"] = json!(destination);
-        let Some(bind) = bind(bundle, mount, destination, index)? else {
-            continue;
-        };
         let guest = &mut json["mounts"][index];
-        guest["source"] = json!(share.join(&bind.name));
-        guest["type"] = json!("bind");
-        guest["options"] = json!(bind.options);
-        binds.push(bind);
+        guest["destination"] = json!(destination);
+        match translate_mount(bundle, mount, destination, &format!("{id} {index}"))? {
+            Translated::Guests => {}
+            Translated::Shared(mut bind) => {
+                guest["source"] = match shared_memory::instead_of(&bind) {
+                    None => json!(volumes.join(&bind.volume)),
+                    Some(instead) => {
+                        bind.is_shared = false;
+                        let source = Path::new(GUEST_SHM_DIR).join(&instead.name);
+                        memory.push(instead);
+                        json!(source)
+                    }
+                };
+                guest["type"] = json!("bind");
+                guest["options"] = json!(bind.options);
+                binds.push(bind);
+            }
+            Translated::InGuest(kind, options) => {
+                guest["type"] = json!("bind");
+                guest["options"] = json!(options);
+                let place = Place::Mount(index);
+                guest_volumes.push(GuestVolume { place, kind });
+            }
+        }
     }
     if let Some(linux) = json["linux"].as_object_mut() {
         // An empty one, or it would have been refused.
@@ -95,8 +127,8 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     }
     labels::strip(&mut json["process"]);
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
+    forget_namespace_paths(&mut json);
     keep_guest_hooks(&mut json, bundle);
-    let network = take_network_path(&mut json);
     let sysctls = bundle
         .spec
         .linux()
@@ -109,7 +141,8 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     Ok(GuestSpec {
         json,
         binds,
-        network,
+        volumes: guest_volumes,
+        shared_memory: memory,
         sysctls,
     })
 }
@@ -134,13 +167,15 @@ fn keep_guest_hooks(json: &mut Value, bundle: &Bundle) {
     }
 }
 
-/// The host's network namespace, which in the guest is a new one.
-fn take_network_path(json: &mut Value) -> Option<PathBuf> {
-    let namespaces = json["linux"]["namespaces"].as_array_mut()?;
-    let network = namespaces.iter_mut().find(|n| n["type"] == "network")?;
-    let path = network.as_object_mut()?.remove("path")?;
-    let path = path.as_str().filter(|path| !path.is_empty())?;
-    Some(PathBuf::from(path))
+/// Paths of the host; what they mean is found out elsewhere
+/// ([`membership`](super::membership)).
+fn forget_namespace_paths(json: &mut Value) {
+    let namespaces = json["linux"]["namespaces"].as_array_mut();
+    for namespace in namespaces.into_iter().flatten() {
+        if let Some(namespace) = namespace.as_object_mut() {
+            namespace.remove("path");
+        }
+    }
 }
 
 /// Where a mount goes; relative paths start at the root (config.md, mounts).
@@ -164,21 +199,6 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
             .flatten()
             .find(move |n| n.typ() == kind)
     };
-    for namespace in namespaces.into_iter().flatten() {
-        // An empty path is a new namespace, as with runc.
-        // Its interfaces become the VM's.
-        if namespace.typ() == LinuxNamespaceType::Network {
-            continue;
-        }
-        let path = namespace.path().as_ref();
-        if let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) {
-            return Err(Error::Unsupported(format!(
-                "joining the {} namespace {} is not supported: a container in a virtual machine has namespaces of its own",
-                json!(namespace.typ()).as_str().unwrap_or_default(),
-                path.display()
-            )));
-        }
-    }
     if find(LinuxNamespaceType::Mount).is_none() {
         return Err(Error::Unsupported(
             "a container needs a mount namespace: add {\"type\": \"mount\"} to linux.namespaces"
@@ -194,13 +214,22 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
     Ok(())
 }
 
-/// The bind mount a mount of config.json is, if it is one.
-fn bind(
+/// What a mount of config.json is.
+enum Translated {
+    /// A file system that needs nothing from the host.
+    Guests,
+    Shared(Bind),
+    /// A volume that the guest makes, and the options of the bind mount of it.
+    InGuest(volume::Kind, Vec<String>),
+}
+
+/// `own_key` names the mount among those of all containers.
+fn translate_mount(
     bundle: &Bundle,
     mount: &Mount,
     destination: PathBuf,
-    index: usize,
-) -> Result<Option<Bind>, Error> {
+    own_key: &str,
+) -> Result<Translated, Error> {
     let options: Vec<&str> = mount
         .options()
         .iter()
@@ -211,7 +240,7 @@ fn bind(
         || options.contains(&"bind")
         || mount.typ().as_deref() == Some("bind");
     if !is_bind {
-        return check_guest_mount(mount).map(|()| None);
+        return guest_mount(bundle, mount, own_key);
     }
     let source = mount.source().as_ref().ok_or_else(|| {
         Error::Unsupported(format!(
@@ -236,35 +265,56 @@ fn bind(
             refused.why
         ))
     })?;
-    if let Err(e) = mount_options::inherit(&mut parsed.guest, &source) {
-        return Err(Error::NoSource {
-            path: source,
-            destination,
-            source: e,
-        });
+    if let Some(disk) = devices::of_bind(&source, parsed.read_only.is_some())? {
+        return Ok(Translated::InGuest(volume::Kind::Disk(disk), parsed.guest));
     }
-    Ok(Some(Bind {
-        name: format!("mount-{index}"),
+    let volume = volume_name::of(&source, &parsed)
+        .and_then(|name| mount_options::inherit(&mut parsed.guest, &source).map(|()| name));
+    let volume = match volume {
+        Ok(name) => name,
+        Err(e) => {
+            return Err(Error::NoSource {
+                path: source,
+                destination,
+                source: e,
+            });
+        }
+    };
+    if let Some(pages) = huge_pages::of_bind(&source, &volume, &bundle.spec)? {
+        let kind = volume::Kind::HugePages(pages);
+        return Ok(Translated::InGuest(kind, parsed.guest));
+    }
+    Ok(Translated::Shared(Bind {
+        volume,
         source,
         destination,
         read_only: parsed.read_only,
         private: parsed.private,
         recursive: parsed.recursive,
+        is_shared: true,
         options: parsed.guest,
     }))
 }
 
-/// File systems that need nothing from the host.
-fn check_guest_mount(mount: &Mount) -> Result<(), Error> {
+/// File systems that need nothing from the host, or a disk.
+fn guest_mount(bundle: &Bundle, mount: &Mount, own_key: &str) -> Result<Translated, Error> {
     const OF_THE_GUEST: [&str; 8] = [
         "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "overlay",
     ];
     let kind = mount.typ().as_deref().unwrap_or("");
     if OF_THE_GUEST.contains(&kind) {
-        return Ok(());
+        return Ok(Translated::Guests);
+    }
+    if kind == "hugetlbfs" {
+        let (pages, options) = huge_pages::of_mount(mount, own_key, &bundle.spec)?;
+        return Ok(Translated::InGuest(volume::Kind::HugePages(pages), options));
+    }
+    if let Some(mounted) = disk::of_mount(mount, kind)? {
+        let kind = volume::Kind::Disk(mounted.disk);
+        return Ok(Translated::InGuest(kind, mounted.options));
     }
     Err(Error::Unsupported(format!(
-        "the mount on {} has type {kind:?}, which is not supported (supported: bind, {})",
+        "the mount on {} has type {kind:?}, which is not supported (supported: bind, hugetlbfs, {}, and file systems of a block device or an image)",
         mount.destination().display(),
         OF_THE_GUEST.join(", ")
     )))
@@ -298,13 +348,13 @@ mod tests {
         let guest = bundle(|_| {}).unwrap();
         assert_eq!(guest.json["root"]["path"], "/run/kuasar/share/c1/rootfs");
         assert_eq!(guest.json["mounts"][0]["source"], "proc");
-        assert_eq!(
-            guest.json["mounts"][1]["source"],
-            "/run/kuasar/share/c1/mount-1"
-        );
         let [bind] = guest.binds.as_slice() else {
             panic!("{:?}", guest.binds)
         };
+        assert_eq!(
+            guest.json["mounts"][1]["source"],
+            format!("/run/kuasar/share/@volumes/{}", bind.volume)
+        );
         assert!(bind.read_only == Some(Depth::Top) && !bind.recursive);
         assert!(bind.source.is_absolute());
         assert_eq!(guest.json.get("hooks"), None);
@@ -325,6 +375,15 @@ mod tests {
     }
 
     #[test]
+    fn paths_of_namespaces_stay_on_the_host() {
+        let guest = bundle(|c| c["linux"]["namespaces"][1]["path"] = json!("/x")).unwrap();
+        assert_eq!(
+            guest.json["linux"]["namespaces"],
+            json!([{"type": "mount"}, {"type": "network"}])
+        );
+    }
+
+    #[test]
     fn a_relative_destination_starts_at_the_root() {
         let guest = bundle(|c| c["mounts"][1]["destination"] = json!("etc/hosts")).unwrap();
         assert_eq!(guest.json["mounts"][1]["destination"], "/etc/hosts");
@@ -334,12 +393,9 @@ mod tests {
     #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
         type Case = (&'static str, fn(&mut Value));
-        let cases: [Case; 5] = [
+        let cases: [Case; 4] = [
             ("network", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "mount"}]);
-            }),
-            ("joining the ipc namespace /x", |c| {
-                c["linux"]["namespaces"][0] = json!({"type": "ipc", "path": "/x"});
             }),
             ("mount namespace", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "network"}]);

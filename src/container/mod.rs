@@ -9,20 +9,25 @@ pub mod cgroup;
 pub mod console;
 pub mod create;
 pub mod delete;
+mod devices;
 pub mod events;
 pub mod exec;
 pub mod execs;
 pub mod guest_spec;
+pub mod guest_volumes;
 pub mod hooks;
 pub mod kill;
 pub mod labels;
 pub mod limits;
+pub mod membership;
 pub mod mount_options;
 pub mod network;
 pub mod pause;
+pub mod pod;
 pub mod ps;
 pub mod resources;
 pub mod run;
+mod shared_memory;
 pub mod signal;
 pub mod start;
 pub mod state;
@@ -30,6 +35,7 @@ pub mod stats;
 pub mod terminal;
 pub mod update;
 mod validate;
+mod volume_name;
 
 use std::io;
 use std::path::PathBuf;
@@ -96,11 +102,11 @@ pub enum Error {
     #[error(transparent)]
     GuestSpec(#[from] guest_spec::Error),
     #[error(transparent)]
+    Membership(#[from] membership::Error),
+    #[error(transparent)]
     Config(#[from] crate::config::Error),
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::Error),
-    #[error(transparent)]
-    Network(#[from] crate::sandbox::network::namespace::Error),
     #[error(transparent)]
     StandIn(crate::standin::spawn::Error),
     /// A hook of the container's set-up.
@@ -114,6 +120,11 @@ pub enum Error {
     Process(String),
     #[error(transparent)]
     Agent(crate::agent_client::Error),
+    #[error("the volume {}: {source}", path.display())]
+    Volume {
+        path: PathBuf,
+        source: Box<crate::sandbox::Error>,
+    },
     #[error("cgroup {}: {source}", path.display())]
     Cgroup { path: PathBuf, source: io::Error },
     #[error("interrupted")]

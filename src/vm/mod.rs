@@ -190,11 +190,7 @@ pub struct VmSize {
 #[allow(dead_code, reason = "see `Vm`")]
 #[derive(Debug)]
 pub enum Device {
-    /// A host block device or image file, raw.
-    Block {
-        path: PathBuf,
-        read_only: bool,
-    },
+    Block(BlockDevice),
     Net(NetDevice),
     /// A function of a physical PCI device that the driver vfio-pci has.
     Vfio {
@@ -222,6 +218,16 @@ pub struct NetDevice {
 pub fn valid_device_id(id: &str) -> bool {
     let fits = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
     id.starts_with(|c: char| c.is_ascii_lowercase()) && id.len() <= 32 && id.bytes().all(fits)
+}
+
+/// A virtio-blk device whose serial number is the id it is attached under. The
+/// hypervisor gets a copy of the descriptor.
+#[derive(Debug)]
+pub struct BlockDevice {
+    /// A block device or an image file, raw, opened as it is to be used.
+    pub file: OwnedFd,
+    pub is_device: bool,
+    pub read_only: bool,
 }
 
 /// What happened to a machine.
@@ -332,8 +338,8 @@ fn reason(e: &io::Error) -> String {
 /// A missing or unusable binary, firmware, kernel or image; KVM configured where
 /// it does not work.
 pub fn create(config: &Config, vm: VmConfig, cache_dir: &Path) -> Result<Box<dyn Vm>, Error> {
-    match selection::choose(config, || detect::kvm(cache_dir)) {
+    match selection::choose(config) {
         Choice::Builtin => Ok(Box::new(builtin::BuiltinVm::new(config, vm, cache_dir)?)),
-        Choice::Qemu(_) => Ok(Box::new(qemu::QemuVm::new(config, vm, cache_dir)?)),
+        Choice::Qemu => Ok(Box::new(qemu::QemuVm::new(config, vm, cache_dir)?)),
     }
 }

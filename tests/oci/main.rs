@@ -24,6 +24,7 @@ mod list;
 mod log;
 mod mount_options;
 mod mounts;
+mod namespaces;
 mod parallel;
 mod pause;
 mod process;
@@ -42,6 +43,7 @@ mod terminal;
 mod tty;
 mod update;
 mod userns;
+mod volumes;
 
 mod probe {
     #[test]

@@ -8,13 +8,25 @@ mod comforts;
 mod concurrency;
 mod config_file;
 mod confinement;
+mod disks;
 mod exec;
 mod faults;
 mod faults_in_between;
 mod flavours;
 mod guest;
 mod limits;
+mod pods;
+mod pods_end;
 mod sizes;
 mod terminal;
 mod unsupported;
 mod victims;
+mod volumes;
+
+mod probe {
+    #[test]
+    #[ignore = "runs inside the containers of other tests"]
+    fn main() {
+        kuasar_runv_test_harness::probe::main();
+    }
+}

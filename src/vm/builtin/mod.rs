@@ -412,7 +412,7 @@ impl Vm for BuiltinVm {
 
     fn attach(&mut self, _id: &str, device: &Device) -> Result<(), Error> {
         Err(Self::unsupported(match device {
-            Device::Block { .. } => "attaching a block device",
+            Device::Block(_) => "attaching a block device",
             Device::Net(_) => "attaching a network interface",
             Device::Vfio { .. } => "passing a physical device through",
         }))

@@ -6,6 +6,8 @@
 //! one test with the name of the check in the environment. A check prints facts
 //! (`key=value`); the test on the host compares them.
 
+mod volumes;
+
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -36,6 +38,10 @@ pub fn main() {
         "memory" => memory(argument.parse().unwrap()),
         "system-calls" => system_calls(),
         "network" => network(),
+        "one-in-two-places" => volumes::one_in_two_places(argument),
+        "huge-pages" => volumes::huge_pages(Path::new(argument)),
+        "particular-files" => volumes::particular(Path::new(argument)),
+        "shared-word" => shared_word(Path::new(argument)),
         other => panic!("no probe {other:?}"),
     }
 }
@@ -65,6 +71,31 @@ fn files(dir: &Path) {
     fact("rename exchange", rename_exchange(dir));
 }
 
+/// Two processes that map this file count to two and see each other do it.
+fn shared_word(path: &Path) {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    let both = || -> io::Result<bool> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)?;
+        file.set_len(4096)?;
+        let mapping = Mapping::new(&file, 4096, libc::MAP_SHARED)?;
+        // SAFETY: the mapping is large enough and aligned, and everybody who maps
+        // the file uses it as an atomic.
+        let word = unsafe { &*mapping.address.cast::<AtomicU32>() };
+        word.fetch_add(1, Ordering::SeqCst);
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while word.load(Ordering::SeqCst) < 2 && std::time::Instant::now() < end {
+            thread::sleep(std::time::Duration::from_millis(5));
+        }
+        Ok(word.load(Ordering::SeqCst) == 2)
+    };
+    fact("both", both());
+}
+
 struct Mapping {
     address: *mut libc::c_void,
     len: usize,
@@ -72,6 +103,16 @@ struct Mapping {
 
 impl Mapping {
     fn new(file: &File, len: usize, flags: i32) -> io::Result<Mapping> {
+        Mapping::map(file, 0, len, flags)
+    }
+
+    /// A shared mapping of a part of the file.
+    fn at(file: &File, offset: usize, len: usize) -> io::Result<Mapping> {
+        Mapping::map(file, offset, len, libc::MAP_SHARED)
+    }
+
+    fn map(file: &File, offset: usize, len: usize, flags: i32) -> io::Result<Mapping> {
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let address = unsafe {
@@ -81,7 +122,7 @@ impl Mapping {
                 protection,
                 flags,
                 file.as_raw_fd(),
-                0,
+                offset,
             )
         };
         if address == libc::MAP_FAILED {
