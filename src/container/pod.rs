@@ -12,8 +12,8 @@ use std::time::Duration;
 use super::state::ContainerRecord;
 use super::{Error, context, guest_volumes, membership};
 use crate::root::Root;
-use crate::sandbox::Sandbox;
 use crate::sandbox::record::SandboxRecord;
+use crate::sandbox::{self, Sandbox};
 use crate::sys::lock::DirLock;
 use crate::sys::process::ProcessRef;
 
@@ -107,7 +107,11 @@ fn remove(
         sandbox.limit_patience(patience);
     }
     // First, so that the guest forgets the files when it looks for them.
-    let unshared = sandbox.unshare(id);
+    let unshared = match sandbox.unshare(id) {
+        // Without its sandboxer the guest cannot be reached either.
+        Err(e @ sandbox::Error::Timeout(_)) => return Err(e.into()),
+        unshared => unshared,
+    };
     let disconnected = sandbox.disconnect_network(id);
     remove_from_guest(&sandbox, id)?;
     let unused = unshared?;
