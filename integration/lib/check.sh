@@ -82,3 +82,10 @@ output_has() {
 on_runc() {
   [[ $RUNTIME_NAME == runc ]]
 }
+
+# A script for the container: its memory limit in bytes. The hierarchy is v1 or v2,
+# and with v2 the container may see all of it or its own part.
+# shellcheck disable=SC2016 # expanded by the shell in the container
+readonly MEMORY_LIMIT='cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null ||
+  cat /sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/memory.max'
+export MEMORY_LIMIT

@@ -12,16 +12,17 @@
 # Functions named `case_vm_NAME` check what only a VM has and run without runc;
 # `case_alone_NAME` disturb others and run by themselves, at the end.
 
-integration=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
-top=$(dirname "$integration")
+INTEGRATION=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
+TOP=$(dirname "$INTEGRATION")
+readonly INTEGRATION TOP
 # shellcheck source=../../scripts/lib.sh
-. "$top/scripts/lib.sh"
+. "$TOP/scripts/lib.sh"
 # shellcheck source=check.sh
-. "$integration/lib/check.sh"
+. "$INTEGRATION/lib/check.sh"
 # shellcheck source=image.sh
-. "$integration/lib/image.sh"
+. "$INTEGRATION/lib/image.sh"
 # shellcheck source=world.sh
-. "$integration/lib/world.sh"
+. "$INTEGRATION/lib/world.sh"
 
 readonly IMAGE=localhost/busybox
 readonly PAUSE_IMAGE=localhost/pause
@@ -71,7 +72,7 @@ parse_options() {
 
 load_cases() {
   local file
-  for file in "$integration/$ENGINE.d"/*.sh; do
+  for file in "$INTEGRATION/$ENGINE.d"/*.sh; do
     # shellcheck source=/dev/null
     . "$file"
   done
@@ -85,7 +86,7 @@ select_cases() {
     declare -F "case_$name"
   done | sort -k3,3 -k2,2n | while read -r name _; do
     name=${name#case_}
-    if [[ $selection == representative ]] && ! grep -qx "$ENGINE $name" "$integration/representative"; then
+    if [[ $selection == representative ]] && ! grep -qx "$ENGINE $name" "$INTEGRATION/representative"; then
       continue
     fi
     ((${#patterns[@]} > 0)) || echo "$name"
@@ -99,14 +100,14 @@ select_cases() {
 # --- outside of the world ---
 
 find_runtime() {
-  local built=$top/target/x86_64-unknown-linux-gnu/release/kuasar-runv
+  local built=$TOP/target/x86_64-unknown-linux-gnu/release/kuasar-runv
   if [[ -z ${RUNTIME:-} ]]; then
     if [[ -x $built ]]; then RUNTIME=$built; else RUNTIME=$(command -v kuasar-runv) || RUNTIME=''; fi
   fi
   [[ -x ${RUNTIME:-} ]] || die "there is no kuasar-runv: run make image, or set RUNTIME"
   RUNTIME=$(readlink -f "$RUNTIME")
-  if [[ -z ${KUASAR_RUNV_CONFIG:-} && -f $top/target/guest/source/config.toml ]]; then
-    KUASAR_RUNV_CONFIG=$top/target/guest/source/config.toml
+  if [[ -z ${KUASAR_RUNV_CONFIG:-} && -f $TOP/target/guest/source/config.toml ]]; then
+    KUASAR_RUNV_CONFIG=$TOP/target/guest/source/config.toml
   fi
   export RUNTIME KUASAR_RUNV_CONFIG=${KUASAR_RUNV_CONFIG:-}
 }
@@ -114,7 +115,7 @@ find_runtime() {
 run_outside() {
   local status=0 temporary=''
   ((EUID == 0)) || die "root is needed"
-  "$top/scripts/setup-packages" run engines || return 2
+  "$TOP/scripts/setup-packages" run engines || return 2
   find_runtime
   if [[ -z $output ]]; then
     output=$(mktemp -d "/tmp/krt-$ENGINE-XXXXXX")
@@ -183,7 +184,7 @@ run_inside_case() {
 # Runs one case with both runtimes and adds its line to the report.
 judge_case() {
   local name=$1 why
-  if [[ $with_runc && $name != vm_* ]] && ! why=$(run_case "$name" "$RUNC"); then
+  if [[ $with_runc && $name != vm_* && $name != alone_vm_* ]] && ! why=$(run_case "$name" "$RUNC"); then
     echo "RUNC-FAILS $name: $why"
   elif why=$(run_case "$name" "$KUASAR"); then
     echo "PASS $name"
@@ -193,20 +194,42 @@ judge_case() {
 }
 
 run_cases() {
-  local name running=0
+  local name pids=()
   for name in "$@"; do
     [[ $name == alone_* ]] && continue
-    if ((running >= jobs)); then
-      wait -n
-      running=$((running - 1))
+    if ((${#pids[@]} >= jobs)); then
+      wait -n -p ended "${pids[@]}"
+      mapfile -t pids < <(printf '%s\n' "${pids[@]}" | grep -vx "$ended")
     fi
     judge_case "$name" &
-    running=$((running + 1))
+    pids+=($!)
   done
-  wait
+  ((${#pids[@]} == 0)) || wait "${pids[@]}"
   for name in "$@"; do
     [[ $name != alone_* ]] || judge_case "$name"
   done
+}
+
+# start_daemon NAME COMMAND...: as an orphan, with its pid in /run/NAME.pid.
+start_daemon() {
+  local name=$1
+  shift
+  (
+    setsid "$@" >>"$OUTPUT/$name.log" 2>&1 </dev/null &
+    echo $! >"/run/$name.pid"
+  )
+}
+
+# end_daemon NAME
+end_daemon() {
+  local pid
+  pid=$(cat "/run/$1.pid")
+  kill "$pid"
+  for _ in {1..100}; do
+    [[ -d /proc/$pid ]] || return 0
+    sleep 0.1
+  done
+  kill -9 "$pid"
 }
 
 # What the runtime keeps must be gone with the containers.

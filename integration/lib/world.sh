@@ -14,7 +14,7 @@ cgroup_hierarchies() {
 }
 
 enter_world() {
-  local directory status=0
+  local directory world status=0
   export WORLD_NAME=krt-engine-$$
   trap leave_world EXIT
   for directory in $(cgroup_hierarchies); do
@@ -31,7 +31,12 @@ enter_world() {
     done
     exec unshare --mount --net --pid --ipc --uts --cgroup --propagation private \
       --fork --kill-child --mount-proc "$@"
-  ) || status=$?
+  ) &
+  world=$!
+  # unshare(1) ignores these while it waits; its end is that of the world.
+  trap 'kill -KILL $world' TERM INT HUP
+  wait "$world" || status=$?
+  trap - TERM INT HUP
   return "$status"
 }
 
@@ -94,6 +99,9 @@ furnish_world() {
   mount -t tmpfs -o mode=1777 tmp /var/tmp
   mount --bind "/proc/self/fd/$output_fd" /tmp/output
   exec {output_fd}<&-
-  OUTPUT=/tmp/output
+  export OUTPUT=/tmp/output
+  # Rootless engines need what udev makes of it: a device for everybody.
+  mknod -m 666 /run/tun c 10 200
+  mount --bind /run/tun /dev/net/tun
   ip link set lo up
 }

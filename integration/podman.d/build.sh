@@ -14,7 +14,7 @@ USER alice
 RUN id -u > /tmp/who
 TEXT
   p build -q --isolation oci --network none -t "localhost/$C" "$W/context"
-  equal 'copied more 0 1000' "$(echo $(run "localhost/$C" cat /made /tmp/who))"
+  equal 'copied more 0 1000' "$(run "localhost/$C" cat /made /tmp/who | xargs)"
 }
 
 case_build_run_fails() {

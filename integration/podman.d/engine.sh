@@ -27,7 +27,7 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 TEXT
   # The drop-in that is installed, for the binary under test.
-  sed "s|@BIN@/kuasar-runv|$KUASAR|" "$top/etc/engines/podman.conf" >/etc/containers/containers.conf.d/kuasar-runv.conf
+  sed "s|@BIN@/kuasar-runv|$KUASAR|" "$TOP/etc/engines/podman.conf" >/etc/containers/containers.conf.d/kuasar-runv.conf
   echo '{"default": [{"type": "insecureAcceptAnything"}]}' >/etc/containers/policy.json
   echo 'unqualified-search-registries = []' >/etc/containers/registries.conf
   printf '[storage]\ndriver = "overlay"\ngraphroot = "/var/lib/containers/storage"\nrunroot = "/run/containers/storage"\n' \

@@ -34,7 +34,7 @@ case_exec_privileged() {
 case_exec_detached() {
   up
   p exec -d "$C" sh -c 'echo done >/tmp/mark'
-  eventually 20 output_is done p exec "$C" cat /tmp/mark
+  eventually 20 output_is 'done' p exec "$C" cat /tmp/mark
 }
 
 case_exec_terminal() {

@@ -41,7 +41,7 @@ case_limits_ulimit() {
 case_limits_memory() {
   local bytes
   up --memory 64m
-  bytes=$(p exec "$C" sh -c 'cat /sys/fs/cgroup/memory.max 2>/dev/null || cat /sys/fs/cgroup/memory/memory.limit_in_bytes')
+  bytes=$(p exec "$C" sh -c "$MEMORY_LIMIT")
   equal 67108864 "$bytes"
 }
 
