@@ -6,6 +6,7 @@
 //!  exec        exec of `true` | the guest's part of it | runc; a hundred at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
+//!  engines     `true` with podman and ctr, kuasar-runv | runc | the floor
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
@@ -22,6 +23,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod commands;
+mod engines;
 mod exec;
 mod floor;
 mod keys;
@@ -67,6 +69,7 @@ enum Part {
     Memory,
     Throughput,
     Keys,
+    Engines,
 }
 
 fn main() {
@@ -94,6 +97,9 @@ fn main() {
     }
     if wanted(Part::Keys) {
         report.add(keys::measure(options.keys));
+    }
+    if wanted(Part::Engines) {
+        report.add(engines::measure(options.rounds));
     }
     if let Some(path) = options.markdown {
         std::fs::write(&path, report.markdown())

@@ -35,3 +35,8 @@ engine_clean() {
   done
   buildah images --format '{{.Name}}' | grep "/$1" | xargs -r buildah rmi -f
 }
+
+engine_true() {
+  buildah inspect timed >/dev/null 2>&1 || buildah from --pull-never --name timed "$IMAGE"
+  BUILDAH_RUNTIME=$1 BUILDAH_ISOLATION=oci buildah run --network none timed -- true
+}

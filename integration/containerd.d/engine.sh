@@ -96,3 +96,7 @@ engine_clean() {
     cri RemovePodSandbox "{\"pod_sandbox_id\": \"$pod\"}"
   done
 }
+
+engine_true() {
+  c run --rm --runc-binary "$1" "$IMAGE:latest" timed true
+}

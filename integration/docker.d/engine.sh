@@ -67,3 +67,8 @@ engine_clean() {
   docker volume ls -q --filter "name=^$tag" | xargs -r docker volume rm -f
   docker images --format '{{.Repository}}' | grep "^$tag" | xargs -r docker rmi -f
 }
+
+engine_true() {
+  RUNTIME_NAME=${1##*/}
+  d_run --rm "$IMAGE" true
+}

@@ -6,6 +6,7 @@
 #   engine_start       starts daemons, loads images; runs once, in the world
 #   engine_stop        ends them
 #   engine_clean TAG   removes what a case may have left; TAG is in all its names
+#   engine_true BINARY runs a container of `true` with that runtime, for --timed
 #
 # In a case: RUNTIME is the binary, RUNTIME_NAME "runc" or "kuasar-runv", C a name
 # nobody else uses, W a directory for files; `fail`, `equal`, ... of check.sh.
@@ -46,6 +47,8 @@ the installed one), and prints one line for each:
   --limit SECONDS     for one case with one runtime (default 120)
   --output DIR        keep the cases' output there
   --no-runc           do not run the cases with runc first
+  --timed             no cases: for each line "runc" or "kuasar-runv" on standard
+                      input run a container of \`true\` and print the seconds it took
 
 exit code: 0 no case failed, 1 a case failed, 2 the set-up failed
 Root is needed; the engines run in namespaces of their own, see lib/world.sh.
@@ -53,7 +56,7 @@ TEXT
 }
 
 parse_options() {
-  patterns=() jobs=$(nproc) limit=120 output='' list='' selection=all with_runc=yes
+  patterns=() jobs=$(nproc) limit=120 output='' list='' selection=all with_runc=yes timed=''
   while (($# > 0)); do
     case $1 in
       --list) list=yes ;;
@@ -62,6 +65,7 @@ parse_options() {
       --limit) limit=${2:?--limit needs seconds} && shift ;;
       --output) output=${2:?--output needs a directory} && shift ;;
       --no-runc) with_runc='' ;;
+      --timed) timed=yes ;;
       -h | --help) usage && exit 0 ;;
       -*) usage >&2 && exit 2 ;;
       *) patterns+=("$1") ;;
@@ -245,6 +249,21 @@ judge_leaks() {
     cut -c1-400 | tee -a "$OUTPUT/report"
 }
 
+# Answers the requests of bench/src/engines.rs.
+serve_timed() {
+  local name begin end
+  while read -r name; do
+    case $name in
+      runc) name=$RUNC ;;
+      *) name=$KUASAR ;;
+    esac
+    begin=$EPOCHREALTIME
+    engine_true "$name" >>"$OUTPUT/engine.log" 2>&1 </dev/null || die "the container failed, see $OUTPUT/engine.log"
+    end=$EPOCHREALTIME
+    awk -v begin="$begin" -v end="$end" 'BEGIN { printf "%.6f\n", end - begin }'
+  done
+}
+
 run_inside() {
   local cases passed failed excused
   furnish_world "$INSIDE_OUTPUT"
@@ -255,6 +274,11 @@ run_inside() {
     tail -n 20 "$OUTPUT/engine.log" >&2
     die "$ENGINE could not be started"
   }
+  if [[ $timed ]]; then
+    serve_timed
+    engine_stop >>"$OUTPUT/engine.log" 2>&1
+    return
+  fi
   run_cases "${cases[@]}"
   engine_stop >>"$OUTPUT/engine.log" 2>&1 || true
   judge_leaks

@@ -31,7 +31,7 @@ enter_world() {
     done
     exec unshare --mount --net --pid --ipc --uts --cgroup --propagation private \
       --fork --kill-child --mount-proc "$@"
-  ) &
+  ) <&0 &
   world=$!
   # unshare(1) ignores these while it waits; its end is that of the world.
   trap 'kill -KILL $world' TERM INT HUP

@@ -56,3 +56,7 @@ engine_clean() {
   podman secret ls --format '{{.Name}}' | grep "^$tag" | xargs -r podman secret rm
   podman images --format '{{.Repository}}' | grep "/$tag" | xargs -r podman rmi -f
 }
+
+engine_true() {
+  podman --runtime "$1" run --rm "$IMAGE" true
+}
