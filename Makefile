@@ -36,7 +36,7 @@ build: ## compile the host binary and the guest agent
 	@cargo build --profile agent --package kuasar-runv-agent
 
 .PHONY: protocol
-protocol: ## regenerate the code of the protocol from its .proto file
+protocol: ## regenerate the code of the protocol from its .proto files
 	@cargo run --manifest-path protocol/codegen/Cargo.toml
 
 # --- guest ---

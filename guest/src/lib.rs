@@ -24,6 +24,8 @@ pub mod events;
 pub mod helper;
 pub mod ipc;
 pub mod logging;
+pub mod network;
+pub mod pci;
 pub mod process;
 pub mod reaper;
 pub mod serve;

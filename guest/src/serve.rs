@@ -6,11 +6,13 @@ use std::sync::Arc;
 
 use kuasar_runv_protocol::STREAM_PORT;
 use kuasar_runv_protocol::agent_ttrpc::create_agent;
+use kuasar_runv_protocol::network_ttrpc::create_network;
 use ttrpc::r#async::Server;
 
 use crate::containers::Containers;
 use crate::debug_console;
 use crate::events::Events;
+use crate::network::NetworkService;
 use crate::reaper::Reaper;
 use crate::service::AgentService;
 use crate::streams::Streams;
@@ -79,8 +81,9 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
         streams,
         events,
     ));
+    let network = create_network(Arc::new(NetworkService::new(Arc::clone(&containers))));
     let service = create_agent(Arc::new(AgentService::new(containers)));
-    let mut server = server.register_service(service);
+    let mut server = server.register_service(service).register_service(network);
     server.start().await?;
     std::future::pending().await
 }

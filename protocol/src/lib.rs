@@ -5,7 +5,7 @@
 //!
 //! | port | opened by | carries |
 //! |---|---|---|
-//! | [`AGENT_PORT`] | host | ttrpc, service `Agent` of `proto/agent.proto` |
+//! | [`AGENT_PORT`] | host | ttrpc, the services of `proto/*.proto` |
 //! | [`DEBUG_CONSOLE_PORT`] | host | a shell, only when enabled in the configuration |
 //! | [`STREAM_PORT`] | host (stand-in) | one stdio stream or the control channel of one guest process, see [`stream`] |
 //! | [`EVENT_PORT`] | guest | length-prefixed `Event` messages, the first is `Ready`, see [`event`] |
@@ -13,10 +13,11 @@
 //! Both sides are built from one commit; [`PROTOCOL_VERSION`] is checked in
 //! `Ready` so that a stale guest image is reported instead of misunderstood.
 //!
-//! [`hook`] is the one thing that both sides do instead of say.
+//! [`hook`] and [`rtnetlink`] are what both sides do instead of say.
 
 pub mod event;
 pub mod hook;
+pub mod rtnetlink;
 pub mod stream;
 pub mod words;
 
@@ -24,9 +25,11 @@ pub mod words;
 mod generated {
     pub mod agent;
     pub mod agent_ttrpc;
+    pub mod network;
+    pub mod network_ttrpc;
 }
 
-pub use generated::{agent, agent_ttrpc};
+pub use generated::{agent, agent_ttrpc, network, network_ttrpc};
 
 /// Bumped with every incompatible change of anything in this crate.
 pub const PROTOCOL_VERSION: u32 = 1;

@@ -17,6 +17,8 @@ use kuasar_runv_protocol::agent::{
     SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
+use kuasar_runv_protocol::network::ApplyRequest;
+use kuasar_runv_protocol::network_ttrpc::NetworkClient;
 use ttrpc::Code;
 
 /// Longest error text of the guest that is passed on, in characters.
@@ -50,6 +52,7 @@ impl Error {
 /// A connection to the agent's task service.
 pub struct Agent {
     stub: Stub,
+    network: NetworkClient,
     deadline: Duration,
 }
 
@@ -62,7 +65,8 @@ impl Agent {
         let client =
             ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
-            stub: Stub::new(client),
+            stub: Stub::new(client.clone()),
+            network: NetworkClient::new(client),
             deadline,
         })
     }
@@ -128,6 +132,17 @@ impl Agent {
         };
         self.stub
             .list_processes(self.context(), &request)
+            .map_err(|e| self.error(e))
+    }
+
+    /// Has the guest make the network of a container what the request says.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn apply_network(&self, request: &ApplyRequest) -> Result<(), Error> {
+        self.network
+            .apply(self.context(), request)
+            .map(drop)
             .map_err(|e| self.error(e))
     }
 

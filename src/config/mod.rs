@@ -43,6 +43,7 @@ pub struct Config {
     pub qemu: Qemu,
     pub guest: Guest,
     pub vm: Vm,
+    pub network: Network,
     pub timeouts: Timeouts,
 }
 
@@ -144,6 +145,53 @@ pub struct Vm {
     pub memory_mib: u32,
 }
 
+/// `[network]`: how interfaces of the host become network cards of the VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    pub model: NetworkModel,
+    /// Queues of each card, 1 to 16. 0: as many as the VM has CPUs, 8 at most.
+    #[serde(deserialize_with = "values::queues")]
+    pub queues: u32,
+    pub vhost: Vhost,
+}
+
+/// What lies between an interface of the host and a card of the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkModel {
+    /// A tap, and a filter each way that redirects all packets.
+    #[default]
+    Tcfilter,
+    /// A macvtap interface on top of the interface.
+    Macvtap,
+    /// A tap that is left to others to connect.
+    None,
+}
+
+/// Whether the host's kernel moves packets of the VM by itself (`/dev/vhost-net`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vhost {
+    /// Where there is such a device, and KVM.
+    #[default]
+    Auto,
+    /// An error where it cannot be had.
+    On,
+    Off,
+}
+
+impl Network {
+    /// Queues of each card of a VM with this many CPUs.
+    #[must_use]
+    pub fn queues(&self, vcpus: u32) -> u32 {
+        match self.queues {
+            0 => vcpus.clamp(1, 8),
+            queues => queues,
+        }
+    }
+}
+
 /// `[timeouts]`: longest waits, in seconds, 1 to 86400.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -225,6 +273,7 @@ impl Default for Config {
             qemu: Qemu::default(),
             guest: Guest::default(),
             vm: Vm::default(),
+            network: Network::default(),
             timeouts: Timeouts::default(),
         }
     }

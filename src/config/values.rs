@@ -68,6 +68,10 @@ pub(super) fn vcpus<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
     number(d, 1..=255)
 }
 
+pub(super) fn queues<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+    number(d, 0..=16)
+}
+
 pub(super) fn memory_mib<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
     number(d, 128..=4 << 20)
 }

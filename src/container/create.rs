@@ -22,7 +22,7 @@ use super::mount_options::Depth;
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs};
+use super::{Error, cgroup, check_id, context, delete, execs, network};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -97,6 +97,14 @@ impl Created {
         // What comes now comes too late: the container exists.
         self.interrupt.ignore();
         Ok(self.standin)
+    }
+
+    /// Gives the container its network; before its program starts.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn connect_network(&self) -> Result<(), Error> {
+        network::connect(&self.sandbox, &self.record)
     }
 
     /// Runs the hooks that follow the start of the program.
@@ -181,8 +189,9 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         .and_then(|linux| linux.cgroups_path().as_deref());
     let cgroups = cgroup::directories(cgroups_path, &options.id, options.systemd_cgroup)?;
 
+    let namespace = network::open(guest.network.as_ref())?;
     let hooks = Hooks::of(&bundle.spec);
-    let (mut record, undo) = begin(root, options, &bundle, &hooks, cgroups)?;
+    let (mut record, undo) = begin(root, options, &bundle, &guest, &hooks, cgroups)?;
     cgroup::create(&record.cgroups)?;
     let sandbox = Sandbox::boot(
         root,
@@ -193,7 +202,11 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     )?;
     trace("sandboxer-spawned");
     let (console, slave) = open_console(options, &bundle)?;
-    let standin = spawn_standin(&record, root, &bundle, &guest, &hooks, slave)?;
+    let in_namespaces = InNamespaces {
+        network: namespace,
+        terminal: slave,
+    };
+    let standin = spawn_standin(&record, root, &bundle, &guest, &hooks, in_namespaces)?;
     let standin_ref = ProcessRef::of(standin.pid).map_err(context("the stand-in"))?;
     record.standin = Some(standin_ref);
     record.write(root)?;
@@ -264,6 +277,7 @@ fn begin(
     root: &Root,
     options: &Options,
     bundle: &Bundle,
+    guest: &GuestSpec,
     hooks: &Hooks,
     cgroups: Vec<PathBuf>,
 ) -> Result<(ContainerRecord, Undo), Error> {
@@ -289,6 +303,8 @@ fn begin(
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     record.cgroups = cgroups;
+    record.has_network = true;
+    record.network_path.clone_from(&guest.network);
     record.hooks = hooks.late.clone();
     record.resources = Resources::of_config(&bundle.json).map_err(super::bundle::Error::Json)?;
     let undo = Undo {
@@ -325,13 +341,19 @@ fn console_size(bundle: &Bundle) -> Option<Winsize> {
     })
 }
 
+/// What a stand-in gets as descriptors.
+struct InNamespaces {
+    network: Option<OwnedFd>,
+    terminal: Option<OwnedFd>,
+}
+
 fn spawn_standin(
     record: &ContainerRecord,
     root: &Root,
     bundle: &Bundle,
     guest: &GuestSpec,
     hooks: &Hooks,
-    terminal: Option<OwnedFd>,
+    given: InNamespaces,
 ) -> Result<StandIn, Error> {
     let mut volumes = Vec::new();
     for bind in &guest.binds {
@@ -358,7 +380,9 @@ fn spawn_standin(
         volumes,
         hostname: bundle.spec.hostname().clone(),
         domainname: bundle.spec.domainname().clone(),
-        terminal,
+        network: given.network,
+        sysctls: guest.sysctls.clone(),
+        terminal: given.terminal,
         in_rootfs: has_hooks.then_some(&create_container),
     })?;
     Ok(standin)

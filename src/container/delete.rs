@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::state::{ContainerRecord, RecordError, Status};
-use super::{Error, cgroup, check_id, context, execs, hooks, lock};
+use super::{Error, cgroup, check_id, context, execs, hooks, lock, network};
 use crate::root::{self, Root};
 use crate::sandbox;
 
@@ -70,6 +70,7 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
     let sandbox_id = record.as_ref().map_or(id, |r| r.sandbox_id.as_str());
     sandbox::end(root, sandbox_id)?;
     if let Some(record) = &record {
+        network::clean(record);
         cgroup::remove(&record.cgroups).map_err(context("cleaning up"))?;
         // Before the id is free: hooks undo by id, and a delete that is killed
         // here is repeated as a whole.

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::bundle::Bundle;
 use super::mount_options::{self, Depth};
+use super::network::Sysctl;
 use super::{labels, validate};
 
 /// Name of the rootfs below the container's part of the shared directory.
@@ -58,6 +59,10 @@ pub struct Bind {
 pub struct GuestSpec {
     pub json: Value,
     pub binds: Vec<Bind>,
+    /// Path of the network namespace it is to be in; `None` for a new one.
+    pub network: Option<PathBuf>,
+    /// Settings of its network namespace.
+    pub sysctls: Vec<Sysctl>,
 }
 
 /// Translates a bundle for the container `id`.
@@ -91,7 +96,22 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     labels::strip(&mut json["process"]);
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
     keep_guest_hooks(&mut json, bundle);
-    Ok(GuestSpec { json, binds })
+    let network = take_network_path(&mut json);
+    let sysctls = bundle
+        .spec
+        .linux()
+        .as_ref()
+        .map(Sysctl::of)
+        .unwrap_or_default();
+    if let Some(guests) = json["linux"]["sysctl"].as_object_mut() {
+        guests.retain(|key, _| !sysctls.iter().any(|s| s.of_interface && s.key == *key));
+    }
+    Ok(GuestSpec {
+        json,
+        binds,
+        network,
+        sysctls,
+    })
 }
 
 /// Leaves the guest the hooks that run in the container, with the part of their
@@ -112,6 +132,15 @@ fn keep_guest_hooks(json: &mut Value, bundle: &Bundle) {
         }
         annotations[BUNDLE_ANNOTATION] = json!(bundle.path);
     }
+}
+
+/// The host's network namespace, which in the guest is a new one.
+fn take_network_path(json: &mut Value) -> Option<PathBuf> {
+    let namespaces = json["linux"]["namespaces"].as_array_mut()?;
+    let network = namespaces.iter_mut().find(|n| n["type"] == "network")?;
+    let path = network.as_object_mut()?.remove("path")?;
+    let path = path.as_str().filter(|path| !path.is_empty())?;
+    Some(PathBuf::from(path))
 }
 
 /// Where a mount goes; relative paths start at the root (config.md, mounts).
@@ -137,6 +166,10 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
     };
     for namespace in namespaces.into_iter().flatten() {
         // An empty path is a new namespace, as with runc.
+        // Its interfaces become the VM's.
+        if namespace.typ() == LinuxNamespaceType::Network {
+            continue;
+        }
         let path = namespace.path().as_ref();
         if let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) {
             return Err(Error::Unsupported(format!(
@@ -305,8 +338,8 @@ mod tests {
             ("network", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "mount"}]);
             }),
-            ("joining the network namespace /x", |c| {
-                c["linux"]["namespaces"][1]["path"] = json!("/x");
+            ("joining the ipc namespace /x", |c| {
+                c["linux"]["namespaces"][0] = json!({"type": "ipc", "path": "/x"});
             }),
             ("mount namespace", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "network"}]);

@@ -18,6 +18,7 @@ pub mod kill;
 pub mod labels;
 pub mod limits;
 pub mod mount_options;
+pub mod network;
 pub mod pause;
 pub mod ps;
 pub mod resources;
@@ -98,6 +99,8 @@ pub enum Error {
     Config(#[from] crate::config::Error),
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::Error),
+    #[error(transparent)]
+    Network(#[from] crate::sandbox::network::namespace::Error),
     #[error(transparent)]
     StandIn(crate::standin::spawn::Error),
     /// A hook of the container's set-up.

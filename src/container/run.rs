@@ -34,6 +34,7 @@ pub enum Outcome {
 pub fn run(root: &Root, options: &Options, keep: bool) -> Result<Outcome, Error> {
     if !options.foreground {
         let mut created = create(root, options)?;
+        created.connect_network()?;
         start_in_guest(&created.agent, &options.id)?;
         created.record_phase(Phase::Started)?;
         created.poststart()?;
@@ -47,6 +48,8 @@ pub fn run(root: &Root, options: &Options, keep: bool) -> Result<Outcome, Error>
         Some(raw) => Some(raw.map_err(context("setting the terminal to raw mode"))?),
         None => None,
     };
+    created.connect_network()?;
+    trace("network");
     start_in_guest(&created.agent, &options.id)?;
     trace("started");
     created.record_phase(Phase::Started)?;

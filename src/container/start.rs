@@ -1,7 +1,7 @@
 //! `start`: lets the waiting process execute its program.
 
 use super::state::{ContainerRecord, Phase, Status};
-use super::{Error, hooks, kill, lock};
+use super::{Error, hooks, kill, lock, network};
 use crate::agent_client::{self, Agent};
 use crate::root::Root;
 use crate::sandbox::Sandbox;
@@ -20,7 +20,9 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
         Status::Stopped => return Err(Error::HasStopped),
         Status::Creating => return Err(Error::StillCreating),
     }
-    let agent = connect(root, &record.sandbox_id)?;
+    let sandbox = Sandbox::open(root, &record.sandbox_id)?;
+    network::connect(&sandbox, &record)?;
+    let agent = sandbox.agent()?;
     let started = start_in_guest(&agent, id);
     if matches!(started, Ok(()) | Err(Error::AlreadyRunning)) {
         record.phase = Phase::Started;

@@ -86,6 +86,12 @@ pub struct ContainerRecord {
     pub resources: Resources,
     /// Host cgroup directories made for it, to be removed with it.
     pub cgroups: Vec<PathBuf>,
+    /// It has a network namespace of its own, which the sandboxer looks after.
+    #[serde(default)]
+    pub has_network: bool,
+    /// Where that namespace was found, if it was not made for the container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_path: Option<PathBuf>,
     /// What runs when the bundle may be gone.
     #[serde(default, skip_serializing_if = "LateHooks::is_empty")]
     pub hooks: LateHooks,
@@ -177,6 +183,8 @@ impl ContainerRecord {
             standin: None,
             paused: false,
             resources: Resources::default(),
+            has_network: false,
+            network_path: None,
             cgroups: Vec::new(),
             hooks: LateHooks::default(),
         })

@@ -61,6 +61,11 @@ pub enum Request {
     WaitReady,
     /// Only on the creator's channel: keep the VM when the channel closes.
     Commit,
+    /// Connect the container to what is in the network namespace that comes with this
+    /// message. Answered when the guest has it.
+    Network { container: String },
+    /// Undo that: the container is being deleted.
+    NoNetwork { container: String },
     /// From now on the answers on this channel are notices about the container.
     Subscribe { container: String },
 }

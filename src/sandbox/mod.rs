@@ -7,6 +7,7 @@
 //! the processes, so that a VM whose sandboxer is gone can still be ended.
 
 pub mod control;
+pub mod network;
 pub mod record;
 pub mod server;
 mod share;
@@ -42,6 +43,9 @@ pub const CONSOLE_LOG: &str = "console.log";
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the sandboxer may take to answer a request that needs no VM.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What connecting a network takes besides the guest's answer.
+const NETWORK_MARGIN: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -269,6 +273,43 @@ impl Sandbox {
         };
         self.connection
             .call(&request, &[tree], REQUEST_DEADLINE)
+            .map(drop)
+            .map_err(|e| self.control_error(e))
+    }
+
+    /// Connects the container to the network in `namespace`, and keeps it connected
+    /// to what will be there. Returns when its network is complete in the guest.
+    ///
+    /// # Errors
+    /// See [`Error`]; [`Error::Refused`] with what cannot be connected.
+    pub fn connect_network(&self, container: &str, namespace: BorrowedFd<'_>) -> Result<(), Error> {
+        let request = Request::Network {
+            container: container.to_owned(),
+        };
+        let deadline = self.guest.deadline + NETWORK_MARGIN;
+        self.connection
+            .call(&request, &[namespace], deadline)
+            .map(drop)
+            .map_err(|e| match e {
+                control::Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {
+                    Error::Timeout(deadline)
+                }
+                other => self.control_error(other),
+            })
+    }
+
+    /// Disconnects a container that is being deleted from its network, while the VM
+    /// goes on.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    #[allow(dead_code, reason = "a VM with one container ends with it")]
+    pub fn disconnect_network(&self, container: &str) -> Result<(), Error> {
+        let request = Request::NoNetwork {
+            container: container.to_owned(),
+        };
+        self.connection
+            .call(&request, &[], REQUEST_DEADLINE)
             .map(drop)
             .map_err(|e| self.control_error(e))
     }

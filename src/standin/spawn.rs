@@ -26,6 +26,7 @@ use rustix::thread::CapabilitySet;
 
 use super::{CHANNEL_FD, COMMAND};
 use crate::container::cgroup;
+use crate::container::network::Sysctl;
 use crate::sys::capabilities;
 use crate::sys::mount as mounts;
 use crate::sys::seqpacket::{Channel, wait_any_readable};
@@ -73,6 +74,10 @@ pub struct Plan<'a> {
     pub volumes: Vec<Volume>,
     pub hostname: Option<String>,
     pub domainname: Option<String>,
+    /// The network namespace it is to be in; `None` for a new one.
+    pub network: Option<OwnedFd>,
+    /// Settings of that namespace.
+    pub sysctls: Vec<Sysctl>,
     /// Slave side of the container's terminal; becomes stdio and the
     /// controlling terminal. Without it stdio is inherited.
     pub terminal: Option<OwnedFd>,
@@ -109,6 +114,9 @@ pub fn spawn(mut plan: Plan<'_>) -> Result<StandIn, Error> {
     let terminal = plan.terminal.take();
     launch(plan.label, terminal, move |channel| {
         enter_namespaces(&plan).map_err(step("entering namespaces"))?;
+        for sysctl in &plan.sysctls {
+            sysctl.set().map_err(step("setting up the network"))?;
+        }
         mount_rootfs(&plan)?;
         channel.send(b"mounted", &[])?;
         match channel.recv(UNBOUNDED)? {
@@ -304,12 +312,12 @@ fn use_terminal(slave: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 fn enter_namespaces(plan: &Plan<'_>) -> io::Result<()> {
-    unshare(
-        CloneFlags::CLONE_NEWNS
-            | CloneFlags::CLONE_NEWUTS
-            | CloneFlags::CLONE_NEWIPC
-            | CloneFlags::CLONE_NEWNET,
-    )?;
+    let mut new = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
+    match &plan.network {
+        Some(namespace) => setns(namespace, CloneFlags::CLONE_NEWNET)?,
+        None => new |= CloneFlags::CLONE_NEWNET,
+    }
+    unshare(new)?;
     if let Some(name) = &plan.hostname {
         rustix::system::sethostname(name.as_bytes())?;
     }

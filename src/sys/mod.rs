@@ -10,3 +10,4 @@ pub mod own_binary;
 pub mod process;
 pub mod seqpacket;
 pub mod unix_socket;
+pub mod wake;

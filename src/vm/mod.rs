@@ -24,7 +24,7 @@ mod process;
 mod qemu;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -90,16 +90,21 @@ pub trait Vm {
     /// As [`Vm::pause`], and [`Error::Unsupported`].
     fn resize(&mut self, size: VmSize) -> Result<(), Error>;
 
-    /// Adds a device to the running machine under an id of the caller's.
+    /// Adds a device to the running machine under an id of the caller's, which is
+    /// one of [`valid_device_id`]. The guest does not notice: its agent has to look
+    /// for it (`guest/src/pci.rs`).
     ///
     /// # Errors
-    /// As [`Vm::pause`], and [`Error::Unsupported`].
+    /// As [`Vm::pause`], [`Error::Unsupported`], [`Error::NoSlot`],
+    /// [`Error::DeviceId`]. Nothing of the device is left then.
     fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error>;
 
-    /// Removes a device that was attached under this id.
+    /// Removes a device that was attached under this id, whether or not the guest
+    /// has let go of it, which its agent should have had it do first. The id is free
+    /// again after [`VmEvent::Detached`].
     ///
     /// # Errors
-    /// As [`Vm::pause`], and [`Error::Unsupported`].
+    /// As [`Vm::pause`], [`Error::DeviceId`].
     fn detach(&mut self, id: &str) -> Result<(), Error>;
 
     /// Ends the machine at once, whatever it is doing, and returns when nothing
@@ -164,12 +169,40 @@ pub struct FsDevice {
 
 /// A device that can be attached to a running machine.
 #[allow(dead_code, reason = "see `Vm`")]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Device {
     /// A host block device or image file, raw.
-    Block { path: PathBuf, read_only: bool },
-    /// An existing tap interface.
-    Net { tap: String, mac: [u8; 6] },
+    Block {
+        path: PathBuf,
+        read_only: bool,
+    },
+    Net(NetDevice),
+    /// A function of a physical PCI device that the driver vfio-pci has.
+    Vfio {
+        address: String,
+    },
+}
+
+/// Most devices that are attached at the same time, whatever the hypervisor.
+pub const MAX_DEVICES: usize = 30;
+
+/// A virtio-net device on the queues of a tap or macvtap interface. The hypervisor
+/// gets copies of the descriptors.
+#[derive(Debug)]
+pub struct NetDevice {
+    /// One per queue, with virtio-net headers (`IFF_VNET_HDR`).
+    pub queues: Vec<OwnedFd>,
+    /// One `/dev/vhost-net` per queue, or none.
+    pub vhost: Vec<OwnedFd>,
+    pub mac: [u8; 6],
+}
+
+/// Whether an id is fit for [`Vm::attach`]: a lower-case letter, then at most 31 of
+/// lower-case letters, digits and `-`.
+#[must_use]
+pub fn valid_device_id(id: &str) -> bool {
+    let fits = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+    id.starts_with(|c: char| c.is_ascii_lowercase()) && id.len() <= 32 && id.bytes().all(fits)
 }
 
 /// What happened to a machine.
@@ -185,6 +218,8 @@ pub enum VmEvent {
     /// The hypervisor has stopped the virtual CPUs and they cannot go on, for
     /// instance after an internal error of KVM. Only `stop` is left.
     Stalled { reason: String },
+    /// Nothing is left of a device after [`Vm::detach`].
+    Detached { id: String },
     /// The machine has ended. The last event.
     Exited(VmExit),
 }
@@ -224,6 +259,10 @@ pub enum Error {
     /// `on_spawn` of [`Vm::boot`] failed.
     #[error("cannot record the hypervisor's process: {0}")]
     Record(#[source] io::Error),
+    #[error("the virtual machine has no free slot: it takes {slots} devices while it runs")]
+    NoSlot { slots: usize },
+    #[error("there is no device {0}, or there is one already")]
+    DeviceId(String),
     #[error("{operation} needs a running virtual machine")]
     NotRunning { operation: &'static str },
     #[error("the hypervisor process {pid} is still there {seconds} s after SIGKILL")]

@@ -1,5 +1,5 @@
 //! Writes `protocol/src/generated/` from `protocol/proto/`. Run by
-//! `make protocol` after a change of the .proto file.
+//! `make protocol` after a change of a .proto file.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ fn main() -> std::io::Result<()> {
     let protocol = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     ttrpc_codegen::Codegen::new()
         .out_dir(protocol.join("src/generated"))
-        .input(protocol.join("proto/agent.proto"))
+        .inputs(["agent", "network"].map(|name| protocol.join(format!("proto/{name}.proto"))))
         .include(protocol.join("proto"))
         .rust_protobuf()
         .customize(ttrpc_codegen::Customize {

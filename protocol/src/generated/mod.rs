@@ -1,3 +1,4 @@
 // @generated
 
 pub mod agent;
+pub mod network;

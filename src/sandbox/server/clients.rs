@@ -17,6 +17,8 @@ pub(super) struct Client {
     /// It boots this VM: until it commits, its end is the end of the VM.
     pub is_creator: bool,
     pub waits_for_boot: bool,
+    /// The container whose network it waits for.
+    pub waits_for_network: Option<String>,
     /// The container whose notices it gets.
     pub listens_to: Option<String>,
 }
@@ -38,6 +40,7 @@ impl Sandboxer {
                 channel,
                 is_creator: false,
                 waits_for_boot: false,
+                waits_for_network: None,
                 listens_to: None,
             }),
             Err(e) => log::warn!("accepting a command: {e}"),
@@ -94,6 +97,16 @@ impl Sandboxer {
                     Ok(None)
                 }
             },
+            Request::Network { container } => {
+                let namespace = message.fds.first().ok_or_else(|| {
+                    io::Error::new(io::ErrorKind::InvalidInput, "no network namespace")
+                })?;
+                self.connect_network(index, container, namespace.as_fd())
+            }
+            Request::NoNetwork { container } => {
+                self.network.disconnect(&container);
+                Ok(Some(Reply::default()))
+            }
             Request::Commit => {
                 self.clients[index].is_creator = false;
                 Ok(Some(Reply::default()))

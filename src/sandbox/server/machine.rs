@@ -31,6 +31,7 @@ impl Sandboxer {
                         }
                         VmEvent::Stalled { reason } => return Err(End::Failed(reason)),
                         // The end of the hypervisor follows.
+                        VmEvent::Detached { id } => self.network.detached(&id),
                         VmEvent::GuestShutdown | VmEvent::GuestReset | VmEvent::GuestPanicked => {}
                     }
                 }

@@ -11,6 +11,7 @@
 mod agent;
 mod clients;
 mod machine;
+mod network;
 mod privileges;
 mod spawn;
 mod subscribers;
@@ -26,6 +27,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use self::agent::AgentEvents;
 use self::clients::Client;
+use self::network::Network;
 use super::control::{self, Listener, ReadyInfo, Reply, SandboxerConfig, monotonic_us};
 use super::record::SandboxRecord;
 use super::share::Share;
@@ -127,6 +129,7 @@ struct Sandboxer {
     start_us: u64,
     vmm_start_us: u64,
     clients: Vec<Client>,
+    network: Network,
     dir: PathBuf,
     stop_deadline: Duration,
     /// Those that still have something to say.
@@ -170,7 +173,9 @@ impl Sandboxer {
             Listener::bind(dir_fd.as_fd(), CONTROL_SOCKET).map_err(context("making a socket"))?;
         let vsock = vsock::spawn(vsock_vhost, dir_fd, u64::from(GUEST_CID))
             .map_err(context("the vsock device"))?;
-        privileges::keep_running().map_err(context("giving up capabilities"))?;
+        let network = Network::new(config).map_err(context("an event descriptor"))?;
+        privileges::keep_running(config.config.network.model)
+            .map_err(context("giving up capabilities"))?;
         let timeout = config.config.timeouts.boot(machine.capabilities().emulated);
         Ok(Sandboxer {
             vm: machine,
@@ -184,6 +189,7 @@ impl Sandboxer {
             start_us,
             vmm_start_us,
             clients: Vec::new(),
+            network,
             dir,
             stop_deadline: config.config.timeouts.stop(),
             devices: vec![
@@ -205,6 +211,7 @@ impl Sandboxer {
             channel: creator,
             is_creator: true,
             waits_for_boot: false,
+            waits_for_network: None,
             listens_to: None,
         });
         let code = loop {
@@ -235,6 +242,9 @@ impl Sandboxer {
         }
         for index in ready.devices.into_iter().rev() {
             self.device_event(index)?;
+        }
+        if ready.network {
+            self.network_messages();
         }
         if ready.event_listener {
             self.accept_agent();
@@ -288,6 +298,7 @@ impl Sandboxer {
         let mut fds = vec![
             PollFd::from_borrowed_fd(self.vm.event_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.network.as_fd(), PollFlags::IN),
         ];
         let event_listener = self.event_listener.as_ref().map(|l| {
             fds.push(PollFd::from_borrowed_fd(l.as_fd(), PollFlags::IN));
@@ -320,6 +331,7 @@ impl Sandboxer {
         Ok(ReadyFds {
             vm: is_ready(0),
             listener: is_ready(1),
+            network: is_ready(2),
             event_listener: event_listener.is_some_and(is_ready),
             agent: agent.is_some_and(is_ready),
             clients: (0..self.clients.len())
@@ -341,6 +353,7 @@ enum End {
 struct ReadyFds {
     vm: bool,
     listener: bool,
+    network: bool,
     event_listener: bool,
     agent: bool,
     clients: Vec<usize>,

@@ -6,17 +6,22 @@ use std::io;
 
 use rustix::thread::CapabilitySet;
 
+use crate::config::NetworkModel;
 use crate::sys::capabilities::limit_to;
 use crate::vm::devices::fs;
 
 /// To attach what is shared later to the shared directory, which is the guest's to
-/// set modes in.
-const RUNNING: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::DAC_OVERRIDE);
+/// set modes in, and to enter network namespaces and set them up, by threads that
+/// keep only what that takes (`sandbox::network::watch`).
+const RUNNING: CapabilitySet = CapabilitySet::SYS_ADMIN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::NET_ADMIN);
 
 /// To make namespaces, confine the file server, and leave nothing to the hypervisor.
 const STARTING: CapabilitySet = RUNNING
     .union(fs::CAPABILITIES)
     .union(CapabilitySet::SYS_CHROOT)
+    .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETPCAP);
 
 /// For the process, before anything else.
@@ -31,6 +36,10 @@ pub fn start() -> io::Result<()> {
 ///
 /// # Errors
 /// As capset(2).
-pub fn keep_running() -> io::Result<()> {
-    limit_to(RUNNING)
+pub fn keep_running(network: NetworkModel) -> io::Result<()> {
+    limit_to(match network {
+        // Its devices have no names.
+        NetworkModel::Macvtap => RUNNING | CapabilitySet::MKNOD,
+        NetworkModel::Tcfilter | NetworkModel::None => RUNNING,
+    })
 }

@@ -7,6 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
+use super::hotplug::{BOOT_SLOT, BUS};
 use crate::vm::VmSize;
 
 /// How QEMU executes guest code.
@@ -93,6 +94,11 @@ impl CommandLine<'_> {
                 .with("size", memory)
                 .with("share", "on"),
         );
+        // Tables for hot-plug that nobody reads.
+        args.option(
+            "-global",
+            Props::of("ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),
+        );
         args.option("-display", Props::of("none"));
         args.flag("-no-reboot");
     }
@@ -156,7 +162,19 @@ impl CommandLine<'_> {
                 .with("tag", self.fs_tag)
                 .with("queue-size", "1024"),
         );
-        args.option("-device", Props::of("virtio-rng-pci"));
+        args.option(
+            "-device",
+            Props::of("pci-bridge")
+                .with("id", BUS)
+                .with("chassis_nr", "1"),
+        );
+        args.option(
+            "-device",
+            Props::of("virtio-rng-pci")
+                .with("bus", BUS)
+                .with("addr", BOOT_SLOT)
+                .with("disable-legacy", "on"),
+        );
         args.option(
             "-chardev",
             Props::of("file")
@@ -285,6 +303,7 @@ mod tests {
 -smp 2
 -m 768M
 -object memory-backend-memfd,id=ram,size=768M,share=on
+-global ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off
 -display none
 -no-reboot
 -bios /usr/share/qemu/qboot.rom
@@ -295,7 +314,8 @@ mod tests {
 -device vhost-user-vsock-pci,chardev=vsock
 -chardev socket,id=fs,path=fs.sock
 -device vhost-user-fs-pci,chardev=fs,tag=kuasar-share,queue-size=1024
--device virtio-rng-pci
+-device pci-bridge,id=hotplug,chassis_nr=1
+-device virtio-rng-pci,bus=hotplug,addr=1f,disable-legacy=on
 -chardev file,id=console,path=/proc/self/fd/6
 -serial chardev:console
 -chardev socket,id=qmp,fd=3

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use super::hotplug::HotPlug;
 use super::qmp::{Message, Qmp, QmpError};
 use crate::vm::VmEvent;
 
@@ -10,6 +11,7 @@ pub(super) fn on_message(
     message: Message,
     qmp: &mut Qmp,
     status_query: &mut Option<u64>,
+    hotplug: &mut HotPlug,
     events: &mut VecDeque<VmEvent>,
 ) -> Result<(), QmpError> {
     match message {
@@ -26,6 +28,12 @@ pub(super) fn on_message(
             // Our own pause, or the end: an internal error of KVM has no event
             // of its own.
             "STOP" => *status_query = Some(qmp.send("query-status", None)?),
+            // Parts of a device have events of their own, without an id.
+            "DEVICE_DELETED" => {
+                if let Some(id) = data["device"].as_str() {
+                    events.extend(hotplug.on_deleted(qmp, id)?);
+                }
+            }
             _ => {}
         },
         Message::Answer { id, result } if Some(id) == *status_query => {

@@ -11,6 +11,7 @@
 
 mod command_line;
 mod events;
+mod hotplug;
 mod qmp;
 pub mod requirements;
 
@@ -27,6 +28,7 @@ use rustix::event::epoll;
 
 use self::command_line::{Accel, CommandLine};
 use self::events::on_message;
+use self::hotplug::HotPlug;
 use self::qmp::Qmp;
 use super::log_pump::{LogPump, PERIOD};
 use super::process::{FIRST_FD, Process, Spawn};
@@ -61,6 +63,7 @@ struct Running {
     qmp: Option<Qmp>,
     /// Number of a `query-status` whose answer nobody waits for.
     status_query: Option<u64>,
+    hotplug: HotPlug,
     console: LogPump,
     messages: LogPump,
 }
@@ -148,6 +151,7 @@ impl QemuVm {
             process,
             qmp: Some(qmp),
             status_query: Some(status_query),
+            hotplug: HotPlug::default(),
             console,
             messages,
         };
@@ -246,9 +250,8 @@ impl QemuVm {
         let error = loop {
             match qmp.next() {
                 Ok(Some(message)) => {
-                    if let Err(e) =
-                        on_message(message, qmp, &mut running.status_query, &mut self.events)
-                    {
+                    let (query, hotplug) = (&mut running.status_query, &mut running.hotplug);
+                    if let Err(e) = on_message(message, qmp, query, hotplug, &mut self.events) {
                         break e;
                     }
                 }
@@ -296,10 +299,24 @@ impl QemuVm {
     }
 
     fn command(&mut self, operation: &'static str, command: &'static str) -> Result<(), Error> {
-        let running = self.running.as_mut();
-        let qmp = running.and_then(|running| running.qmp.as_mut());
+        self.with_qmp(operation, |qmp, _, deadline| {
+            qmp.execute(command, None, deadline)?;
+            Ok(())
+        })
+    }
+
+    /// Does something that takes commands and answers.
+    fn with_qmp(
+        &mut self,
+        operation: &'static str,
+        work: impl FnOnce(&mut Qmp, &mut HotPlug, Duration) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(running) = self.running.as_mut() else {
+            return Err(Error::NotRunning { operation });
+        };
+        let qmp = running.qmp.as_mut();
         let qmp = qmp.ok_or(Error::NotRunning { operation })?;
-        let result = qmp.execute(command, None, self.command_deadline);
+        let result = work(qmp, &mut running.hotplug, self.command_deadline);
         // What came before the answer is off the socket, which stays silent.
         self.read_qmp()?;
         if !self.events.is_empty() {
@@ -308,8 +325,7 @@ impl QemuVm {
                 source,
             })?;
         }
-        result?;
-        Ok(())
+        result
     }
 
     /// Makes the event descriptor readable.
@@ -318,12 +334,12 @@ impl QemuVm {
         self.timer.set(at_once, TimerSetTimeFlags::empty())?;
         Ok(())
     }
+}
 
-    fn unsupported(operation: &'static str) -> Error {
-        Error::Unsupported {
-            hypervisor: NAME,
-            operation,
-        }
+fn unsupported(operation: &'static str) -> Error {
+    Error::Unsupported {
+        hypervisor: NAME,
+        operation,
     }
 }
 
@@ -338,14 +354,14 @@ impl Vm for QemuVm {
             resize_vcpus: false,
             resize_memory: false,
             attach_block: false,
-            attach_net: false,
+            attach_net: true,
             emulated: matches!(self.accel, Accel::Tcg { .. }),
         }
     }
 
     fn boot(&mut self, on_spawn: &mut dyn FnMut(i32) -> io::Result<()>) -> Result<(), Error> {
         if self.running.is_some() || self.exit.is_some() {
-            return Err(Self::unsupported("a second boot"));
+            return Err(unsupported("a second boot"));
         }
         self.running = Some(self.spawn(on_spawn)?);
         Ok(())
@@ -397,18 +413,19 @@ impl Vm for QemuVm {
     }
 
     fn resize(&mut self, _size: VmSize) -> Result<(), Error> {
-        Err(Self::unsupported("changing the size of a running VM"))
+        Err(unsupported("changing the size of a running VM"))
     }
 
-    fn attach(&mut self, _id: &str, device: &Device) -> Result<(), Error> {
-        Err(Self::unsupported(match device {
-            Device::Block { .. } => "attaching a block device",
-            Device::Net { .. } => "attaching a network interface",
-        }))
+    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
+        self.with_qmp("attaching a device", |qmp, hotplug, deadline| {
+            hotplug.attach(qmp, id, device, deadline)
+        })
     }
 
-    fn detach(&mut self, _id: &str) -> Result<(), Error> {
-        Err(Self::unsupported("detaching a device"))
+    fn detach(&mut self, id: &str) -> Result<(), Error> {
+        self.with_qmp("detaching a device", |qmp, hotplug, deadline| {
+            hotplug.detach(qmp, id, deadline)
+        })
     }
 
     fn stop(&mut self, deadline: Duration) -> Result<Option<ExitStatus>, Error> {

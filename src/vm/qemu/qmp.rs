@@ -10,11 +10,13 @@
 //! bounded, and nothing in it is trusted beyond the meaning of this VM's state.
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 use crate::vm::process::wait_readable;
@@ -97,6 +99,15 @@ impl Qmp {
         command: &'static str,
         arguments: Option<Value>,
     ) -> Result<u64, QmpError> {
+        self.send_with(command, arguments, None)
+    }
+
+    fn send_with(
+        &mut self,
+        command: &'static str,
+        arguments: Option<Value>,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<u64, QmpError> {
         let id = self.next_id;
         self.next_id += 1;
         let mut request = json!({ "execute": command, "id": id });
@@ -106,7 +117,12 @@ impl Qmp {
         // A few hundred bytes into a socket buffer of about 200 KiB: when that is
         // full, QEMU has not read for a long time and the error is in order.
         let line = format!("{request}\n");
-        self.socket.write_all(line.as_bytes())?;
+        let mut line = line.as_bytes();
+        if let Some(fd) = fd {
+            let sent = send_fd(&self.socket, line, fd)?;
+            line = &line[sent..];
+        }
+        self.socket.write_all(line)?;
         Ok(id)
     }
 
@@ -126,8 +142,30 @@ impl Qmp {
         arguments: Option<Value>,
         deadline: Duration,
     ) -> Result<Value, QmpError> {
-        let start = Instant::now();
         let ours = self.send(command, arguments)?;
+        self.wait_for(ours, command, deadline)
+    }
+
+    /// Hands a copy of a descriptor to QEMU, which knows it by `name` until a
+    /// command takes it, or `closefd`.
+    pub(super) fn pass_fd(
+        &mut self,
+        name: &str,
+        fd: BorrowedFd<'_>,
+        deadline: Duration,
+    ) -> Result<(), QmpError> {
+        let arguments = json!({ "fdname": name });
+        let ours = self.send_with("getfd", Some(arguments), Some(fd))?;
+        self.wait_for(ours, "getfd", deadline).map(drop)
+    }
+
+    fn wait_for(
+        &mut self,
+        ours: u64,
+        command: &'static str,
+        deadline: Duration,
+    ) -> Result<Value, QmpError> {
+        let start = Instant::now();
         loop {
             match self.receive()? {
                 Some(Message::Answer { id, result }) if id == ours => {
@@ -177,6 +215,24 @@ impl AsFd for Qmp {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Sends bytes with a descriptor; returns how many were taken, at least one.
+fn send_fd(socket: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let fds = [fd];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+        // `space` has room for exactly this.
+        return Err(ErrorKind::InvalidInput.into());
+    }
+    let sent = sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(sent)
 }
 
 /// One line of the protocol.

@@ -209,6 +209,86 @@ fn the_real_qemu_pauses_and_resumes() {
     assert!(exit.status.success(), "{exit:?} {}", fixture.log(QEMU_LOG));
 }
 
+/// A PC with the bridge, which is what hot-plug needs of a machine.
+const PC: &str = "exec /usr/bin/qemu-system-x86_64 -nodefaults -machine q35 -accel tcg -S -m 32M \
+     -global ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off -display none \
+     -device pci-bridge,id=hotplug,chassis_nr=1 \
+     -device virtio-rng-pci,bus=hotplug,addr=1f,disable-legacy=on \
+     -chardev socket,id=qmp,fd=3 -mon chardev=qmp,mode=control \
+     -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+fn tap() -> Device {
+    use std::os::fd::AsRawFd;
+    let tap = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
+    let mut request = crate::sandbox::network::tap::ifreq(b"krtvm%d");
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let fd = tap.as_raw_fd();
+    crate::sandbox::network::tap::attach_queue(fd, &mut request, flags).unwrap();
+    Device::Net(crate::vm::NetDevice {
+        queues: vec![tap.into()],
+        vhost: Vec::new(),
+        mac: [2, 0, 0, 0, 0, 1],
+    })
+}
+
+/// In a network namespace of its own, which takes its taps along.
+#[test]
+fn devices_come_and_go_without_the_guest() {
+    std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let fixture = Fixture::new(PC);
+        let mut vm = fixture.boot();
+        for round in 0..2 {
+            for number in 1..=hotplug::SLOTS {
+                vm.attach(&format!("net{number}"), &tap()).unwrap();
+            }
+            assert!(matches!(
+                vm.attach("more", &tap()),
+                Err(Error::NoSlot { .. })
+            ));
+            assert!(matches!(vm.attach("net1", &tap()), Err(Error::DeviceId(_))));
+            for number in 1..=hotplug::SLOTS {
+                let id = format!("net{number}");
+                vm.detach(&id).unwrap();
+                assert_eq!(next_event(&mut vm).unwrap(), VmEvent::Detached { id });
+            }
+            assert!(
+                matches!(vm.detach("net1"), Err(Error::DeviceId(_))),
+                "{round}"
+            );
+        }
+        // What fails leaves its id and its slot free.
+        let no_tap = Device::Net(crate::vm::NetDevice {
+            queues: vec![File::open("/dev/null").unwrap().into()],
+            vhost: Vec::new(),
+            mac: [2, 0, 0, 0, 0, 1],
+        });
+        assert!(matches!(vm.attach("net1", &no_tap), Err(Error::Qmp(_))));
+        vm.attach("net1", &tap()).unwrap();
+        let no_vfio = Device::Vfio {
+            address: "0000:7f:1f.7".into(),
+        };
+        assert!(matches!(vm.attach("vfio1", &no_vfio), Err(Error::Qmp(_))));
+        vm.stop(DEADLINE).unwrap();
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
+fn ids_of_devices_have_an_alphabet() {
+    for id in ["", "1", "-a", "A", "a b", "a.b", &"x".repeat(33)] {
+        assert!(!crate::vm::valid_device_id(id), "{id}");
+    }
+    for id in ["a", "net0", "vol-1", &"x".repeat(32)] {
+        assert!(crate::vm::valid_device_id(id), "{id}");
+    }
+}
+
 #[test]
 fn a_broken_control_connection_is_reported_once_and_the_vm_can_be_stopped() {
     let fixture = Fixture::new("echo nonsense >&3; read -r a <&3; read -r b <&3; read -r c <&3");

@@ -1,0 +1,365 @@
+//! The thread that looks after one container's network.
+//!
+//! It lives in the container's network namespace, with the one capability it needs
+//! there. What only the owner of the VM can do, it asks for ([`Message`]).
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kuasar_runv_protocol::network::ApplyRequest;
+use kuasar_runv_protocol::rtnetlink::Rtnetlink;
+use nix::sched::{CloneFlags, setns};
+use rustix::thread::CapabilitySet;
+
+use super::cards::{Card, Cards};
+use super::guest;
+use super::model::{self, Host};
+use super::snapshot::{NEWS, Snapshot};
+use super::sysfs::Sysfs;
+use crate::config::NetworkModel;
+use crate::root::Root;
+use crate::sandbox::Guest;
+use crate::sys::capabilities::limit_to;
+use crate::sys::seqpacket::wait_any_readable;
+use crate::sys::wake::Wake;
+use crate::vm::Device;
+
+/// How long news are collected: engines make several changes in a row.
+const CALM: Duration = Duration::from_millis(10);
+/// How long the sandboxer may take over a device.
+const DEVICE_DEADLINE: Duration = Duration::from_secs(60);
+/// Pauses between attempts to repeat what failed, and their number.
+const RETRY: Duration = Duration::from_secs(1);
+const MAX_RETRIES: u32 = 30;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{step}: {source}")]
+    Io {
+        step: &'static str,
+        source: io::Error,
+    },
+    #[error("connecting the interface {name}: {reason}")]
+    Connect { name: String, reason: String },
+    #[error("setting up the network in the guest: {0}")]
+    Guest(#[from] crate::sandbox::Error),
+    #[error("the sandboxer is ending")]
+    Ending,
+}
+
+pub(super) fn step(step: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { step, source }
+}
+
+/// What a watch asks of the sandboxer's main thread, or tells it.
+pub enum Message {
+    /// Answered with the id the device got, and the hardware address.
+    Attach {
+        device: NewDevice,
+        answer: Sender<Result<Attached, String>>,
+    },
+    /// Of a device that the guest has let go of.
+    Detach { id: String },
+    /// The network of the container is complete for the first time, or cannot be
+    /// completed; in that case the watch has ended.
+    Settled {
+        container: String,
+        result: Result<(), String>,
+    },
+}
+
+/// A device that is to be attached.
+pub enum NewDevice {
+    Net {
+        queues: Vec<OwnedFd>,
+        /// Wanted, but not when another device has it.
+        mac: Option<[u8; 6]>,
+    },
+    Other(Device),
+}
+
+/// A device that has been attached.
+#[derive(Debug)]
+pub struct Attached {
+    pub id: String,
+    pub mac: [u8; 6],
+}
+
+/// A watch's way to the sandboxer's main thread.
+#[derive(Clone)]
+pub struct Machine {
+    pub messages: Sender<Message>,
+    /// Wakes the main thread.
+    pub wake: Arc<Wake>,
+    /// Held from before a device is attached or detached until the guest has done
+    /// its part: the guest looks for all devices there are, so one that is on its
+    /// way out must not be there then.
+    pub plugging: Arc<Mutex<()>>,
+}
+
+impl Machine {
+    pub(super) fn tell(&self, message: Message) -> Result<(), Error> {
+        self.messages.send(message).map_err(|_| Error::Ending)?;
+        self.wake.wake().map_err(|_| Error::Ending)
+    }
+
+    pub(super) fn attach(&self, device: NewDevice) -> Result<Result<Attached, String>, Error> {
+        let (answer, answered): (_, Receiver<_>) = channel();
+        self.tell(Message::Attach { device, answer })?;
+        match answered.recv_timeout(DEVICE_DEADLINE) {
+            Ok(result) => Ok(result),
+            Err(RecvTimeoutError::Timeout) => Ok(Err("the sandboxer does not answer".into())),
+            Err(RecvTimeoutError::Disconnected) => Err(Error::Ending),
+        }
+    }
+}
+
+/// What a watch has to know.
+#[derive(Clone)]
+pub struct Settings {
+    pub root: Root,
+    pub sandbox_id: String,
+    pub container: String,
+    pub model: NetworkModel,
+    /// Queues of each interface.
+    pub queues: u32,
+}
+
+/// A running watch. It ends when it is asked to, and with the process.
+pub struct Watch {
+    stop: Arc<Wake>,
+    thread: JoinHandle<()>,
+}
+
+impl Watch {
+    /// Starts to look after the network in `namespace`.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn start(settings: Settings, machine: Machine, namespace: OwnedFd) -> io::Result<Watch> {
+        let stop = Arc::new(Wake::new()?);
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("network".into())
+            .stack_size(256 * 1024)
+            .spawn(move || {
+                let container = settings.container.clone();
+                let messages = machine.clone();
+                if let Err(e) =
+                    Watcher::enter(settings, machine, namespace, stopped).and_then(Watcher::run)
+                {
+                    log::error!("the network of {container}: {e}");
+                    let result = Err(e.to_string());
+                    // Nobody is left to be told when the sandboxer ends.
+                    let _ = messages.tell(Message::Settled { container, result });
+                }
+            })?;
+        Ok(Watch { stop, thread })
+    }
+
+    /// Asks it to end, after it has disconnected the container's interfaces. Does not
+    /// wait for it.
+    pub fn ask_to_end(&self) {
+        if let Err(e) = self.stop.wake() {
+            log::warn!("ending the watch of a network: {e}");
+        }
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+}
+
+/// The thread's own state.
+struct Watcher {
+    settings: Settings,
+    machine: Machine,
+    stop: Arc<Wake>,
+    netlink: Rtnetlink,
+    news: Rtnetlink,
+    sysfs: Option<Sysfs>,
+    cards: Cards,
+    /// What the guest was last told.
+    applied: ApplyRequest,
+    /// Names of interfaces that stay on the host, which is said once.
+    ignored: HashSet<String>,
+}
+
+impl Watcher {
+    fn enter(
+        settings: Settings,
+        machine: Machine,
+        namespace: OwnedFd,
+        stop: Arc<Wake>,
+    ) -> Result<Watcher, Error> {
+        setns(&namespace, CloneFlags::CLONE_NEWNET)
+            .map_err(|e| step("entering the network namespace")(e.into()))?;
+        drop(namespace);
+        // Not everywhere, and not everybody needs it.
+        let sysfs = Sysfs::mount()
+            .inspect_err(|e| log::debug!("sysfs of the network namespace: {e}"))
+            .ok();
+        let mut needed = CapabilitySet::NET_ADMIN;
+        if settings.model == NetworkModel::Macvtap {
+            needed |= CapabilitySet::MKNOD;
+        }
+        limit_to(needed).map_err(step("giving up capabilities"))?;
+        let netlink = Rtnetlink::new().map_err(step("a netlink socket"))?;
+        let news = Rtnetlink::subscribed(&NEWS).map_err(step("a netlink socket"))?;
+        Ok(Watcher {
+            settings,
+            machine,
+            stop,
+            netlink,
+            news,
+            sysfs,
+            cards: Cards::default(),
+            applied: ApplyRequest::default(),
+            ignored: HashSet::new(),
+        })
+    }
+
+    fn run(mut self) -> Result<(), Error> {
+        if let Err(e) = self.settle() {
+            self.leave();
+            return Err(e);
+        }
+        self.machine.tell(Message::Settled {
+            container: self.settings.container.clone(),
+            result: Ok(()),
+        })?;
+        let mut failures = 0;
+        loop {
+            let patience = match failures {
+                1..=MAX_RETRIES => RETRY,
+                _ => Duration::from_secs(24 * 3600),
+            };
+            let fds = [self.news.as_fd(), self.stop.as_fd()];
+            let ready = wait_any_readable(&fds, patience).map_err(step("waiting for news"))?;
+            if ready[1] {
+                self.leave();
+                return Ok(());
+            }
+            if ready[0] {
+                failures = 0;
+                self.wait_for_calm()?;
+            }
+            match self.settle() {
+                Ok(()) => failures = 0,
+                Err(e) => {
+                    failures += 1;
+                    log::error!("the network of {}: {e}", self.settings.container);
+                }
+            }
+        }
+    }
+
+    /// Takes the news off the socket until there are none for a moment.
+    fn wait_for_calm(&self) -> Result<(), Error> {
+        let end = Instant::now() + CALM * 20;
+        loop {
+            self.news.drain_news().map_err(step("reading news"))?;
+            let fds = [self.news.as_fd(), self.stop.as_fd()];
+            let ready = wait_any_readable(&fds, CALM).map_err(step("waiting for news"))?;
+            if !ready[0] || ready[1] || Instant::now() >= end {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Makes the VM's network what the namespace's is.
+    fn settle(&mut self) -> Result<(), Error> {
+        let snapshot =
+            Snapshot::take(&mut self.netlink).map_err(step("reading the network namespace"))?;
+        let snapshot = self.cards.complete(snapshot);
+        let plan = self.cards.plan(&snapshot, &mut self.ignored);
+        let plugging = Arc::clone(&self.machine.plugging);
+        let changes = !plan.gone.is_empty() || !plan.new.is_empty();
+        // Another watch that panicked has left nothing half-done that matters here.
+        let _plugging = changes.then(|| plugging.lock().unwrap_or_else(PoisonError::into_inner));
+        if !plan.gone.is_empty() {
+            let gone = self.cards.take(&plan.gone);
+            // What is gone on the host is gone, whatever the guest says.
+            let told = self.apply(&snapshot);
+            for card in gone {
+                self.disconnect(&card);
+            }
+            told?;
+        }
+        for link in plan.new {
+            let machine = self.machine.clone();
+            let (cards, mut host) = self.parts();
+            cards.connect(&mut host, &machine, &snapshot, &link)?;
+        }
+        let (cards, mut host) = self.parts();
+        cards.follow(&mut host, &snapshot)?;
+        self.apply(&snapshot)
+    }
+
+    fn parts(&mut self) -> (&mut Cards, Host<'_>) {
+        let host = Host {
+            netlink: &mut self.netlink,
+            sysfs: self.sysfs.as_ref(),
+            model: self.settings.model,
+            queues: self.settings.queues,
+            owner: model::owner(&self.settings.sandbox_id),
+        };
+        (&mut self.cards, host)
+    }
+
+    /// Tells the guest what its network is, if that is news.
+    fn apply(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
+        let cards = self.cards.of(snapshot);
+        let mut request = guest::request(&self.settings.container, &cards, snapshot);
+        if request.interfaces.is_empty()
+            && request.addresses.is_empty()
+            && self.applied == ApplyRequest::default()
+        {
+            // Nothing but a loopback interface, as the guest has it from the start.
+            return Ok(());
+        }
+        if request == self.applied {
+            return Ok(());
+        }
+        let guest = Guest::open(&self.settings.root, &self.settings.sandbox_id)?;
+        let agent = guest.agent()?;
+        agent
+            .apply_network(&request)
+            .map_err(|e| Error::Guest(e.into()))?;
+        std::mem::swap(&mut self.applied, &mut request);
+        Ok(())
+    }
+
+    /// Takes a card out. What fails is logged: the interface is gone or about to be.
+    fn disconnect(&mut self, card: &Card) {
+        let machine = self.machine.clone();
+        let (_, mut host) = self.parts();
+        if let Err(e) = card.disconnect(&mut host, &machine) {
+            log::warn!("disconnecting {}: {e}", card.link.name);
+        }
+    }
+
+    /// Disconnects everything.
+    fn leave(&mut self) {
+        let plugging = Arc::clone(&self.machine.plugging);
+        let _plugging = plugging.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.cards.take_all();
+        if all.is_empty() {
+            return;
+        }
+        // The guest may be gone, or the container.
+        if let Err(e) = self.apply(&Snapshot::default()) {
+            log::debug!("{e}");
+        }
+        for card in all {
+            self.disconnect(&card);
+        }
+    }
+}
