@@ -62,14 +62,14 @@ case_ctr_exec_kill() {
 case_ctr_kill_and_wait() {
   ctr_up
   c tasks kill -s SIGTERM "$C"
-  eventually 20 output_has STOPPED c tasks ls
+  eventually 20 eval "ctr -n $CTR_NAMESPACE tasks ls | grep \"^$C .*STOPPED\""
   c tasks rm "$C"
 }
 
 case_ctr_kill_all() {
   ctr_up
   c tasks kill --all -s SIGKILL "$C"
-  eventually 20 output_has STOPPED c tasks ls
+  eventually 20 eval "ctr -n $CTR_NAMESPACE tasks ls | grep \"^$C .*STOPPED\""
   refused 'not found' c tasks kill -s SIGKILL "$C"
   contains "$(c tasks rm "$C" 2>&1)" 137
 }

@@ -22,7 +22,7 @@ use super::mount_options::Depth;
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs, network};
+use super::{Error, cgroup, check_id, context, delete, execs, host_mounts, network};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -169,7 +169,8 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("create-begin");
     let interrupt = Interrupt::new().map_err(context("signalfd"))?;
     check_id(&options.id)?;
-    let bundle = Bundle::load(&options.bundle)?;
+    let mut bundle = Bundle::load(&options.bundle)?;
+    host_mounts::prepare(&mut bundle)?;
     let mut guest = guest_spec::translate(&bundle, &options.id)?;
     check_streams(
         options.preserve_fds,

@@ -14,6 +14,7 @@ pub mod exec;
 pub mod execs;
 pub mod guest_spec;
 pub mod hooks;
+mod host_mounts;
 pub mod kill;
 pub mod labels;
 pub mod limits;
