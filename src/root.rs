@@ -68,8 +68,13 @@ impl Root {
     }
 
     #[must_use]
+    pub fn sandboxes(&self) -> PathBuf {
+        self.0.join("sandboxes")
+    }
+
+    #[must_use]
     pub fn sandbox(&self, id: &str) -> PathBuf {
-        self.0.join("sandboxes").join(id)
+        self.sandboxes().join(id)
     }
 
     /// Makes the directories above containers and sandboxes.
@@ -77,7 +82,7 @@ impl Root {
     /// # Errors
     /// As mkdir(2).
     pub fn create(&self) -> io::Result<()> {
-        for dir in [self.containers(), self.0.join("sandboxes")] {
+        for dir in [self.containers(), self.sandboxes()] {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)

@@ -4,6 +4,8 @@
 //!  start       floor (same QEMU and kernel, an init that prints) | run | run --debug
 //!  commands    state and list of kuasar-runv | runc | crun
 //!  exec        exec of `true` | the guest's part of it | runc; a hundred at once
+//!  second      create and start of a second container in a running VM | runc
+//!  scale       one pod with many containers: time and memory of each; many pods at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
 //!  engines     `true` with podman and ctr, kuasar-runv | runc | the floor
@@ -29,6 +31,7 @@ mod floor;
 mod keys;
 mod machine;
 mod memory;
+mod pods;
 mod report;
 mod sample;
 mod source;
@@ -53,6 +56,15 @@ struct Options {
     /// Keys that are typed
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     keys: u32,
+    /// Pods of the measurements of many containers, which take minutes
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    scale_rounds: u32,
+    /// Containers of the pod with many
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(12..=200))]
+    containers: u32,
+    /// Pods at once
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pods: u32,
     /// Also write the result as Markdown
     #[arg(long)]
     markdown: Option<PathBuf>,
@@ -66,6 +78,8 @@ enum Part {
     Start,
     Commands,
     Exec,
+    Second,
+    Scale,
     Memory,
     Throughput,
     Keys,
@@ -88,6 +102,14 @@ fn main() {
     }
     if wanted(Part::Exec) {
         report.add(exec::measure(options.command_rounds));
+    }
+    if wanted(Part::Second) {
+        report.add(pods::second(options.command_rounds));
+    }
+    if wanted(Part::Scale) {
+        let rounds = options.scale_rounds;
+        report.add(pods::scale(rounds, options.containers as usize));
+        report.add(pods::at_once(rounds, options.pods as usize));
     }
     if wanted(Part::Memory) {
         report.add(memory::measure(options.rounds));

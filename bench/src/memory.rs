@@ -55,7 +55,7 @@ pub fn measure(rounds: u32) -> Section {
     }
 }
 
-fn is_sandboxer(process: &Process) -> bool {
+pub fn is_sandboxer(process: &Process) -> bool {
     process
         .command_line
         .split(' ')
@@ -63,25 +63,42 @@ fn is_sandboxer(process: &Process) -> bool {
         .any(|word| word == "sandboxer")
 }
 
-/// Sum over all mappings but the guest's memory, which is a memfd.
-fn pss_mib(pid: i32) -> f64 {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))
-        .unwrap_or_else(|e| panic!("smaps of process {pid}: {e}"));
-    pss_kib(&smaps) / 1024.0
+/// Proportional set size in MiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Pss {
+    /// All mappings but the guest's memory.
+    pub own: f64,
+    /// The guest's memory, which is a memfd.
+    pub guest: f64,
 }
 
-fn pss_kib(smaps: &str) -> f64 {
+fn pss_mib(pid: i32) -> f64 {
+    pss(pid).own
+}
+
+/// Of a process.
+pub fn pss(pid: i32) -> Pss {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))
+        .unwrap_or_else(|e| panic!("smaps of process {pid}: {e}"));
+    pss_of(&smaps)
+}
+
+fn pss_of(smaps: &str) -> Pss {
     let mut is_guest = false;
-    let mut sum = 0.0;
+    let mut sum = Pss::default();
     for line in smaps.lines() {
         let first = line.split(' ').next().unwrap_or("");
         if let Some(key) = first.strip_suffix(':') {
-            if key == "Pss" && !is_guest {
+            if key == "Pss" {
                 let value = line
                     .split_whitespace()
                     .nth(1)
                     .and_then(|n| n.parse::<f64>().ok());
-                sum += value.expect("Pss is a number");
+                let mib = value.expect("Pss is a number") / 1024.0;
+                match is_guest {
+                    true => sum.guest += mib,
+                    false => sum.own += mib,
+                }
             }
         } else {
             is_guest = line.contains("/memfd:");
@@ -95,16 +112,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_guests_memory_does_not_count() {
+    fn the_guests_memory_counts_by_itself() {
         let smaps = "\
 5581a2400000-5581a2600000 r-xp 00000000 08:01 1 /usr/bin/kuasar-runv
 Size: 2048 kB
 Pss: 300 kB
 Pss_Dirty: 7 kB
 7f0000000000-7f0020000000 rw-s 00000000 00:01 5 /memfd:memory-backend-memfd (deleted)
-Pss: 99999 kB
+Pss: 2048 kB
 7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0 [stack]
 Pss: 12 kB";
-        assert_eq!(pss_kib(smaps), 312.0);
+        let expected = Pss {
+            own: 312.0 / 1024.0,
+            guest: 2.0,
+        };
+        assert_eq!(pss_of(smaps), expected);
     }
 }

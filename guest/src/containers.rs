@@ -10,8 +10,9 @@
 
 mod exec;
 mod list;
-
+mod namespaces;
 mod resources;
+mod shared_memory;
 
 use std::collections::HashMap;
 use std::fs;
@@ -22,7 +23,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use kuasar_runv_protocol::agent::{NamespaceJoin, SharedMemory as WantedMemory};
 use kuasar_runv_protocol::stream::{Kind, MAX_ID_LEN};
+use kuasar_runv_protocol::{GUEST_SHARE_DIR, GUEST_SHM_DIR};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cgroup::Cgroup;
@@ -38,6 +41,8 @@ use crate::streams::{
 };
 use crate::sys;
 use crate::zygote::{CreateRequest, Created, FailureKind, Request, Zygote, ZygoteError};
+use namespaces::Namespaces;
+use shared_memory::{Pool, SharedMemory};
 
 /// Where the containers' private directories are; on the agent's tmpfs.
 pub const STATE_DIR: &str = "/run/kuasar/containers";
@@ -59,6 +64,12 @@ pub enum ContainerError {
     Invalid(String),
     #[error(transparent)]
     Signal(#[from] SignalError),
+    #[error("cannot join the {kind} namespace of container {id}: {why}")]
+    CannotJoin {
+        kind: &'static str,
+        id: String,
+        why: String,
+    },
     #[error("cannot start an already running container")]
     AlreadyStarted,
     #[error("cannot start a container that has stopped")]
@@ -109,6 +120,8 @@ pub struct NewContainer {
     pub stderr: bool,
     pub no_pivot: bool,
     pub no_new_keyring: bool,
+    pub joins: Vec<NamespaceJoin>,
+    pub shared_memory: Vec<WantedMemory>,
 }
 
 /// A created container.
@@ -120,6 +133,9 @@ struct Container {
     /// Its other processes by their exec ids; none while one is being started.
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     oom: Arc<OomWatch>,
+    namespaces: Namespaces,
+    /// Mounted as long as it exists.
+    _memory: Vec<Arc<SharedMemory>>,
 }
 
 enum Entry {
@@ -137,6 +153,7 @@ pub struct Containers {
     reaper: Arc<Reaper>,
     streams: Arc<Streams>,
     events: Events,
+    memory: Pool,
 }
 
 /// The agent's ends of a container's stdio pipes.
@@ -163,6 +180,7 @@ impl Containers {
             reaper,
             streams,
             events,
+            memory: Pool::new(Path::new(GUEST_SHM_DIR)),
         }
     }
 
@@ -256,25 +274,27 @@ impl Containers {
             .map_err(ContainerError::io("opening the network namespace"))
     }
 
-    /// Removes a container; its processes are killed first.
+    /// Removes a container; its processes are killed first. One that is still being
+    /// created or removed is waited for.
     ///
     /// # Errors
     /// `NotFound`, `Busy`; when a step failed the container stays, and the call
     /// can be repeated.
     pub async fn delete(&self, id: &str) -> Result<()> {
-        let container = {
-            let mut entries = self.lock();
-            match entries.get(id) {
-                None => return Err(ContainerError::NotFound),
-                Some(Entry::Reserved) => return Err(ContainerError::Busy),
-                Some(Entry::Ready(container)) => {
-                    let container = Arc::clone(container);
-                    entries.insert(id.to_owned(), Entry::Reserved);
-                    container
-                }
+        let deadline = Instant::now() + KILL_DEADLINE;
+        let container = loop {
+            let taken = self.take(id);
+            let is_busy = matches!(taken, Err(ContainerError::Busy));
+            if !is_busy || Instant::now() >= deadline {
+                break taken?;
             }
+            drop(taken);
+            sleep(KILL_POLL).await;
         };
         let result = self.remove(&container).await;
+        if result.is_ok() {
+            forget_share(id).await;
+        }
         let mut entries = self.lock();
         match &result {
             Ok(()) => drop(entries.remove(id)),
@@ -285,6 +305,20 @@ impl Containers {
             self.streams.forget(id);
         }
         result
+    }
+
+    /// Reserves a container for its removal.
+    fn take(&self, id: &str) -> Result<Arc<Container>> {
+        let mut entries = self.lock();
+        match entries.get(id) {
+            None => Err(ContainerError::NotFound),
+            Some(Entry::Reserved) => Err(ContainerError::Busy),
+            Some(Entry::Ready(container)) => {
+                let container = Arc::clone(container);
+                entries.insert(id.to_owned(), Entry::Reserved);
+                Ok(container)
+            }
+        }
     }
 
     async fn remove(&self, container: &Container) -> Result<()> {
@@ -308,6 +342,8 @@ impl Containers {
         fs::create_dir_all(dir).map_err(ContainerError::io("making the container's directory"))?;
         fs::write(dir.join(SPEC_FILE), &new.spec)
             .map_err(ContainerError::io("writing the spec"))?;
+        let joins = self.find_joins(&new.joins)?;
+        let memory = self.memory.take_all(&new.shared_memory)?;
         let announced = [new.stdin, new.stdout, new.stderr];
         let (pipes, theirs) = make_pipes(announced).map_err(ContainerError::io("making pipes"))?;
         let request = Request::Create(CreateRequest {
@@ -316,12 +352,20 @@ impl Containers {
             stdio: announced,
             no_pivot: new.no_pivot,
             no_new_keyring: new.no_new_keyring,
+            joins: joins.set(),
         });
-        let with: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
+        let with: Vec<_> = theirs
+            .iter()
+            .chain(joins.descriptors())
+            .map(AsFd::as_fd)
+            .collect();
         let created = self.zygote.submit(&request, &with).await?;
         drop(theirs);
+        let namespaces = Namespaces::of(created.pid);
         let process = self.adopt(created)?;
         self.attach_streams(&new.id, "", &process, pipes);
+        let namespaces =
+            namespaces.map_err(ContainerError::io("opening the container's namespaces"))?;
         let oom = OomWatch::new(&new.id, cgroup, &self.events);
         self.report_end(&new.id, &process, &oom);
         Ok(Arc::new(Container {
@@ -331,6 +375,8 @@ impl Containers {
             no_new_keyring: new.no_new_keyring,
             execs: Mutex::default(),
             oom,
+            namespaces,
+            _memory: memory,
         }))
     }
 
@@ -475,6 +521,16 @@ fn make_pipes(announced: [bool; 3]) -> io::Result<(Pipes, Vec<OwnedFd>)> {
         }
     }
     Ok((ours, theirs))
+}
+
+/// Looks for a container's part of the shared directory, which the host has removed
+/// by now: that makes the kernel's driver forget the files it knew below, and the
+/// host close them.
+async fn forget_share(id: &str) {
+    let path = Path::new(GUEST_SHARE_DIR).join(id);
+    // Not in this thread: the host answers.
+    let looked = tokio::task::spawn_blocking(move || fs::symlink_metadata(path)).await;
+    drop(looked);
 }
 
 /// Kills what is left in the cgroup and removes it and the directory.

@@ -46,6 +46,7 @@ fn to_status(error: &ContainerError) -> Error {
         ContainerError::Exists | ContainerError::ExecExists => Code::ALREADY_EXISTS,
         ContainerError::Signal(SignalError::NotRunning)
         | ContainerError::AlreadyStarted
+        | ContainerError::CannotJoin { .. }
         | ContainerError::Stopped
         | ContainerError::ExecStopped
         | ContainerError::ExecPaused
@@ -86,6 +87,8 @@ impl Agent for AgentService {
             stderr: request.stderr,
             no_pivot: request.no_pivot,
             no_new_keyring: request.no_new_keyring,
+            joins: request.joins,
+            shared_memory: request.shared_memory,
         };
         let pid = to_the_end(Arc::clone(&self.containers).create(new)).await?;
         Ok(CreateContainerResponse {

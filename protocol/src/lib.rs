@@ -17,6 +17,7 @@
 
 pub mod event;
 pub mod hook;
+pub mod namespace;
 pub mod rtnetlink;
 pub mod stream;
 pub mod words;
@@ -32,7 +33,7 @@ mod generated {
 pub use generated::{agent, agent_ttrpc, network, network_ttrpc};
 
 /// Bumped with every incompatible change of anything in this crate.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The guest's context id. Each VM has a vsock device of its own, so all can
 /// use the same.
@@ -56,6 +57,9 @@ pub const MAX_ARGS_LEN: usize = 3072;
 /// virtio-fs tag of the pod's one shared directory and where the agent mounts it.
 pub const SHARE_TAG: &str = "kuasar-share";
 pub const GUEST_SHARE_DIR: &str = "/run/kuasar/share";
+
+/// Where the agent mounts the memory that containers share.
+pub const GUEST_SHM_DIR: &str = "/run/kuasar/shm";
 
 /// Kernel command line parameters the agent reads.
 pub mod cmdline {

@@ -13,8 +13,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use kuasar_runv_protocol::agent::{
-    CreateContainerRequest, ExecProcessRequest, ListProcessesRequest, ListProcessesResponse,
-    SignalProcessRequest, StartContainerRequest,
+    CreateContainerRequest, DeleteContainerRequest, ExecProcessRequest, ListProcessesRequest,
+    ListProcessesResponse, SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
 use kuasar_runv_protocol::network::ApplyRequest;
@@ -40,6 +40,12 @@ impl Error {
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         matches!(self, Error::Refused { code, .. } if *code == Code::NOT_FOUND)
+    }
+
+    /// Whether the agent said that it has such a container already.
+    #[must_use]
+    pub fn is_already_there(&self) -> bool {
+        matches!(self, Error::Refused { code, .. } if *code == Code::ALREADY_EXISTS)
     }
 
     /// Whether the agent said that the container is in the wrong state.
@@ -89,6 +95,21 @@ impl Agent {
         };
         self.stub
             .start_container(self.context(), &request)
+            .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// Removes a container from the guest, with all its processes.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn delete_container(&self, id: &str) -> Result<(), Error> {
+        let request = DeleteContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.stub
+            .delete_container(self.context(), &request)
             .map(drop)
             .map_err(|e| self.error(e))
     }

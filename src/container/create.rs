@@ -1,4 +1,4 @@
-//! `create`: from a bundle to a process that waits in a VM of its own.
+//! `create`: from a bundle to a process that waits in a VM, its own or its pod's.
 //!
 //! The record is on disk before anything is made, and names whatever was made;
 //! a step that fails removes it all through the same path as `delete --force`.
@@ -10,15 +10,19 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kuasar_runv_protocol::agent::CreateContainerRequest;
+use kuasar_runv_protocol::agent::{CreateContainerRequest, NamespaceJoin};
 use kuasar_runv_protocol::hook;
+use kuasar_runv_protocol::namespace::Kind;
 use nix::pty::Winsize;
+use nix::sched::CloneFlags;
 
 use super::bundle::Bundle;
 use super::console::Console;
 use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
 use super::hooks::{self, Hooks};
+use super::membership::{self, Membership};
 use super::mount_options::Depth;
+use super::pod::{self, Unreachable};
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
@@ -27,8 +31,8 @@ use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
 use crate::root::{self, Root};
-use crate::sandbox::Sandbox;
 use crate::sandbox::control::monotonic_us;
+use crate::sandbox::{Guest, Sandbox};
 use crate::standin::spawn::{self, Plan, StandIn, Volume};
 use crate::standin::{ATTACHED, HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
 use crate::sys::interrupt::Interrupt;
@@ -155,7 +159,7 @@ impl Drop for Undo {
             // It may not have been written yet.
             let _ = fs::remove_file(path);
         }
-        if let Err(e) = delete::destroy(&self.root, &self.id) {
+        if let Err(e) = delete::destroy(&self.root, &self.id, Unreachable::IsLeftBehind) {
             log::warn!("cleaning up after a failed create: {e}");
         }
     }
@@ -182,6 +186,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         true => Some(CallersTerminal::take(&mut guest.json["process"])?),
         false => None,
     };
+    let membership = membership::resolve(root, &options.id, &bundle.spec)?;
     let config = Config::load()?;
     let cgroups_path = bundle
         .spec
@@ -190,48 +195,49 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         .and_then(|linux| linux.cgroups_path().as_deref());
     let cgroups = cgroup::directories(cgroups_path, &options.id, options.systemd_cgroup)?;
 
-    let namespace = network::open(guest.network.as_ref())?;
     let hooks = Hooks::of(&bundle.spec);
-    let (mut record, undo) = begin(root, options, &bundle, &guest, &hooks, cgroups)?;
+    let (mut record, undo) = begin(root, options, &bundle, &hooks, cgroups, &membership)?;
     cgroup::create(&record.cgroups)?;
-    let sandbox = Sandbox::boot(
-        root,
-        &record.sandbox_id,
-        &config,
-        &record.cgroups,
-        options.debug,
-    )?;
+    let sandbox = enter_sandbox(root, &record, &config, options.debug)?;
     trace("sandboxer-spawned");
     let (console, slave) = open_console(options, &bundle)?;
-    let in_namespaces = InNamespaces {
-        network: namespace,
-        terminal: slave,
+    let parts = Parts {
+        record: &record,
+        bundle: &bundle,
+        guest: &guest,
+        hooks: &hooks,
+        membership: &membership,
     };
-    let standin = spawn_standin(&record, root, &bundle, &guest, &hooks, in_namespaces)?;
+    let standin = spawn_standin(&parts, root, slave)?;
     let standin_ref = ProcessRef::of(standin.pid).map_err(context("the stand-in"))?;
     record.standin = Some(standin_ref);
     record.write(root)?;
-    cgroup::join(&record.cgroups, standin.pid).map_err(context("the stand-in's cgroup"))?;
     standin.release()?;
+    if !hooks.run_before_guest() {
+        // Nothing has to wait for it: it sets itself up while the guest works.
+        standin.enter_rootfs()?;
+    }
     share(&sandbox, options, &bundle, &guest)?;
-    standin.wait_mounted()?;
-    run_hooks(&record, &hooks, interrupt.as_fd())?;
-    standin.enter_rootfs(hooks.create_container_time(), interrupt.as_fd())?;
+    if hooks.run_before_guest() {
+        standin.wait_mounted()?;
+        run_hooks(&record, &hooks, interrupt.as_fd())?;
+        standin.enter_rootfs()?;
+        standin.wait_entered(hooks.create_container_time(), interrupt.as_fd())?;
+    }
     trace("host-ready");
 
-    let boot_deadline = config.timeouts.boot(true) + SANDBOXER_MARGIN;
-    let ready = sandbox
-        .wait_ready(boot_deadline, interrupt.as_fd())?
-        .ok_or(Error::Interrupted)?;
-    log::debug!("trace vmm-start {}", ready.vmm_start_us);
-    log::debug!("trace agent-ready {}", ready.agent_ready_us);
-    log::debug!(
-        "trace-guest agent-start {} agent-ready {} (us of the guest's clock)",
-        ready.guest_agent_start_us,
-        ready.guest_agent_ready_us
-    );
-    let agent = create_in_guest(&sandbox, &standin, options, &bundle, &guest)?;
+    wait_for_guest(&sandbox, &config, interrupt.as_fd())?;
+    let turn = pod::take_turn(root, &record)?;
+    let (agent, streams) = create_in_guest(&sandbox, options, &bundle, &guest, &membership)?;
+    drop(turn);
     trace("guest-created");
+    if !hooks.run_before_guest() {
+        standin.wait_mounted()?;
+        standin.wait_entered(Some(Duration::ZERO), interrupt.as_fd())?;
+    }
+    attach(&standin, options, &bundle, &streams)?;
+    drop(streams);
+    trace("standin-attached");
 
     if let (Some(console), Some(socket)) = (console, &options.console_socket) {
         console
@@ -258,6 +264,26 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     Ok(created)
 }
 
+/// Waits until the guest is ready to create containers.
+fn wait_for_guest(
+    sandbox: &Sandbox,
+    config: &Config,
+    interrupt: BorrowedFd<'_>,
+) -> Result<(), Error> {
+    let boot_deadline = config.timeouts.boot(true) + SANDBOXER_MARGIN;
+    let ready = sandbox
+        .wait_ready(boot_deadline, interrupt)?
+        .ok_or(Error::Interrupted)?;
+    log::debug!("trace vmm-start {}", ready.vmm_start_us);
+    log::debug!("trace agent-ready {}", ready.agent_ready_us);
+    log::debug!(
+        "trace-guest agent-start {} agent-ready {} (us of the guest's clock)",
+        ready.guest_agent_start_us,
+        ready.guest_agent_ready_us
+    );
+    Ok(())
+}
+
 /// When a step was reached, for the break-down of `make bench`: microseconds of
 /// `CLOCK_MONOTONIC`.
 pub fn trace(step: &str) {
@@ -273,14 +299,31 @@ fn has_terminal(bundle: &Bundle) -> bool {
         .unwrap_or(false)
 }
 
+/// Boots a VM for the container, or connects to that of its pod.
+fn enter_sandbox(
+    root: &Root,
+    record: &ContainerRecord,
+    config: &Config,
+    debug: bool,
+) -> Result<Sandbox, Error> {
+    let Some(sandboxer) = record.member_of else {
+        let id = &record.sandbox_id;
+        return Ok(Sandbox::boot(root, id, config, &record.cgroups, debug)?);
+    };
+    let sandbox = Sandbox::join(root, &record.sandbox_id, sandboxer)?;
+    // The id is this container's now: what is there under it was left behind.
+    sandbox.unshare(&record.id)?;
+    Ok(sandbox)
+}
+
 /// Takes the id and puts the record on disk.
 fn begin(
     root: &Root,
     options: &Options,
     bundle: &Bundle,
-    guest: &GuestSpec,
     hooks: &Hooks,
     cgroups: Vec<PathBuf>,
+    membership: &Membership,
 ) -> Result<(ContainerRecord, Undo), Error> {
     root.create()
         .map_err(context(format!("making {}", root.path().display())))?;
@@ -292,8 +335,16 @@ fn begin(
     // Whoever made the directory has the lock, unless `delete --force` of the
     // same id came in between and has already removed it.
     let lock = super::lock(root, &options.id)?;
-    let mut record = ContainerRecord::new(&options.id, &options.id, &bundle.path)
+    let pod = membership.pod.as_ref();
+    let sandbox_id = pod.map_or(&options.id, |pod| &pod.sandbox_id);
+    let mut record = ContainerRecord::new(&options.id, sandbox_id, &bundle.path)
         .map_err(context("making the record"))?;
+    record.member_of = pod.map(|pod| pod.sandboxer);
+    record.joins = membership
+        .joins
+        .iter()
+        .map(|(kind, id)| (kind.name().to_owned(), id.clone()))
+        .collect();
     record.oci_version.clone_from(bundle.spec.version());
     record.rootfs.clone_from(&bundle.rootfs);
     record.annotations = bundle
@@ -304,8 +355,8 @@ fn begin(
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     record.cgroups = cgroups;
-    record.has_network = true;
-    record.network_path.clone_from(&guest.network);
+    record.has_network = !membership.joins.contains_key(&Kind::Network);
+    record.network_path.clone_from(&membership.adopted_network);
     record.hooks = hooks.late.clone();
     record.resources = Resources::of_config(&bundle.json).map_err(super::bundle::Error::Json)?;
     let undo = Undo {
@@ -342,20 +393,27 @@ fn console_size(bundle: &Bundle) -> Option<Winsize> {
     })
 }
 
-/// What a stand-in gets as descriptors.
-struct InNamespaces {
-    network: Option<OwnedFd>,
-    terminal: Option<OwnedFd>,
+/// What a stand-in is made from.
+struct Parts<'a> {
+    record: &'a ContainerRecord,
+    bundle: &'a Bundle,
+    guest: &'a GuestSpec,
+    hooks: &'a Hooks,
+    membership: &'a Membership,
 }
 
 fn spawn_standin(
-    record: &ContainerRecord,
+    parts: &Parts<'_>,
     root: &Root,
-    bundle: &Bundle,
-    guest: &GuestSpec,
-    hooks: &Hooks,
-    given: InNamespaces,
+    terminal: Option<OwnedFd>,
 ) -> Result<StandIn, Error> {
+    let Parts {
+        record,
+        bundle,
+        guest,
+        hooks,
+        membership,
+    } = *parts;
     let mut volumes = Vec::new();
     for bind in &guest.binds {
         volumes.push(Volume {
@@ -379,11 +437,19 @@ fn spawn_standin(
         },
         rootfs: clone_rootfs(bundle)?,
         volumes,
+        cgroups: &record.cgroups,
+        namespaces: membership
+            .host
+            .iter()
+            .map(|(kind, namespace)| {
+                let flag = CloneFlags::from_bits_retain(kind.flag());
+                (flag, namespace.as_fd())
+            })
+            .collect(),
         hostname: bundle.spec.hostname().clone(),
         domainname: bundle.spec.domainname().clone(),
-        network: given.network,
         sysctls: guest.sysctls.clone(),
-        terminal: given.terminal,
+        terminal,
         in_rootfs: has_hooks.then_some(&create_container),
     })?;
     Ok(standin)
@@ -434,30 +500,21 @@ fn share(
     guest: &GuestSpec,
 ) -> Result<(), Error> {
     sandbox.share(&options.id, ROOTFS, clone_rootfs(bundle)?.as_fd())?;
-    for bind in &guest.binds {
+    for bind in guest.binds.iter().filter(|bind| bind.is_shared) {
         sandbox.share(&options.id, &bind.name, clone_bind(bind)?.as_fd())?;
     }
     Ok(())
 }
 
-/// Connects the stand-in to the guest and lets the agent create the container.
+/// Lets the agent create the container; the streams are for its stand-in.
 fn create_in_guest(
     sandbox: &Sandbox,
-    standin: &StandIn,
     options: &Options,
     bundle: &Bundle,
     guest: &GuestSpec,
-) -> Result<Agent, Error> {
-    let terminal = has_terminal(bundle);
-    let wanted = wanted_streams(terminal);
-    let streams = sandbox.open_streams(&options.id, "", wanted)?;
-    let mut flags = stream_flags(wanted, terminal);
-    if options.foreground {
-        flags |= ATTACHED;
-    }
-    standin.attach(flags, &streams)?;
-    drop(streams);
-    let agent = sandbox.agent()?;
+    membership: &Membership,
+) -> Result<(Agent, Vec<OwnedFd>), Error> {
+    let wanted = wanted_streams(has_terminal(bundle));
     let request = CreateContainerRequest {
         container_id: options.id.clone(),
         spec_json: guest.json.to_string().into_bytes(),
@@ -466,13 +523,58 @@ fn create_in_guest(
         stderr: wanted.stderr,
         no_pivot: options.no_pivot,
         no_new_keyring: options.no_new_keyring,
+        joins: joins(membership),
+        shared_memory: guest.shared_memory.clone(),
         ..Default::default()
     };
-    agent.create_container(&request).map_err(|e| match e {
-        agent_client::Error::Refused { message, .. } => Error::Process(message),
-        other => Error::Agent(other),
-    })?;
-    Ok(agent)
+    let mut created = ask_to_create(sandbox.guest(), &request, wanted);
+    if matches!(&created, Err(Error::Agent(e)) if e.is_already_there()) {
+        // Left behind by one that was deleted while the guest did not answer. The
+        // streams go with it.
+        pod::remove_from_guest(sandbox, &options.id)?;
+        created = ask_to_create(sandbox.guest(), &request, wanted);
+    }
+    created.map_err(|e| match e {
+        Error::Agent(agent_client::Error::Refused { message, .. }) => Error::Process(message),
+        other => other,
+    })
+}
+
+fn ask_to_create(
+    guest: &Guest,
+    request: &CreateContainerRequest,
+    wanted: Wanted,
+) -> Result<(Agent, Vec<OwnedFd>), Error> {
+    // All connections at once; the agent waits for what belongs together.
+    let agent = guest.start_agent()?;
+    let opening = guest.start_streams(&request.container_id, "", wanted)?;
+    let agent = guest.finish_agent(agent)?;
+    agent.create_container(request).map_err(Error::Agent)?;
+    Ok((agent, guest.finish_streams(opening)?))
+}
+
+/// Gives the streams to the stand-in.
+fn attach(
+    standin: &StandIn,
+    options: &Options,
+    bundle: &Bundle,
+    streams: &[OwnedFd],
+) -> Result<(), Error> {
+    let terminal = has_terminal(bundle);
+    let mut flags = stream_flags(wanted_streams(terminal), terminal);
+    if options.foreground {
+        flags |= ATTACHED;
+    }
+    Ok(standin.attach(flags, streams)?)
+}
+
+fn joins(membership: &Membership) -> Vec<NamespaceJoin> {
+    let join = |(kind, id): (&Kind, &String)| NamespaceJoin {
+        type_: kind.name().to_owned(),
+        container_id: id.clone(),
+        ..Default::default()
+    };
+    membership.joins.iter().map(join).collect()
 }
 
 pub(super) fn wanted_streams(terminal: bool) -> Wanted {

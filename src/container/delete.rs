@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::pod::{self, Unreachable};
 use super::state::{ContainerRecord, RecordError, Status};
 use super::{Error, cgroup, check_id, context, execs, hooks, lock, network};
 use crate::root::{self, Root};
@@ -41,15 +42,20 @@ pub fn delete(root: &Root, id: &str, force: bool) -> Result<(), Error> {
         Err(_) if force => {}
         Err(e) => return Err(e.into()),
     }
-    destroy(root, id)
+    let guest = match force {
+        true => Unreachable::IsLeftBehind,
+        false => Unreachable::IsAnError,
+    };
+    destroy(root, id, guest)
 }
 
 /// Ends and removes everything that belongs to a container, whatever state it
-/// is in. The caller holds its lock.
+/// is in. The caller holds its lock. `guest` is about the guest of a VM that stays
+/// because it is another container's.
 ///
 /// # Errors
 /// What could not be ended or removed; calling it again goes on from there.
-pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
+pub fn destroy(root: &Root, id: &str, guest: Unreachable) -> Result<(), Error> {
     let record = match ContainerRecord::read(root, id) {
         Ok(record) => Some(record),
         Err(RecordError::NotFound | RecordError::Invalid { .. }) => None,
@@ -67,8 +73,14 @@ pub fn destroy(root: &Root, id: &str) -> Result<(), Error> {
     }
     // From here on nobody can start another.
     let _no_more = execs::end_all(root, id, same_boot, KILL_DEADLINE)?;
-    let sandbox_id = record.as_ref().map_or(id, |r| r.sandbox_id.as_str());
-    sandbox::end(root, sandbox_id)?;
+    match &record {
+        Some(record) if record.member_of.is_some() => pod::leave(root, record, guest)?,
+        Some(record) => sandbox::end(root, &record.sandbox_id)?,
+        None => {
+            sandbox::end(root, id)?;
+            pod::leave_any(root, id);
+        }
+    }
     if let Some(record) = &record {
         network::clean(record);
         cgroup::remove(&record.cgroups).map_err(context("cleaning up"))?;

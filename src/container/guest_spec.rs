@@ -6,15 +6,16 @@
 
 use std::path::{Path, PathBuf};
 
+use kuasar_runv_protocol::agent::SharedMemory;
 use kuasar_runv_protocol::words::words;
-use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR};
+use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR, GUEST_SHM_DIR};
 use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use serde_json::{Value, json};
 
 use super::bundle::Bundle;
 use super::mount_options::{self, Depth};
 use super::network::Sysctl;
-use super::{labels, validate};
+use super::{labels, shared_memory, validate};
 
 /// Name of the rootfs below the container's part of the shared directory.
 pub const ROOTFS: &str = "rootfs";
@@ -50,6 +51,8 @@ pub struct Bind {
     pub private: bool,
     /// With the mounts below the source.
     pub recursive: bool,
+    /// It is part of the shared directory. If not, the guest has memory there.
+    pub is_shared: bool,
     /// The guest's options.
     options: Vec<String>,
 }
@@ -59,8 +62,8 @@ pub struct Bind {
 pub struct GuestSpec {
     pub json: Value,
     pub binds: Vec<Bind>,
-    /// Path of the network namespace it is to be in; `None` for a new one.
-    pub network: Option<PathBuf>,
+    /// What containers of the pod share, see [`shared_memory`].
+    pub shared_memory: Vec<SharedMemory>,
     /// Settings of its network namespace.
     pub sysctls: Vec<Sysctl>,
 }
@@ -76,14 +79,23 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     let share = Path::new(GUEST_SHARE_DIR).join(id);
     json["root"]["path"] = json!(share.join(ROOTFS));
     let mut binds = Vec::new();
+    let mut memory = Vec::new();
     for (index, mount) in bundle.spec.mounts().iter().flatten().enumerate() {
         let destination = destination(mount);
         json["mounts"][index]["destination"] = json!(destination);
-        let Some(bind) = bind(bundle, mount, destination, index)? else {
+        let Some(mut bind) = bind(bundle, mount, destination, index)? else {
             continue;
         };
         let guest = &mut json["mounts"][index];
-        guest["source"] = json!(share.join(&bind.name));
+        guest["source"] = match shared_memory::instead_of(&bind) {
+            None => json!(share.join(&bind.name)),
+            Some(instead) => {
+                bind.is_shared = false;
+                let source = Path::new(GUEST_SHM_DIR).join(&instead.name);
+                memory.push(instead);
+                json!(source)
+            }
+        };
         guest["type"] = json!("bind");
         guest["options"] = json!(bind.options);
         binds.push(bind);
@@ -95,8 +107,8 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     }
     labels::strip(&mut json["process"]);
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
+    forget_namespace_paths(&mut json);
     keep_guest_hooks(&mut json, bundle);
-    let network = take_network_path(&mut json);
     let sysctls = bundle
         .spec
         .linux()
@@ -109,7 +121,7 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     Ok(GuestSpec {
         json,
         binds,
-        network,
+        shared_memory: memory,
         sysctls,
     })
 }
@@ -134,13 +146,15 @@ fn keep_guest_hooks(json: &mut Value, bundle: &Bundle) {
     }
 }
 
-/// The host's network namespace, which in the guest is a new one.
-fn take_network_path(json: &mut Value) -> Option<PathBuf> {
-    let namespaces = json["linux"]["namespaces"].as_array_mut()?;
-    let network = namespaces.iter_mut().find(|n| n["type"] == "network")?;
-    let path = network.as_object_mut()?.remove("path")?;
-    let path = path.as_str().filter(|path| !path.is_empty())?;
-    Some(PathBuf::from(path))
+/// Paths of the host; what they mean is found out elsewhere
+/// ([`membership`](super::membership)).
+fn forget_namespace_paths(json: &mut Value) {
+    let namespaces = json["linux"]["namespaces"].as_array_mut();
+    for namespace in namespaces.into_iter().flatten() {
+        if let Some(namespace) = namespace.as_object_mut() {
+            namespace.remove("path");
+        }
+    }
 }
 
 /// Where a mount goes; relative paths start at the root (config.md, mounts).
@@ -164,21 +178,6 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
             .flatten()
             .find(move |n| n.typ() == kind)
     };
-    for namespace in namespaces.into_iter().flatten() {
-        // An empty path is a new namespace, as with runc.
-        // Its interfaces become the VM's.
-        if namespace.typ() == LinuxNamespaceType::Network {
-            continue;
-        }
-        let path = namespace.path().as_ref();
-        if let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) {
-            return Err(Error::Unsupported(format!(
-                "joining the {} namespace {} is not supported: a container in a virtual machine has namespaces of its own",
-                json!(namespace.typ()).as_str().unwrap_or_default(),
-                path.display()
-            )));
-        }
-    }
     if find(LinuxNamespaceType::Mount).is_none() {
         return Err(Error::Unsupported(
             "a container needs a mount namespace: add {\"type\": \"mount\"} to linux.namespaces"
@@ -250,6 +249,7 @@ fn bind(
         read_only: parsed.read_only,
         private: parsed.private,
         recursive: parsed.recursive,
+        is_shared: true,
         options: parsed.guest,
     }))
 }
@@ -325,6 +325,15 @@ mod tests {
     }
 
     #[test]
+    fn paths_of_namespaces_stay_on_the_host() {
+        let guest = bundle(|c| c["linux"]["namespaces"][1]["path"] = json!("/x")).unwrap();
+        assert_eq!(
+            guest.json["linux"]["namespaces"],
+            json!([{"type": "mount"}, {"type": "network"}])
+        );
+    }
+
+    #[test]
     fn a_relative_destination_starts_at_the_root() {
         let guest = bundle(|c| c["mounts"][1]["destination"] = json!("etc/hosts")).unwrap();
         assert_eq!(guest.json["mounts"][1]["destination"], "/etc/hosts");
@@ -334,12 +343,9 @@ mod tests {
     #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
         type Case = (&'static str, fn(&mut Value));
-        let cases: [Case; 5] = [
+        let cases: [Case; 4] = [
             ("network", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "mount"}]);
-            }),
-            ("joining the ipc namespace /x", |c| {
-                c["linux"]["namespaces"][0] = json!({"type": "ipc", "path": "/x"});
             }),
             ("mount namespace", |c| {
                 c["linux"]["namespaces"] = json!([{"type": "network"}]);

@@ -77,6 +77,13 @@ impl Hooks {
         }
     }
 
+    /// Whether any run before the guest gets to know of the container.
+    #[must_use]
+    pub fn run_before_guest(&self) -> bool {
+        let lists = [&self.prestart, &self.create_runtime, &self.create_container];
+        lists.iter().any(|list| !list.is_empty())
+    }
+
     /// How long the stand-in's hooks may take; `None`: as long as they like.
     #[must_use]
     pub fn create_container_time(&self) -> Option<Duration> {

@@ -14,14 +14,19 @@ const KILL_DEADLINE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// [`Error::NotRunning`] when there is no process, unless `all` is set: then
-/// there is nothing to do, as with runc.
+/// what the container's own process has left gets the signal, if anything, as with
+/// runc.
 pub fn kill(root: &Root, id: &str, signal: &str, all: bool) -> Result<(), Error> {
     check_id(id)?;
     let record = ContainerRecord::read(root, id)?;
     let signal = signal::parse(signal)?;
     match record.status(root) {
         Status::Created | Status::Running | Status::Paused => {}
-        Status::Stopped | Status::Creating if all => return Ok(()),
+        Status::Stopped if all => {
+            signal_the_rest(root, &record, signal);
+            return Ok(());
+        }
+        Status::Creating if all => return Ok(()),
         Status::Stopped | Status::Creating => return Err(Error::NotRunning),
     }
     match signal {
@@ -51,6 +56,22 @@ pub fn kill(root: &Root, id: &str, signal: &str, all: bool) -> Result<(), Error>
             end_standin(record.standin)
         }
         Err(e) => Err(e),
+    }
+}
+
+/// A container that shares its pid namespace leaves processes behind when its own
+/// ends. That there are none is no error.
+fn signal_the_rest(root: &Root, record: &ContainerRecord, signal: i32) {
+    if !(1..=signal::MAX).contains(&signal) || record.live_sandbox(root).is_none() {
+        return;
+    }
+    let sent = start::connect(root, &record.sandbox_id).and_then(|agent| {
+        agent
+            .signal(&record.id, signal.unsigned_abs(), true)
+            .map_err(Error::Agent)
+    });
+    if let Err(e) = sent {
+        log::debug!("{}: {e}", record.id);
     }
 }
 

@@ -18,12 +18,15 @@ mod host_mounts;
 pub mod kill;
 pub mod labels;
 pub mod limits;
+pub mod membership;
 pub mod mount_options;
 pub mod network;
 pub mod pause;
+pub mod pod;
 pub mod ps;
 pub mod resources;
 pub mod run;
+mod shared_memory;
 pub mod signal;
 pub mod start;
 pub mod state;
@@ -97,11 +100,11 @@ pub enum Error {
     #[error(transparent)]
     GuestSpec(#[from] guest_spec::Error),
     #[error(transparent)]
+    Membership(#[from] membership::Error),
+    #[error(transparent)]
     Config(#[from] crate::config::Error),
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::Error),
-    #[error(transparent)]
-    Network(#[from] crate::sandbox::network::namespace::Error),
     #[error(transparent)]
     StandIn(crate::standin::spawn::Error),
     /// A hook of the container's set-up.

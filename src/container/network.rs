@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use oci_spec::runtime::Linux;
 
@@ -115,14 +115,6 @@ pub fn clean(record: &ContainerRecord) {
     if let Err(e) = cleaned {
         log::debug!("cleaning {}: {e}", path.display());
     }
-}
-
-/// The namespace a container is to join.
-///
-/// # Errors
-/// See [`namespace::Error`].
-pub fn open(path: Option<&PathBuf>) -> Result<Option<OwnedFd>, Error> {
-    Ok(path.map(|path| namespace::open(path)).transpose()?)
 }
 
 #[cfg(test)]

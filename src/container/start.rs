@@ -4,7 +4,7 @@ use super::state::{ContainerRecord, Phase, Status};
 use super::{Error, hooks, kill, lock, network};
 use crate::agent_client::{self, Agent};
 use crate::root::Root;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Guest, Sandbox};
 
 /// Starts a created container.
 ///
@@ -20,9 +20,10 @@ pub fn start(root: &Root, id: &str) -> Result<(), Error> {
         Status::Stopped => return Err(Error::HasStopped),
         Status::Creating => return Err(Error::StillCreating),
     }
-    let sandbox = Sandbox::open(root, &record.sandbox_id)?;
-    network::connect(&sandbox, &record)?;
-    let agent = sandbox.agent()?;
+    if record.has_network {
+        network::connect(&Sandbox::open(root, &record.sandbox_id)?, &record)?;
+    }
+    let agent = connect(root, &record.sandbox_id)?;
     let started = start_in_guest(&agent, id);
     if matches!(started, Ok(()) | Err(Error::AlreadyRunning)) {
         record.phase = Phase::Started;
@@ -58,5 +59,5 @@ pub fn start_in_guest(agent: &Agent, id: &str) -> Result<(), Error> {
 /// # Errors
 /// See [`Error`].
 pub fn connect(root: &Root, sandbox_id: &str) -> Result<Agent, Error> {
-    Ok(Sandbox::open(root, sandbox_id)?.agent()?)
+    Ok(Guest::open(root, sandbox_id)?.agent()?)
 }

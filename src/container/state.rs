@@ -73,7 +73,15 @@ pub struct ContainerRecord {
     /// User name of who created it, empty for root (as runc).
     pub owner: String,
     pub annotations: BTreeMap<String, String>,
+    /// The container whose VM it is in; its own id if that was made for it.
     pub sandbox_id: String,
+    /// The sandboxer of that VM, if it was made for another container: a sandbox
+    /// that is made anew is not the one this container is in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub member_of: Option<ProcessRef>,
+    /// Containers whose namespaces it has joined, by `type` of config.json.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub joins: BTreeMap<String, String>,
     pub phase: Phase,
     /// The command that creates it; while it lives the status is `creating`.
     pub creator: ProcessRef,
@@ -178,6 +186,8 @@ impl ContainerRecord {
             owner: owner(),
             annotations: BTreeMap::new(),
             sandbox_id: sandbox_id.to_owned(),
+            member_of: None,
+            joins: BTreeMap::new(),
             phase: Phase::Creating,
             creator: ProcessRef::current()?,
             standin: None,
@@ -208,10 +218,8 @@ impl ContainerRecord {
         if boot_id().is_ok_and(|boot| boot != self.boot_id) {
             return Status::Stopped;
         }
-        let alive = || {
-            self.standin.is_some_and(ProcessRef::is_alive)
-                && SandboxRecord::read(root, &self.sandbox_id).is_ok_and(|s| s.is_alive())
-        };
+        let alive =
+            || self.standin.is_some_and(ProcessRef::is_alive) && self.live_sandbox(root).is_some();
         match self.phase {
             Phase::Creating if self.creator.is_alive() => Status::Creating,
             Phase::Created | Phase::Started if self.paused && alive() => Status::Paused,
@@ -219,6 +227,17 @@ impl ContainerRecord {
             Phase::Started if alive() => Status::Running,
             _ => Status::Stopped,
         }
+    }
+
+    /// The VM it is in, while that can still run anything.
+    #[must_use]
+    pub fn live_sandbox(&self, root: &Root) -> Option<SandboxRecord> {
+        if boot_id().is_ok_and(|boot| boot != self.boot_id) {
+            return None;
+        }
+        let sandbox = SandboxRecord::read(root, &self.sandbox_id).ok()?;
+        let is_its_own = self.member_of.is_none() || self.member_of == sandbox.sandboxer;
+        (is_its_own && sandbox.is_alive()).then_some(sandbox)
     }
 
     /// Pid of the stand-in while there is one, else 0 (as runc).
@@ -338,6 +357,26 @@ mod tests {
             boot_id: "another".into(),
             ..record(&root)
         };
+        assert_eq!(record.status(&root), Status::Stopped);
+    }
+
+    #[test]
+    fn a_member_is_stopped_when_its_sandbox_is_another_one_of_that_id() {
+        let (_dir, root) = root();
+        let mut record = record(&root);
+        record.phase = Phase::Started;
+        record.standin = Some(record.creator);
+        record.sandbox_id = "pod".into();
+        let mut sandbox = SandboxRecord::new("pod", 1, &[]).unwrap();
+        sandbox.sandboxer = Some(record.creator);
+        crate::root::create_private_dir(&root.sandbox("pod")).unwrap();
+        sandbox.write(&root).unwrap();
+        record.member_of = sandbox.sandboxer;
+        assert_eq!(record.status(&root), Status::Running);
+        record.member_of = Some(ProcessRef {
+            start_time: 1,
+            ..record.creator
+        });
         assert_eq!(record.status(&root), Status::Stopped);
     }
 

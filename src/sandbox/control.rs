@@ -57,6 +57,8 @@ pub enum Request {
     /// Attach the mount tree that comes with this message at
     /// `<container>/<name>` of the shared directory.
     Share { container: String, name: String },
+    /// Take everything of the container out of the shared directory.
+    Unshare { container: String },
     /// Answered when the agent is ready or the boot has failed.
     WaitReady,
     /// Only on the creator's channel: keep the VM when the channel closes.

@@ -235,6 +235,20 @@ impl Sandbox {
         })
     }
 
+    /// Connects to the sandboxer of a running pod, if it is still this process: a
+    /// sandbox that was deleted and made anew has the same id and another VM.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] when it is not, else see [`Error`].
+    pub fn join(root: &Root, id: &str, sandboxer: ProcessRef) -> Result<Sandbox, Error> {
+        let sandbox = Self::open(root, id)?;
+        // Another one would have been on record before it took connections.
+        match SandboxRecord::read(root, id)?.sandboxer {
+            Some(current) if current == sandboxer => Ok(sandbox),
+            _ => Err(Error::Gone("it was ended and started anew".into())),
+        }
+    }
+
     /// Waits until the guest's agent answers; `None` when `interrupt` becomes
     /// readable first.
     ///
@@ -277,6 +291,20 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
+    /// Takes everything of a container out of the pod's shared directory.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn unshare(&self, container: &str) -> Result<(), Error> {
+        let request = Request::Unshare {
+            container: container.to_owned(),
+        };
+        self.connection
+            .call(&request, &[], REQUEST_DEADLINE)
+            .map(drop)
+            .map_err(|e| self.control_error(e))
+    }
+
     /// Connects the container to the network in `namespace`, and keeps it connected
     /// to what will be there. Returns when its network is complete in the guest.
     ///
@@ -303,7 +331,6 @@ impl Sandbox {
     ///
     /// # Errors
     /// See [`Error`].
-    #[allow(dead_code, reason = "a VM with one container ends with it")]
     pub fn disconnect_network(&self, container: &str) -> Result<(), Error> {
         let request = Request::NoNetwork {
             container: container.to_owned(),
@@ -362,18 +389,15 @@ impl Sandbox {
         self.guest.agent()
     }
 
-    /// Opens the streams of a guest process for its stand-in, control first.
-    ///
-    /// # Errors
-    /// [`Error::Connect`].
-    pub fn open_streams(
-        &self,
-        container: &str,
-        exec: &str,
-        wanted: Wanted,
-    ) -> Result<Vec<OwnedFd>, Error> {
-        let opening = self.guest.start_streams(container, exec, wanted)?;
-        self.guest.finish_streams(opening)
+    /// Waits no longer than this for answers of the guest.
+    pub fn limit_patience(&mut self, deadline: Duration) {
+        self.guest.deadline = self.guest.deadline.min(deadline);
+    }
+
+    /// The pod's guest.
+    #[must_use]
+    pub fn guest(&self) -> &Guest {
+        &self.guest
     }
 
     fn control_error(&self, error: control::Error) -> Error {

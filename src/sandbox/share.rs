@@ -3,15 +3,17 @@
 //! A small tmpfs in the sandboxer's private mount namespace holds mount points
 //! only, `<container>/<name>`, and the containers' rootfs and volumes are
 //! attached to them. Nothing of it is visible to the rest of the host, and all
-//! of it goes away with the sandboxer.
+//! of it goes away with the sandboxer, or with [`Share::detach`] when a container
+//! leaves before the others.
 
+use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{Mode, OFlags, mkdirat, openat};
+use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, unlinkat};
 use rustix::io::Errno;
 
 use crate::sys::mount as mounts;
@@ -22,6 +24,8 @@ const TMPFS_OPTIONS: &str = "mode=0755,size=4m,nr_inodes=16k";
 #[derive(Debug)]
 pub struct Share {
     dir: PathBuf,
+    /// What is attached, by container: the names, and whether each is a directory.
+    attached: HashMap<String, Vec<(String, bool)>>,
 }
 
 impl Share {
@@ -41,7 +45,10 @@ impl Share {
             flags,
             Some(TMPFS_OPTIONS),
         )?;
-        Ok(Share { dir })
+        Ok(Share {
+            dir,
+            attached: HashMap::new(),
+        })
     }
 
     #[must_use]
@@ -54,7 +61,7 @@ impl Share {
     /// # Errors
     /// `InvalidInput` for names that are not plain file names, `AlreadyExists`,
     /// else as move_mount(2).
-    pub fn attach(&self, container: &str, name: &str, tree: BorrowedFd<'_>) -> io::Result<()> {
+    pub fn attach(&mut self, container: &str, name: &str, tree: BorrowedFd<'_>) -> io::Result<()> {
         let (container, name) = (plain(container)?, plain(name)?);
         // The guest can write to the directory, so it may have put anything in it:
         // each step is taken from an open directory, and no link is followed.
@@ -64,14 +71,66 @@ impl Share {
             Err(e) => return Err(e.into()),
         }
         let dir = mounts::open_entry(root.as_fd(), container)?;
-        if mounts::is_dir(tree)? {
+        let is_dir = mounts::is_dir(tree)?;
+        if is_dir {
             mkdirat(&dir, name, DIR_MODE)?;
         } else {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             openat(&dir, name, flags | OFlags::NOFOLLOW, FILE_MODE)?;
         }
+        let known = self.attached.entry(container.to_owned()).or_default();
+        known.push((name.to_owned(), is_dir));
         let point = mounts::open_entry(dir.as_fd(), name)?;
         mounts::attach(tree, point.as_fd(), Path::new(""))
+    }
+
+    /// Takes away all that was attached for a container. What the guest has open
+    /// of it stays until the guest has looked for it again.
+    ///
+    /// # Errors
+    /// As umount2(2), unlinkat(2); the rest has been taken away then. Nothing was
+    /// attached: no error.
+    pub fn detach(&mut self, container: &str) -> io::Result<()> {
+        let Some(names) = self.attached.remove(container) else {
+            return Ok(());
+        };
+        let root = crate::sys::unix_socket::open_dir(&self.dir)?;
+        let dir = mounts::open_entry(root.as_fd(), container)?;
+        let mut result = Ok(());
+        // Newest first: one may be below another.
+        for (name, is_dir) in names.into_iter().rev() {
+            let gone = detach_one(&dir, &name, is_dir);
+            if result.is_ok() {
+                result = gone.map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")));
+            }
+        }
+        match unlinkat(&root, container, AtFlags::REMOVEDIR) {
+            // The guest has put something there: it fills its own share.
+            Ok(()) | Err(Errno::NOTEMPTY | Errno::NOENT) => result,
+            Err(e) => result.and(Err(e.into())),
+        }
+    }
+}
+
+fn detach_one(dir: &OwnedFd, name: &str, is_dir: bool) -> io::Result<()> {
+    // A mount point cannot be renamed or removed, so this is what was attached; if
+    // attaching failed it may be anything, but no link is followed.
+    let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
+    match umount2(
+        path.as_str(),
+        MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
+    ) {
+        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let flags = if is_dir {
+        AtFlags::REMOVEDIR
+    } else {
+        AtFlags::empty()
+    };
+    match unlinkat(dir, name, flags) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -125,7 +184,10 @@ mod tests {
         fs::create_dir(&outside).unwrap();
         symlink(&outside, inside.join("c1")).unwrap();
         symlink(outside.join("made"), inside.join("c2/rootfs")).unwrap();
-        let share = Share { dir: inside };
+        let mut share = Share {
+            dir: inside,
+            attached: HashMap::new(),
+        };
         let tree = crate::sys::unix_socket::open_dir(dir.path()).unwrap();
         let file: OwnedFd = fs::File::open("/dev/null").unwrap().into();
         for (container, errno) in [("c1", libc::ELOOP), ("c2", libc::EEXIST)] {

@@ -72,11 +72,13 @@ pub struct Plan<'a> {
     /// A cloned mount tree.
     pub rootfs: OwnedFd,
     pub volumes: Vec<Volume>,
+    /// Host cgroup directories that it joins.
+    pub cgroups: &'a [PathBuf],
+    /// Network, ipc and uts namespaces that it enters instead of making its own.
+    pub namespaces: Vec<(CloneFlags, BorrowedFd<'a>)>,
     pub hostname: Option<String>,
     pub domainname: Option<String>,
-    /// The network namespace it is to be in; `None` for a new one.
-    pub network: Option<OwnedFd>,
-    /// Settings of that namespace.
+    /// Settings of its network namespace.
     pub sysctls: Vec<Sysctl>,
     /// Slave side of the container's terminal; becomes stdio and the
     /// controlling terminal. Without it stdio is inherited.
@@ -106,13 +108,15 @@ pub struct StandIn {
 }
 
 /// Forks a stand-in that waits for [`StandIn::release`]. Must be called before
-/// this process has threads.
+/// this process has threads. It joins the cgroups itself: the kernel may take its time
+/// over that, which others can use.
 ///
 /// # Errors
 /// As fork(2).
 pub fn spawn(mut plan: Plan<'_>) -> Result<StandIn, Error> {
     let terminal = plan.terminal.take();
     launch(plan.label, terminal, move |channel| {
+        join_cgroups(plan.cgroups)?;
         enter_namespaces(&plan).map_err(step("entering namespaces"))?;
         for sysctl in &plan.sysctls {
             sysctl.set().map_err(step("setting up the network"))?;
@@ -132,15 +136,13 @@ pub fn spawn(mut plan: Plan<'_>) -> Result<StandIn, Error> {
     })
 }
 
-/// Forks the stand-in of an exec, as [`spawn`]. It joins the cgroups itself: the
-/// kernel may take its time over that, which the guest can use.
+/// Forks the stand-in of an exec, as [`spawn`].
 ///
 /// # Errors
 /// As fork(2).
 pub fn spawn_beside(plan: Beside<'_>) -> Result<StandIn, Error> {
     launch(plan.label, plan.terminal, move |_| {
-        let pid = nix::unistd::getpid().as_raw();
-        cgroup::join(plan.cgroups, pid).map_err(step("joining the container's cgroups"))?;
+        join_cgroups(plan.cgroups)?;
         let namespaces = CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWUTS
             | CloneFlags::CLONE_NEWIPC
@@ -207,19 +209,26 @@ impl StandIn {
         self.expect(b"ready", DEADLINE)
     }
 
-    /// Lets it do what [`Plan::in_rootfs`] says, in `time` (`None`: as long as it
-    /// likes), and leave the host's root. Waits for the end of the set-up, or until
-    /// `interrupt` is readable.
+    /// Lets it do what [`Plan::in_rootfs`] says, and leave the host's root, as soon
+    /// as everything is mounted.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn enter_rootfs(&self) -> Result<(), Error> {
+        Ok(self.channel.send(b"enter", &[])?)
+    }
+
+    /// Waits for the end of the set-up, in which [`Plan::in_rootfs`] may take `time`
+    /// (`None`: as long as it likes), or until `interrupt` is readable.
     ///
     /// # Errors
     /// [`Error::InRootfs`], [`Error::Interrupted`], [`Error::Setup`].
-    pub fn enter_rootfs(
+    pub fn wait_entered(
         &self,
         time: Option<Duration>,
         interrupt: BorrowedFd<'_>,
     ) -> Result<(), Error> {
         let deadline = time.map_or(UNBOUNDED, |time| DEADLINE.saturating_add(time));
-        self.channel.send(b"enter", &[])?;
         let ready = wait_any_readable(&[self.channel.as_fd(), interrupt], deadline)?;
         match ready[..] {
             [false, true] => Err(Error::Interrupted),
@@ -299,6 +308,11 @@ fn child(
     exec(label, channel.as_fd(), exe).map_err(step("executing the runtime's binary"))
 }
 
+fn join_cgroups(cgroups: &[PathBuf]) -> Result<(), Error> {
+    let pid = nix::unistd::getpid().as_raw();
+    cgroup::join(cgroups, pid).map_err(step("joining the container's cgroups"))
+}
+
 fn use_terminal(slave: BorrowedFd<'_>) -> io::Result<()> {
     for target in 0..3 {
         dup2(slave.as_raw_fd(), target)?;
@@ -312,12 +326,16 @@ fn use_terminal(slave: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 fn enter_namespaces(plan: &Plan<'_>) -> io::Result<()> {
-    let mut new = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
-    match &plan.network {
-        Some(namespace) => setns(namespace, CloneFlags::CLONE_NEWNET)?,
-        None => new |= CloneFlags::CLONE_NEWNET,
+    let mut new = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWNET;
+    for (kind, namespace) in &plan.namespaces {
+        setns(namespace, *kind)?;
+        new.remove(*kind);
     }
     unshare(new)?;
+    // Also in a namespace that is joined (as runc).
     if let Some(name) = &plan.hostname {
         rustix::system::sethostname(name.as_bytes())?;
     }

@@ -6,6 +6,7 @@ pub mod capabilities;
 pub mod interrupt;
 pub mod lock;
 pub mod mount;
+pub mod namespace;
 pub mod own_binary;
 pub mod process;
 pub mod seqpacket;

@@ -24,6 +24,7 @@ mod list;
 mod log;
 mod mount_options;
 mod mounts;
+mod namespaces;
 mod parallel;
 mod pause;
 mod process;

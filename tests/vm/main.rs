@@ -14,7 +14,17 @@ mod faults_in_between;
 mod flavours;
 mod guest;
 mod limits;
+mod pods;
+mod pods_end;
 mod sizes;
 mod terminal;
 mod unsupported;
 mod victims;
+
+mod probe {
+    #[test]
+    #[ignore = "runs inside the containers of other tests"]
+    fn main() {
+        kuasar_runv_test_harness::probe::main();
+    }
+}

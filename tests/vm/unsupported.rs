@@ -10,21 +10,10 @@ fn refused(world: &World, bundle: &Bundle, words: &str) {
     world.assert_clean();
 }
 
-/// Replaces the namespace of this kind; `None` removes it.
-fn namespace(bundle: Bundle, kind: &str, path: Option<&str>) -> Bundle {
-    bundle.with(|c| {
-        let namespaces = c["linux"]["namespaces"].as_array_mut().unwrap();
-        namespaces.retain(|n| n["type"] != kind);
-        if let Some(path) = path {
-            namespaces.push(json!({ "type": kind, "path": path }));
-        }
-    })
-}
-
 #[test]
 fn the_hosts_network_is_refused() {
     let world = World::new();
-    let bundle = namespace(world.bundle().sh("exit 0"), "network", None);
+    let bundle = world.bundle().sh("exit 0").namespace("network", None);
     refused(&world, &bundle, "network");
 }
 
@@ -34,7 +23,7 @@ fn namespaces_of_foreign_processes_are_refused() {
     for kind in ["pid", "ipc", "uts", "mnt"] {
         let path = format!("/proc/{}/ns/{kind}", std::process::id());
         let name = if kind == "mnt" { "mount" } else { kind };
-        let bundle = namespace(world.bundle().sh("exit 0"), name, Some(&path));
+        let bundle = world.bundle().sh("exit 0").namespace(name, Some(&path));
         refused(&world, &bundle, &path);
     }
 }

@@ -62,3 +62,13 @@ pub fn kill(pids: &[i32]) {
         pids.iter().all(|pid| !process::is_alive(*pid))
     });
 }
+
+/// Kills the hypervisor of one of several sandboxes.
+#[track_caller]
+pub fn kill_vm_of(world: &World, id: &str) {
+    let record = world.root.join("sandboxes").join(id).join("sandbox.json");
+    let text = std::fs::read(record).unwrap();
+    let record: kuasar_runv_test_harness::Value = serde_json::from_slice(&text).unwrap();
+    let pid = record["vm"]["pid"].as_i64().unwrap();
+    kill(&[pid.try_into().unwrap()]);
+}

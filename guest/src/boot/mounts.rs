@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use kuasar_runv_protocol::{GUEST_SHARE_DIR, SHARE_TAG};
+use kuasar_runv_protocol::{GUEST_SHARE_DIR, GUEST_SHM_DIR, SHARE_TAG};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 
@@ -48,6 +48,7 @@ const DIRECTORIES: &[(&str, u32)] = &[
     ("/run", 0o755),
     ("/run/kuasar", 0o711),
     (GUEST_SHARE_DIR, 0o755),
+    (GUEST_SHM_DIR, 0o711),
     (crate::containers::STATE_DIR, 0o711),
     ("/tmp", 0o1777),
 ];

@@ -17,7 +17,9 @@ use super::failure::{self, Failure};
 use super::hooks::StartHooks;
 use super::namespaces::Network;
 use super::terminal::{self, ConsoleSocket};
-use super::{NOTIFY_SOCKET, NewProcess, SPEC_FILE, late_mounts, namespaces, rlimits, rootfs, spec};
+use super::{
+    NOTIFY_SOCKET, NewProcess, SPEC_FILE, joins, late_mounts, namespaces, rlimits, rootfs, spec,
+};
 use crate::cgroup::{Cgroup, devices};
 use crate::sys;
 use crate::zygote::CreateRequest;
@@ -28,7 +30,10 @@ use crate::zygote::CreateRequest;
 /// Enters libcontainer below its `ContainerBuilder`, which would write the spec
 /// and a state file and read both again: nobody here needs them, and under
 /// emulation that was a third of the time of a create.
-pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<NewProcess, Failure> {
+pub fn create(request: &CreateRequest, mut fds: Vec<OwnedFd>) -> Result<NewProcess, Failure> {
+    let streams = request.stdio.iter().filter(|announced| **announced).count();
+    let joined = fds.split_off(streams.min(fds.len()));
+    let stdio = fds;
     failure::start_collecting().map_err(Failure::io("making a pipe"))?;
     let mut spec = spec::load(&request.dir.join(SPEC_FILE))?;
     let cgroup = Cgroup::of(&request.container_id);
@@ -45,7 +50,8 @@ pub fn create(request: &CreateRequest, stdio: Vec<OwnedFd>) -> Result<NewProcess
     let keyring = (!request.no_new_keyring).then_some(request.container_id.as_str());
     prepare_self(&spec, keyring)?;
     let uid = owner_of_stdio(&spec, spec.process().as_ref());
-    let network = Network::of(spec.linux().as_ref());
+    let network = Network::of(spec.linux().as_ref(), request.joins);
+    let _joined = joins::enter(&mut spec, request.joins, joined)?;
     let _user_namespace = match spec.linux_mut() {
         Some(linux) => namespaces::make_user_namespace(linux)?,
         None => None,

@@ -23,6 +23,7 @@ mod exec;
 mod executor;
 mod failure;
 mod hooks;
+mod joins;
 mod late_mounts;
 mod lookup;
 mod namespaces;

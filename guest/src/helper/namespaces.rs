@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 
+use kuasar_runv_protocol::namespace::Kind;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
@@ -120,12 +121,16 @@ pub enum Network {
     New,
     /// In the namespace of the machine.
     Machine,
-    /// In a namespace that exists, and is complete.
+    /// In that of another container, which is complete.
     Joined,
 }
 
 impl Network {
-    pub fn of(linux: Option<&Linux>) -> Network {
+    /// Of a spec whose container joins these kinds of namespaces.
+    pub fn of(linux: Option<&Linux>, joins: u8) -> Network {
+        if joins & Kind::Network.bit() != 0 {
+            return Network::Joined;
+        }
         let namespace = linux
             .and_then(|l| l.namespaces().as_deref())
             .unwrap_or_default()
@@ -133,8 +138,7 @@ impl Network {
             .find(|ns| ns.typ() == LinuxNamespaceType::Network);
         match namespace {
             None => Network::Machine,
-            Some(ns) if ns.path().is_none() => Network::New,
-            Some(_) => Network::Joined,
+            Some(_) => Network::New,
         }
     }
 

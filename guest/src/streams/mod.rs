@@ -27,8 +27,9 @@ use crate::transport::Listener;
 
 /// How long a connection may take to say what it is.
 const HEADER_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a connection waits for its process, and a process for it.
-const CLAIM_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a connection waits for its process, and a process for it: as long as
+/// making the process may take.
+const CLAIM_DEADLINE: Duration = Duration::from_secs(60);
 /// Most connections that wait for a header or a process: four for each of two
 /// hundred processes that are made at once.
 const MAX_WAITING: usize = 800;

@@ -14,7 +14,8 @@ pub enum Request {
     Exec(ExecRequest),
 }
 
-/// Create one container.
+/// Create one container. The descriptors that follow are the announced streams and
+/// the namespaces it joins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateRequest {
     pub container_id: String,
@@ -24,6 +25,12 @@ pub struct CreateRequest {
     pub stdio: [bool; 3],
     pub no_pivot: bool,
     pub no_new_keyring: bool,
+    /// Kinds of the namespaces it joins, as [`Kind::bit`]s; the descriptors come in
+    /// the order of [`Kind::ALL`].
+    ///
+    /// [`Kind::bit`]: kuasar_runv_protocol::namespace::Kind::bit
+    /// [`Kind::ALL`]: kuasar_runv_protocol::namespace::Kind::ALL
+    pub joins: u8,
 }
 
 /// Start one more process in a container. The descriptors that follow are the
@@ -54,7 +61,7 @@ const EXEC: u8 = 1 << 7;
 const NUMBERS: usize = 8;
 
 impl Request {
-    /// A byte of flags, the numbers if there are any, then the strings, separated
+    /// A byte of flags, the joined kinds or the numbers, then the strings, separated
     /// by a NUL that none of them can have.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -63,7 +70,7 @@ impl Request {
                 let mut flags = stdio_bits(r.stdio);
                 set(&mut flags, NO_PIVOT, r.no_pivot);
                 set(&mut flags, NO_NEW_KEYRING, r.no_new_keyring);
-                let mut bytes = vec![flags];
+                let mut bytes = vec![flags, r.joins];
                 push_strings(&mut bytes, &r.container_id, &r.dir, None);
                 bytes
             }
@@ -86,13 +93,15 @@ impl Request {
         let stdio = [flags & 1 != 0, flags & 2 != 0, flags & 4 != 0];
         let no_new_keyring = flags & NO_NEW_KEYRING != 0;
         if flags & EXEC == 0 {
-            let (container_id, dir) = cut(rest)?;
+            let (&joins, strings) = rest.split_first()?;
+            let (container_id, dir) = cut(strings)?;
             return Some(Request::Create(CreateRequest {
                 container_id: String::from_utf8(container_id.to_vec()).ok()?,
                 dir: path(dir),
                 stdio,
                 no_pivot: flags & NO_PIVOT != 0,
                 no_new_keyring,
+                joins,
             }));
         }
         let (numbers, strings) = rest.split_at_checked(NUMBERS)?;
@@ -157,6 +166,7 @@ mod tests {
                 stdio,
                 no_pivot: bits & 8 != 0,
                 no_new_keyring: bits & 16 != 0,
+                joins: bits,
             });
             let exec = Request::Exec(ExecRequest {
                 container_id: "c-1".into(),
@@ -174,7 +184,8 @@ mod tests {
         }
         for bytes in [
             &b""[..],
-            b"\0no end",
+            b"\0",
+            b"\0\0no end",
             &[EXEC],
             &[EXEC, 0, 0, 0, 0, 0, 0, 0, 0],
         ] {

@@ -145,6 +145,10 @@ pub struct CreateContainerRequest {
     pub no_pivot: bool,
     // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CreateContainerRequest.no_new_keyring)
     pub no_new_keyring: bool,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CreateContainerRequest.joins)
+    pub joins: ::std::vec::Vec<NamespaceJoin>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CreateContainerRequest.shared_memory)
+    pub shared_memory: ::std::vec::Vec<SharedMemory>,
     // special fields
     // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.CreateContainerRequest.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -162,7 +166,7 @@ impl CreateContainerRequest {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(7);
+        let mut fields = ::std::vec::Vec::with_capacity(9);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "container_id",
@@ -198,6 +202,16 @@ impl CreateContainerRequest {
             "no_new_keyring",
             |m: &CreateContainerRequest| { &m.no_new_keyring },
             |m: &mut CreateContainerRequest| { &mut m.no_new_keyring },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "joins",
+            |m: &CreateContainerRequest| { &m.joins },
+            |m: &mut CreateContainerRequest| { &mut m.joins },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "shared_memory",
+            |m: &CreateContainerRequest| { &m.shared_memory },
+            |m: &mut CreateContainerRequest| { &mut m.shared_memory },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<CreateContainerRequest>(
             "CreateContainerRequest",
@@ -238,6 +252,12 @@ impl ::protobuf::Message for CreateContainerRequest {
                 56 => {
                     self.no_new_keyring = is.read_bool()?;
                 },
+                162 => {
+                    self.joins.push(is.read_message()?);
+                },
+                170 => {
+                    self.shared_memory.push(is.read_message()?);
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -271,6 +291,14 @@ impl ::protobuf::Message for CreateContainerRequest {
         if self.no_new_keyring != false {
             my_size += 1 + 1;
         }
+        for value in &self.joins {
+            let len = value.compute_size();
+            my_size += 2 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
+        for value in &self.shared_memory {
+            let len = value.compute_size();
+            my_size += 2 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -298,6 +326,12 @@ impl ::protobuf::Message for CreateContainerRequest {
         if self.no_new_keyring != false {
             os.write_bool(7, self.no_new_keyring)?;
         }
+        for v in &self.joins {
+            ::protobuf::rt::write_message_field_with_cached_size(20, v, os)?;
+        };
+        for v in &self.shared_memory {
+            ::protobuf::rt::write_message_field_with_cached_size(21, v, os)?;
+        };
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
     }
@@ -322,6 +356,8 @@ impl ::protobuf::Message for CreateContainerRequest {
         self.stderr = false;
         self.no_pivot = false;
         self.no_new_keyring = false;
+        self.joins.clear();
+        self.shared_memory.clear();
         self.special_fields.clear();
     }
 
@@ -334,6 +370,8 @@ impl ::protobuf::Message for CreateContainerRequest {
             stderr: false,
             no_pivot: false,
             no_new_keyring: false,
+            joins: ::std::vec::Vec::new(),
+            shared_memory: ::std::vec::Vec::new(),
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -354,6 +392,340 @@ impl ::std::fmt::Display for CreateContainerRequest {
 }
 
 impl ::protobuf::reflect::ProtobufValue for CreateContainerRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.NamespaceJoin)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct NamespaceJoin {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.NamespaceJoin.type)
+    pub type_: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.NamespaceJoin.container_id)
+    pub container_id: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.NamespaceJoin.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a NamespaceJoin {
+    fn default() -> &'a NamespaceJoin {
+        <NamespaceJoin as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl NamespaceJoin {
+    pub fn new() -> NamespaceJoin {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "type",
+            |m: &NamespaceJoin| { &m.type_ },
+            |m: &mut NamespaceJoin| { &mut m.type_ },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &NamespaceJoin| { &m.container_id },
+            |m: &mut NamespaceJoin| { &mut m.container_id },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<NamespaceJoin>(
+            "NamespaceJoin",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for NamespaceJoin {
+    const NAME: &'static str = "NamespaceJoin";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.type_ = is.read_string()?;
+                },
+                18 => {
+                    self.container_id = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.type_.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.type_);
+        }
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(2, &self.container_id);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.type_.is_empty() {
+            os.write_string(1, &self.type_)?;
+        }
+        if !self.container_id.is_empty() {
+            os.write_string(2, &self.container_id)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> NamespaceJoin {
+        NamespaceJoin::new()
+    }
+
+    fn clear(&mut self) {
+        self.type_.clear();
+        self.container_id.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static NamespaceJoin {
+        static instance: NamespaceJoin = NamespaceJoin {
+            type_: ::std::string::String::new(),
+            container_id: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for NamespaceJoin {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("NamespaceJoin").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for NamespaceJoin {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for NamespaceJoin {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.SharedMemory)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct SharedMemory {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.SharedMemory.name)
+    pub name: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.SharedMemory.size)
+    pub size: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.SharedMemory.mode)
+    pub mode: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.SharedMemory.uid)
+    pub uid: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.SharedMemory.gid)
+    pub gid: u32,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.SharedMemory.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a SharedMemory {
+    fn default() -> &'a SharedMemory {
+        <SharedMemory as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl SharedMemory {
+    pub fn new() -> SharedMemory {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(5);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "name",
+            |m: &SharedMemory| { &m.name },
+            |m: &mut SharedMemory| { &mut m.name },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "size",
+            |m: &SharedMemory| { &m.size },
+            |m: &mut SharedMemory| { &mut m.size },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "mode",
+            |m: &SharedMemory| { &m.mode },
+            |m: &mut SharedMemory| { &mut m.mode },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "uid",
+            |m: &SharedMemory| { &m.uid },
+            |m: &mut SharedMemory| { &mut m.uid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "gid",
+            |m: &SharedMemory| { &m.gid },
+            |m: &mut SharedMemory| { &mut m.gid },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<SharedMemory>(
+            "SharedMemory",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for SharedMemory {
+    const NAME: &'static str = "SharedMemory";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.name = is.read_string()?;
+                },
+                16 => {
+                    self.size = is.read_uint64()?;
+                },
+                24 => {
+                    self.mode = is.read_uint32()?;
+                },
+                32 => {
+                    self.uid = is.read_uint32()?;
+                },
+                40 => {
+                    self.gid = is.read_uint32()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.name.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.name);
+        }
+        if self.size != 0 {
+            my_size += ::protobuf::rt::uint64_size(2, self.size);
+        }
+        if self.mode != 0 {
+            my_size += ::protobuf::rt::uint32_size(3, self.mode);
+        }
+        if self.uid != 0 {
+            my_size += ::protobuf::rt::uint32_size(4, self.uid);
+        }
+        if self.gid != 0 {
+            my_size += ::protobuf::rt::uint32_size(5, self.gid);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.name.is_empty() {
+            os.write_string(1, &self.name)?;
+        }
+        if self.size != 0 {
+            os.write_uint64(2, self.size)?;
+        }
+        if self.mode != 0 {
+            os.write_uint32(3, self.mode)?;
+        }
+        if self.uid != 0 {
+            os.write_uint32(4, self.uid)?;
+        }
+        if self.gid != 0 {
+            os.write_uint32(5, self.gid)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> SharedMemory {
+        SharedMemory::new()
+    }
+
+    fn clear(&mut self) {
+        self.name.clear();
+        self.size = 0;
+        self.mode = 0;
+        self.uid = 0;
+        self.gid = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static SharedMemory {
+        static instance: SharedMemory = SharedMemory {
+            name: ::std::string::String::new(),
+            size: 0,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for SharedMemory {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("SharedMemory").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for SharedMemory {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for SharedMemory {
     type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
 }
 
@@ -5231,76 +5603,84 @@ impl ::protobuf::reflect::ProtobufValue for WatchOomRequest {
 }
 
 static file_descriptor_proto_data: &'static [u8] = b"\
-    \n\x0bagent.proto\x12\x14kuasar.runv.agent.v1\"\x07\n\x05Empty\"\xdf\x01\
+    \n\x0bagent.proto\x12\x14kuasar.runv.agent.v1\"\x07\n\x05Empty\"\xe3\x02\
     \n\x16CreateContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
     \x0bcontainerId\x12\x1b\n\tspec_json\x18\x02\x20\x01(\x0cR\x08specJson\
     \x12\x14\n\x05stdin\x18\x03\x20\x01(\x08R\x05stdin\x12\x16\n\x06stdout\
     \x18\x04\x20\x01(\x08R\x06stdout\x12\x16\n\x06stderr\x18\x05\x20\x01(\
     \x08R\x06stderr\x12\x19\n\x08no_pivot\x18\x06\x20\x01(\x08R\x07noPivot\
-    \x12$\n\x0eno_new_keyring\x18\x07\x20\x01(\x08R\x0cnoNewKeyring\"+\n\x17\
-    CreateContainerResponse\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\":\
-    \n\x15StartContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
-    \x0bcontainerId\"|\n\x14SignalProcessRequest\x12!\n\x0ccontainer_id\x18\
-    \x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\
-    \x06execId\x12\x16\n\x06signal\x18\x03\x20\x01(\rR\x06signal\x12\x10\n\
-    \x03all\x18\x04\x20\x01(\x08R\x03all\";\n\x16DeleteContainerRequest\x12!\
-    \n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"]\n\x0fGetInfoRes\
-    ponse\x12#\n\ragent_version\x18\x01\x20\x01(\tR\x0cagentVersion\x12%\n\
-    \x0ekernel_release\x18\x02\x20\x01(\tR\rkernelRelease\"\xac\x01\n\x05Eve\
-    nt\x123\n\x05ready\x18\x01\x20\x01(\x0b2\x1b.kuasar.runv.agent.v1.ReadyH\
-    \0R\x05ready\x126\n\x06exited\x18\x02\x20\x01(\x0b2\x1c.kuasar.runv.agen\
-    t.v1.ExitedH\0R\x06exited\x12-\n\x03oom\x18\x03\x20\x01(\x0b2\x19.kuasar\
-    .runv.agent.v1.OomH\0R\x03oomB\x07\n\x05event\"\xca\x01\n\x05Ready\x12)\
-    \n\x10protocol_version\x18\x01\x20\x01(\rR\x0fprotocolVersion\x12#\n\rag\
-    ent_version\x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_release\
-    \x18\x03\x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_start_us\x18\x04\x20\
-    \x01(\x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\x18\x05\x20\x01(\x04\
-    R\x0cagentReadyUs\"\x89\x01\n\x06Exited\x12!\n\x0ccontainer_id\x18\x01\
-    \x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06\
-    execId\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\x16\n\x06signal\
-    \x18\x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec_us\x18\x05\x20\x01(\x04\
-    R\x06execUs\"\x8c\x02\n\x12ExecProcessRequest\x12!\n\x0ccontainer_id\x18\
-    \x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\
-    \x06execId\x12!\n\x0cprocess_json\x18\x03\x20\x01(\x0cR\x0bprocessJson\
-    \x12\x14\n\x05stdin\x18\x04\x20\x01(\x08R\x05stdin\x12\x16\n\x06stdout\
-    \x18\x05\x20\x01(\x08R\x06stdout\x12\x16\n\x06stderr\x18\x06\x20\x01(\
-    \x08R\x06stderr\x12#\n\rignore_paused\x18\x07\x20\x01(\x08R\x0cignorePau\
-    sed\x12\x16\n\x06cgroup\x18\x08\x20\x01(\tR\x06cgroup\x12\x14\n\x05umask\
-    \x18\t\x20\x01(\rR\x05umask\"'\n\x13ExecProcessResponse\x12\x10\n\x03pid\
-    \x18\x01\x20\x01(\x05R\x03pid\"9\n\x14ListProcessesRequest\x12!\n\x0ccon\
-    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"\x95\x01\n\x15ListProcesse\
-    sResponse\x12?\n\tprocesses\x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.\
-    ProcessInfoR\tprocesses\x12\x1c\n\ttruncated\x18\x02\x20\x01(\x08R\ttrun\
-    cated\x12\x1d\n\nmemory_kib\x18\x03\x20\x01(\x04R\tmemoryKib\"\xc2\x04\n\
-    \x0bProcessInfo\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\x12\x12\n\
-    \x04ppid\x18\x02\x20\x01(\x05R\x04ppid\x12\x12\n\x04pgid\x18\x03\x20\x01\
-    (\x05R\x04pgid\x12\x10\n\x03sid\x18\x04\x20\x01(\x05R\x03sid\x12\x12\n\
-    \x04ruid\x18\x05\x20\x01(\rR\x04ruid\x12\x12\n\x04euid\x18\x06\x20\x01(\
-    \rR\x04euid\x12\x12\n\x04rgid\x18\x07\x20\x01(\rR\x04rgid\x12\x12\n\x04e\
-    gid\x18\x08\x20\x01(\rR\x04egid\x12\x10\n\x03tty\x18\t\x20\x01(\rR\x03tt\
-    y\x12\x14\n\x05tpgid\x18\n\x20\x01(\x05R\x05tpgid\x12\x14\n\x05state\x18\
-    \x0b\x20\x01(\tR\x05state\x12\x12\n\x04name\x18\x0c\x20\x01(\tR\x04name\
-    \x12\x12\n\x04args\x18\r\x20\x01(\x0cR\x04args\x12\x15\n\x06cpu_ms\x18\
-    \x0e\x20\x01(\x04R\x05cpuMs\x12\x15\n\x06age_ms\x18\x0f\x20\x01(\x04R\
-    \x05ageMs\x12\x1b\n\tvsize_kib\x18\x10\x20\x01(\x04R\x08vsizeKib\x12\x17\
-    \n\x07rss_kib\x18\x11\x20\x01(\x04R\x06rssKib\x12\x12\n\x04nice\x18\x12\
-    \x20\x01(\x05R\x04nice\x12\x1a\n\x08priority\x18\x13\x20\x01(\x05R\x08pr\
-    iority\x12\x18\n\x07threads\x18\x14\x20\x01(\rR\x07threads\x12\x14\n\x05\
-    flags\x18\x15\x20\x01(\rR\x05flags\x12\x16\n\x06policy\x18\x16\x20\x01(\
-    \rR\x06policy\x12\x1f\n\x0brt_priority\x18\x17\x20\x01(\rR\nrtPriority\
-    \x12\x1c\n\tprocessor\x18\x18\x20\x01(\rR\tprocessor\x12\x16\n\x06locked\
-    \x18\x19\x20\x01(\x08R\x06locked\">\n\x03Oom\x12!\n\x0ccontainer_id\x18\
-    \x01\x20\x01(\tR\x0bcontainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\
-    \x05kills\":\n\x15PauseContainerRequest\x12!\n\x0ccontainer_id\x18\x01\
-    \x20\x01(\tR\x0bcontainerId\";\n\x16ResumeContainerRequest\x12!\n\x0ccon\
-    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\n\x16UpdateContainerRequ\
-    est\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12?\n\x08\
-    settings\x18\x02\x20\x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettingR\x08s\
-    ettings\"r\n\rCgroupSetting\x12E\n\x0calternatives\x18\x01\x20\x03(\x0b2\
-    !.kuasar.runv.agent.v1.CgroupWriteR\x0calternatives\x12\x1a\n\x08optiona\
-    l\x18\x02\x20\x01(\x08R\x08optional\"7\n\x0bCgroupWrite\x12\x12\n\x04fil\
-    e\x18\x01\x20\x01(\tR\x04file\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05\
-    value\"4\n\x0fGetStatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
+    \x12$\n\x0eno_new_keyring\x18\x07\x20\x01(\x08R\x0cnoNewKeyring\x129\n\
+    \x05joins\x18\x14\x20\x03(\x0b2#.kuasar.runv.agent.v1.NamespaceJoinR\x05\
+    joins\x12G\n\rshared_memory\x18\x15\x20\x03(\x0b2\".kuasar.runv.agent.v1\
+    .SharedMemoryR\x0csharedMemory\"F\n\rNamespaceJoin\x12\x12\n\x04type\x18\
+    \x01\x20\x01(\tR\x04type\x12!\n\x0ccontainer_id\x18\x02\x20\x01(\tR\x0bc\
+    ontainerId\"n\n\x0cSharedMemory\x12\x12\n\x04name\x18\x01\x20\x01(\tR\
+    \x04name\x12\x12\n\x04size\x18\x02\x20\x01(\x04R\x04size\x12\x12\n\x04mo\
+    de\x18\x03\x20\x01(\rR\x04mode\x12\x10\n\x03uid\x18\x04\x20\x01(\rR\x03u\
+    id\x12\x10\n\x03gid\x18\x05\x20\x01(\rR\x03gid\"+\n\x17CreateContainerRe\
+    sponse\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\":\n\x15StartContai\
+    nerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\
+    \n\x14SignalProcessRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
+    \x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06execId\x12\
+    \x16\n\x06signal\x18\x03\x20\x01(\rR\x06signal\x12\x10\n\x03all\x18\x04\
+    \x20\x01(\x08R\x03all\";\n\x16DeleteContainerRequest\x12!\n\x0ccontainer\
+    _id\x18\x01\x20\x01(\tR\x0bcontainerId\"]\n\x0fGetInfoResponse\x12#\n\ra\
+    gent_version\x18\x01\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_releas\
+    e\x18\x02\x20\x01(\tR\rkernelRelease\"\xac\x01\n\x05Event\x123\n\x05read\
+    y\x18\x01\x20\x01(\x0b2\x1b.kuasar.runv.agent.v1.ReadyH\0R\x05ready\x126\
+    \n\x06exited\x18\x02\x20\x01(\x0b2\x1c.kuasar.runv.agent.v1.ExitedH\0R\
+    \x06exited\x12-\n\x03oom\x18\x03\x20\x01(\x0b2\x19.kuasar.runv.agent.v1.\
+    OomH\0R\x03oomB\x07\n\x05event\"\xca\x01\n\x05Ready\x12)\n\x10protocol_v\
+    ersion\x18\x01\x20\x01(\rR\x0fprotocolVersion\x12#\n\ragent_version\x18\
+    \x02\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_release\x18\x03\x20\
+    \x01(\tR\rkernelRelease\x12$\n\x0eagent_start_us\x18\x04\x20\x01(\x04R\
+    \x0cagentStartUs\x12$\n\x0eagent_ready_us\x18\x05\x20\x01(\x04R\x0cagent\
+    ReadyUs\"\x89\x01\n\x06Exited\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
+    \x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06execId\x12\
+    \x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\x16\n\x06signal\x18\x04\
+    \x20\x01(\rR\x06signal\x12\x17\n\x07exec_us\x18\x05\x20\x01(\x04R\x06exe\
+    cUs\"\x8c\x02\n\x12ExecProcessRequest\x12!\n\x0ccontainer_id\x18\x01\x20\
+    \x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06exec\
+    Id\x12!\n\x0cprocess_json\x18\x03\x20\x01(\x0cR\x0bprocessJson\x12\x14\n\
+    \x05stdin\x18\x04\x20\x01(\x08R\x05stdin\x12\x16\n\x06stdout\x18\x05\x20\
+    \x01(\x08R\x06stdout\x12\x16\n\x06stderr\x18\x06\x20\x01(\x08R\x06stderr\
+    \x12#\n\rignore_paused\x18\x07\x20\x01(\x08R\x0cignorePaused\x12\x16\n\
+    \x06cgroup\x18\x08\x20\x01(\tR\x06cgroup\x12\x14\n\x05umask\x18\t\x20\
+    \x01(\rR\x05umask\"'\n\x13ExecProcessResponse\x12\x10\n\x03pid\x18\x01\
+    \x20\x01(\x05R\x03pid\"9\n\x14ListProcessesRequest\x12!\n\x0ccontainer_i\
+    d\x18\x01\x20\x01(\tR\x0bcontainerId\"\x95\x01\n\x15ListProcessesRespons\
+    e\x12?\n\tprocesses\x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.ProcessI\
+    nfoR\tprocesses\x12\x1c\n\ttruncated\x18\x02\x20\x01(\x08R\ttruncated\
+    \x12\x1d\n\nmemory_kib\x18\x03\x20\x01(\x04R\tmemoryKib\"\xc2\x04\n\x0bP\
+    rocessInfo\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\x12\x12\n\x04pp\
+    id\x18\x02\x20\x01(\x05R\x04ppid\x12\x12\n\x04pgid\x18\x03\x20\x01(\x05R\
+    \x04pgid\x12\x10\n\x03sid\x18\x04\x20\x01(\x05R\x03sid\x12\x12\n\x04ruid\
+    \x18\x05\x20\x01(\rR\x04ruid\x12\x12\n\x04euid\x18\x06\x20\x01(\rR\x04eu\
+    id\x12\x12\n\x04rgid\x18\x07\x20\x01(\rR\x04rgid\x12\x12\n\x04egid\x18\
+    \x08\x20\x01(\rR\x04egid\x12\x10\n\x03tty\x18\t\x20\x01(\rR\x03tty\x12\
+    \x14\n\x05tpgid\x18\n\x20\x01(\x05R\x05tpgid\x12\x14\n\x05state\x18\x0b\
+    \x20\x01(\tR\x05state\x12\x12\n\x04name\x18\x0c\x20\x01(\tR\x04name\x12\
+    \x12\n\x04args\x18\r\x20\x01(\x0cR\x04args\x12\x15\n\x06cpu_ms\x18\x0e\
+    \x20\x01(\x04R\x05cpuMs\x12\x15\n\x06age_ms\x18\x0f\x20\x01(\x04R\x05age\
+    Ms\x12\x1b\n\tvsize_kib\x18\x10\x20\x01(\x04R\x08vsizeKib\x12\x17\n\x07r\
+    ss_kib\x18\x11\x20\x01(\x04R\x06rssKib\x12\x12\n\x04nice\x18\x12\x20\x01\
+    (\x05R\x04nice\x12\x1a\n\x08priority\x18\x13\x20\x01(\x05R\x08priority\
+    \x12\x18\n\x07threads\x18\x14\x20\x01(\rR\x07threads\x12\x14\n\x05flags\
+    \x18\x15\x20\x01(\rR\x05flags\x12\x16\n\x06policy\x18\x16\x20\x01(\rR\
+    \x06policy\x12\x1f\n\x0brt_priority\x18\x17\x20\x01(\rR\nrtPriority\x12\
+    \x1c\n\tprocessor\x18\x18\x20\x01(\rR\tprocessor\x12\x16\n\x06locked\x18\
+    \x19\x20\x01(\x08R\x06locked\">\n\x03Oom\x12!\n\x0ccontainer_id\x18\x01\
+    \x20\x01(\tR\x0bcontainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\x05\
+    kills\":\n\x15PauseContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\
+    \x01(\tR\x0bcontainerId\";\n\x16ResumeContainerRequest\x12!\n\x0ccontain\
+    er_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\n\x16UpdateContainerRequest\
+    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12?\n\x08set\
+    tings\x18\x02\x20\x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettingR\x08sett\
+    ings\"r\n\rCgroupSetting\x12E\n\x0calternatives\x18\x01\x20\x03(\x0b2!.k\
+    uasar.runv.agent.v1.CgroupWriteR\x0calternatives\x12\x1a\n\x08optional\
+    \x18\x02\x20\x01(\x08R\x08optional\"7\n\x0bCgroupWrite\x12\x12\n\x04file\
+    \x18\x01\x20\x01(\tR\x04file\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05v\
+    alue\"4\n\x0fGetStatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
     \x0bcontainerId\"\xc9\x02\n\x10GetStatsResponse\x120\n\x03cpu\x18\x01\
     \x20\x01(\x0b2\x1e.kuasar.runv.agent.v1.CpuStatsR\x03cpu\x129\n\x06memor\
     y\x18\x02\x20\x01(\x0b2!.kuasar.runv.agent.v1.MemoryStatsR\x06memory\x12\
@@ -5367,9 +5747,11 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
     file_descriptor.get(|| {
         let generated_file_descriptor = generated_file_descriptor_lazy.get(|| {
             let mut deps = ::std::vec::Vec::with_capacity(0);
-            let mut messages = ::std::vec::Vec::with_capacity(29);
+            let mut messages = ::std::vec::Vec::with_capacity(31);
             messages.push(Empty::generated_message_descriptor_data());
             messages.push(CreateContainerRequest::generated_message_descriptor_data());
+            messages.push(NamespaceJoin::generated_message_descriptor_data());
+            messages.push(SharedMemory::generated_message_descriptor_data());
             messages.push(CreateContainerResponse::generated_message_descriptor_data());
             messages.push(StartContainerRequest::generated_message_descriptor_data());
             messages.push(SignalProcessRequest::generated_message_descriptor_data());

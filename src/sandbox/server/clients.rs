@@ -8,8 +8,9 @@ use super::{Boot, End, Sandboxer};
 use crate::sandbox::control::{self, Reply, Request};
 use crate::sys::seqpacket::{Channel, Message};
 
-/// Commands connected at the same time; each is short.
-const MAX_CLIENTS: usize = 64;
+/// Commands connected at the same time: those that create containers for as long
+/// as that takes.
+const MAX_CLIENTS: usize = 256;
 
 /// A command.
 pub(super) struct Client {
@@ -85,6 +86,10 @@ impl Sandboxer {
                     io::Error::new(io::ErrorKind::InvalidInput, "no mount tree to share")
                 })?;
                 self.share.attach(&container, &name, tree.as_fd())?;
+                Ok(Some(Reply::default()))
+            }
+            Request::Unshare { container } => {
+                self.share.detach(&container)?;
                 Ok(Some(Reply::default()))
             }
             Request::WaitReady => match &self.boot {

@@ -92,6 +92,46 @@ impl Bundle {
         }))
     }
 
+    /// Replaces the namespace of this kind by one with a path, or by none.
+    ///
+    /// # Panics
+    /// When a test has replaced `linux.namespaces` by something else.
+    #[must_use]
+    pub fn namespace(self, kind: &str, path: Option<&str>) -> Self {
+        self.with(|c| {
+            let namespaces = c["linux"]["namespaces"].as_array_mut().expect("namespaces");
+            namespaces.retain(|n| n["type"] != kind);
+            if let Some(path) = path {
+                namespaces.push(json!({ "type": kind, "path": path }));
+            }
+        })
+    }
+
+    /// Lets the container join namespaces of a process, as engines do.
+    #[must_use]
+    pub fn joining(self, pid: i32, kinds: &[&str]) -> Self {
+        // A hostname would be that of the process it is joined to.
+        let joined = self.with(|c| {
+            if kinds.contains(&"uts") {
+                c.as_object_mut().expect("an object").remove("hostname");
+            }
+        });
+        kinds.iter().fold(joined, |bundle, kind| {
+            let file = if *kind == "network" { "net" } else { kind };
+            bundle.namespace(kind, Some(&format!("/proc/{pid}/ns/{file}")))
+        })
+    }
+
+    /// Adds annotations.
+    #[must_use]
+    pub fn annotations(self, annotations: &[(&str, &str)]) -> Self {
+        self.with(|c| {
+            for (key, value) in annotations {
+                c["annotations"][*key] = json!(value);
+            }
+        })
+    }
+
     /// Gives the process these capabilities instead of the three of `runc spec`.
     #[must_use]
     pub fn capabilities(self, names: &[&str]) -> Self {

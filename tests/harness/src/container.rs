@@ -53,6 +53,11 @@ impl<'w> Container<'w> {
         }
     }
 
+    #[must_use]
+    pub fn world(&self) -> &'w World {
+        self.world
+    }
+
     /// A call with the container's id as last argument.
     #[must_use]
     pub fn command(&self, words: &[&str]) -> Output {

@@ -36,6 +36,7 @@ pub fn main() {
         "memory" => memory(argument.parse().unwrap()),
         "system-calls" => system_calls(),
         "network" => network(),
+        "shared-word" => shared_word(Path::new(argument)),
         other => panic!("no probe {other:?}"),
     }
 }
@@ -63,6 +64,31 @@ fn files(dir: &Path) {
     fact("unnamed", unnamed(dir));
     fact("sparse", sparse(&dir.join("sparse")));
     fact("rename exchange", rename_exchange(dir));
+}
+
+/// Two processes that map this file count to two and see each other do it.
+fn shared_word(path: &Path) {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    let both = || -> io::Result<bool> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)?;
+        file.set_len(4096)?;
+        let mapping = Mapping::new(&file, 4096, libc::MAP_SHARED)?;
+        // SAFETY: the mapping is large enough and aligned, and everybody who maps
+        // the file uses it as an atomic.
+        let word = unsafe { &*mapping.address.cast::<AtomicU32>() };
+        word.fetch_add(1, Ordering::SeqCst);
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while word.load(Ordering::SeqCst) < 2 && std::time::Instant::now() < end {
+            thread::sleep(std::time::Duration::from_millis(5));
+        }
+        Ok(word.load(Ordering::SeqCst) == 2)
+    };
+    fact("both", both());
 }
 
 struct Mapping {

@@ -1,0 +1,125 @@
+//! A container in the VM of another one: its turn to be created, and its leaving.
+//!
+//! The host decides what there is: its part of a container can be removed when the
+//! guest does not answer. What the guest still has of it then has no process any
+//! more, because its stand-in is gone, and goes when the id is used again, or with
+//! the VM.
+
+use std::fs;
+use std::io;
+use std::time::Duration;
+
+use super::state::ContainerRecord;
+use super::{Error, context, membership};
+use crate::root::Root;
+use crate::sandbox::Sandbox;
+use crate::sandbox::record::SandboxRecord;
+use crate::sys::lock::DirLock;
+use crate::sys::process::ProcessRef;
+
+/// How long the guest may take when nobody would wait for it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long those before it may take.
+const TURN_DEADLINE: Duration = Duration::from_secs(300);
+
+/// Waits for a member's turn to be created. The guest makes one container at a time;
+/// if all that are created at once asked it, the last would wait longer than a single
+/// one may take. `None` for a container that has its VM alone.
+///
+/// # Errors
+/// [`Error::Busy`], or that the VM has ended.
+pub fn take_turn(root: &Root, record: &ContainerRecord) -> Result<Option<DirLock>, Error> {
+    if record.member_of.is_none() {
+        return Ok(None);
+    }
+    match DirLock::acquire(&root.sandbox(&record.sandbox_id), TURN_DEADLINE) {
+        Ok(turn) => Ok(Some(turn)),
+        Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(Error::Busy),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Err(membership::Error::Ended {
+            id: record.sandbox_id.clone(),
+        }
+        .into()),
+        Err(e) => Err(context("locking the sandbox")(e)),
+    }
+}
+
+/// What it means that sandboxer or guest do not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unreachable {
+    IsAnError,
+    IsLeftBehind,
+}
+
+/// Takes a member out of its VM, which stays. When the VM has ended there is nothing
+/// to do.
+///
+/// # Errors
+/// See [`Error`]; none with [`Unreachable::IsLeftBehind`].
+pub fn leave(root: &Root, record: &ContainerRecord, guest: Unreachable) -> Result<(), Error> {
+    let is_there = || record.live_sandbox(root).is_some();
+    let (Some(sandboxer), true) = (record.member_of, is_there()) else {
+        return Ok(());
+    };
+    let patience = (guest == Unreachable::IsLeftBehind).then_some(PATIENCE);
+    match remove(root, &record.sandbox_id, sandboxer, &record.id, patience) {
+        Ok(()) => Ok(()),
+        // It may have ended meanwhile.
+        Err(e) if guest == Unreachable::IsAnError && is_there() => Err(e),
+        Err(e) => {
+            log::warn!("removing {} from its virtual machine: {e}", record.id);
+            Ok(())
+        }
+    }
+}
+
+/// Takes a container whose record cannot be read out of whatever VM it is in.
+pub fn leave_any(root: &Root, id: &str) {
+    let Ok(entries) = fs::read_dir(root.sandboxes()) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let record = SandboxRecord::read(root, name);
+        let Some(sandboxer) = record
+            .ok()
+            .filter(SandboxRecord::is_alive)
+            .and_then(|r| r.sandboxer)
+        else {
+            continue;
+        };
+        if let Err(e) = remove(root, name, sandboxer, id, Some(PATIENCE)) {
+            log::debug!("removing {id} from the virtual machine of {name}: {e}");
+        }
+    }
+}
+
+fn remove(
+    root: &Root,
+    sandbox_id: &str,
+    sandboxer: ProcessRef,
+    id: &str,
+    patience: Option<Duration>,
+) -> Result<(), Error> {
+    let mut sandbox = Sandbox::join(root, sandbox_id, sandboxer)?;
+    if let Some(patience) = patience {
+        sandbox.limit_patience(patience);
+    }
+    // First, so that the guest forgets the files when it looks for them.
+    let unshared = sandbox.unshare(id);
+    let disconnected = sandbox.disconnect_network(id);
+    remove_from_guest(&sandbox, id)?;
+    Ok(unshared.and(disconnected)?)
+}
+
+/// Removes what the guest has of a container, if anything.
+///
+/// # Errors
+/// See [`Error`].
+pub fn remove_from_guest(sandbox: &Sandbox, id: &str) -> Result<(), Error> {
+    match sandbox.agent()?.delete_container(id) {
+        Err(e) if !e.is_not_found() => Err(Error::Agent(e)),
+        _ => Ok(()),
+    }
+}
