@@ -69,6 +69,6 @@ engine_clean() {
 }
 
 engine_true() {
-  RUNTIME_NAME=${1##*/}
+  export RUNTIME_NAME=${1##*/}
   d_run --rm "$IMAGE" true
 }
