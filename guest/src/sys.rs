@@ -227,6 +227,28 @@ pub fn set_pipe_size(pipe: &impl AsFd, bytes: libc::c_int) {
     unsafe { libc::fcntl(pipe.as_fd().as_raw_fd(), libc::F_SETPIPE_SZ, bytes) };
 }
 
+/// `SO_VM_SOCKETS_BUFFER_SIZE` and `SO_VM_SOCKETS_BUFFER_MAX_SIZE` of
+/// linux/vm_sockets.h.
+const VSOCK_BUFFER_SIZE: libc::c_int = 0;
+const VSOCK_BUFFER_MAX_SIZE: libc::c_int = 2;
+
+/// Lets a vsock connection have up to `bytes` on their way in either direction. What
+/// is no vsock connection, or refuses, stays as it is.
+pub fn set_vsock_buffer(connection: &impl AsFd, bytes: u64) {
+    for option in [VSOCK_BUFFER_MAX_SIZE, VSOCK_BUFFER_SIZE] {
+        // SAFETY: both options take a u64, which outlives the call.
+        unsafe {
+            libc::setsockopt(
+                connection.as_fd().as_raw_fd(),
+                libc::AF_VSOCK,
+                option,
+                (&raw const bytes).cast(),
+                size_of::<u64>() as libc::socklen_t,
+            )
+        };
+    }
+}
+
 /// Bytes that can be read from a pipe at this moment.
 ///
 /// # Errors

@@ -40,6 +40,7 @@ async fn ended(exit: &mut ExitReceiver) {
 
 /// From the pipe of stdout or stderr to its connection.
 pub async fn relay_output(pipe: OwnedFd, connection: Connection, exit: ExitReceiver) {
+    sys::set_vsock_buffer(connection.fd(), CHUNK as u64);
     let result = match Connection::with_interest(pipe, Interest::READABLE) {
         Ok(pipe) if splice_pays() => splice_all(&pipe, &connection, Output::new(exit)).await,
         Ok(pipe) => copy_all(&pipe, &connection, Output::new(exit)).await,

@@ -9,9 +9,7 @@ use super::super::connection::{Connection, Phase, Ports};
 use super::super::host::{Event, Greeting, read_greeting};
 use super::super::packet::op;
 use super::super::table::Token;
-use super::{
-    Device, FIRST_CLIENT_PORT, LARGE_WINDOW, LARGE_WINDOWS, MAX_CONNECTIONS, SMALL_WINDOW,
-};
+use super::{Device, FIRST_CLIENT_PORT, MAX_CONNECTIONS, SMALL_WINDOW, WINDOWS};
 
 /// How long a client may take to send its CONNECT line.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -94,11 +92,11 @@ impl Device {
     }
 
     pub(super) fn window(&self) -> u32 {
-        if self.table.len() < LARGE_WINDOWS {
-            LARGE_WINDOW
-        } else {
-            SMALL_WINDOW
-        }
+        let others = self.table.len();
+        WINDOWS
+            .iter()
+            .find(|(connections, _)| others < *connections)
+            .map_or(SMALL_WINDOW, |(_, window)| *window)
     }
 
     /// Puts a connection into the table and under watch.

@@ -25,11 +25,18 @@ pub const MAX_CONNECTIONS: usize = 1024;
 /// Most of them that the guest may have opened, so that it cannot lock the host out.
 pub const MAX_GUEST_CONNECTIONS: usize = MAX_CONNECTIONS / 2;
 
-/// Bytes the guest may send ahead of the host, per connection. The first
-/// connections get the large window; together this bounds all backlogs to 47 MiB.
-pub const LARGE_WINDOW: u32 = 256 * 1024;
-pub const SMALL_WINDOW: u32 = 32 * 1024;
-const LARGE_WINDOWS: usize = 64;
+/// Bytes the guest may send ahead of the host on each of this many connections, in
+/// the order in which they come. Together this bounds all backlogs to 52 MiB. Linux
+/// uses no more than its own receive buffer, which is 256 KiB unless a program asks
+/// for more, as the agent does for output.
+const WINDOWS: [(usize, u32); 3] = [
+    (8, LARGE_WINDOW),
+    (64, MEDIUM_WINDOW),
+    (MAX_CONNECTIONS, SMALL_WINDOW),
+];
+pub const LARGE_WINDOW: u32 = 1024 * 1024;
+const MEDIUM_WINDOW: u32 = 256 * 1024;
+const SMALL_WINDOW: u32 = 32 * 1024;
 
 /// Most packets that wait for a receive buffer and belong to no connection. While
 /// there are as many, no packet of the guest is processed.

@@ -183,3 +183,18 @@ fn a_driver_that_starts_anew_knows_no_connection() {
     vm.send(peer.header(op::RW), b"who?");
     vm.expect(op::RST);
 }
+
+#[test]
+fn windows_shrink_with_the_number_of_connections() {
+    let mut vm = Vm::new();
+    let mut clients = Vec::new();
+    let mut windows = Vec::new();
+    for _ in 0..70 {
+        clients.push(vm.client(b"CONNECT 1\n"));
+        windows.push(vm.expect(op::REQUEST).0.buf_alloc);
+    }
+    assert_eq!(windows[7], LARGE_WINDOW);
+    assert_eq!(windows[8], 256 * 1024);
+    assert_eq!(windows[63], 256 * 1024);
+    assert_eq!(windows[64], 32 * 1024);
+}

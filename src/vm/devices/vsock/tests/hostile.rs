@@ -313,3 +313,24 @@ fn random_packets_do_no_harm() {
     vm.device.reset();
     vm.run();
 }
+
+#[test]
+fn a_packet_may_have_as_many_buffers_as_linux_gives_it() {
+    // MAX_SKB_FRAGS: 17, here pages of a pipe, none of them beside the next.
+    const PAGE: usize = 4096;
+    let mut vm = Vm::new();
+    let (mut client, peer) = vm.connected();
+    let payload: Vec<u8> = (0..17 * PAGE).map(|n| (n / 7 % 256) as u8).collect();
+    let mut header = peer.header(op::RW);
+    header.len = payload.len() as u32;
+    let mut parts = vec![(HEADER_LEN, 0)];
+    parts.extend([(PAGE, 0); 17]);
+    let bytes = [header.to_bytes().as_slice(), &payload].concat();
+    let reader = std::thread::spawn(move || {
+        let mut got = vec![0; 17 * PAGE];
+        std::io::Read::read_exact(&mut client, &mut got).unwrap();
+        got
+    });
+    vm.send_raw(&bytes, &parts);
+    assert!(reader.join().unwrap() == payload);
+}
