@@ -19,7 +19,8 @@ case_net_publish_udp() {
   d_run -d --name "$C" -p 127.0.0.1::9999/udp "$IMAGE" socat UDP-RECV:9999 STDOUT >/dev/null
   port=$(d port "$C" 9999/udp)
   for _ in {1..20}; do
-    echo ping | socat - "UDP:$port"
+    # Refused until the server listens.
+    echo ping | socat - "UDP:$port" || true
     [[ $(d logs "$C") != ping* ]] || return 0
     sleep 0.3
   done

@@ -39,7 +39,8 @@ case_net_publish_udp() {
   p run -d --name "$C" -p 127.0.0.1::9999/udp "$IMAGE" socat UDP-RECV:9999 STDOUT >/dev/null
   port=$(p port "$C" 9999/udp)
   for _ in {1..20}; do
-    echo ping | socat - "UDP:$port"
+    # Refused until the server listens.
+    echo ping | socat - "UDP:$port" || true
     [[ $(p logs "$C") != ping* ]] || return 0
     sleep 0.3
   done
