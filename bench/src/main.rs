@@ -8,6 +8,7 @@
 //!  scale       one pod with many containers: time and memory of each; many pods at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
+//!  network     TCP through a container's network | a bare tap of the same VM
 //!  files       files of the rootfs | the same served by virtiofsd, same QEMU and kernel
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
@@ -31,6 +32,7 @@ mod floor;
 mod keys;
 mod machine;
 mod memory;
+mod network;
 mod pods;
 mod report;
 mod sample;
@@ -82,6 +84,7 @@ enum Part {
     Scale,
     Memory,
     Throughput,
+    Network,
     Files,
     Keys,
 }
@@ -89,6 +92,9 @@ enum Part {
 fn main() {
     if source::is_wanted() {
         return source::main();
+    }
+    if network::is_wanted() {
+        return network::main();
     }
     if let Some(dir) = files::workload::directory() {
         files::workload::main(&dir);
@@ -119,6 +125,9 @@ fn main() {
     }
     if wanted(Part::Throughput) {
         report.add(throughput::measure(options.rounds));
+    }
+    if wanted(Part::Network) {
+        report.add(network::measure(options.rounds));
     }
     if wanted(Part::Files) {
         report.add(files::measure(options.rounds));

@@ -18,7 +18,7 @@ use kuasar_runv_protocol::agent::{
     ListProcessesResponse, SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
-use kuasar_runv_protocol::network::ApplyRequest;
+use kuasar_runv_protocol::network::{self, ApplyRequest};
 use kuasar_runv_protocol::network_ttrpc::NetworkClient;
 use kuasar_runv_protocol::storage_ttrpc::StorageClient;
 use ttrpc::Code;
@@ -168,6 +168,21 @@ impl Agent {
         self.network
             .apply(self.context(), request)
             .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// What the guest says it has counted for the container's interfaces. The size is
+    /// bounded by that of a message, and nothing else.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn network_stats(&self, id: &str) -> Result<network::StatsResponse, Error> {
+        let request = network::StatsRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.network
+            .stats(self.context(), &request)
             .map_err(|e| self.error(e))
     }
 

@@ -27,7 +27,7 @@ use super::pod::{self, Unreachable};
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs, guest_volumes, network};
+use super::{Error, cgroup, check_id, context, delete, execs, guest_volumes, net_devices, network};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -213,13 +213,15 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     record.standin = Some(standin_ref);
     record.write(root)?;
     standin.release()?;
-    if !hooks.run_before_guest() {
+    let in_order = hooks.run_before_guest() || net_devices::are_wanted(&bundle.spec);
+    if !in_order {
         // Nothing has to wait for it: it sets itself up while the guest works.
         standin.enter_rootfs()?;
     }
     share(&sandbox, options, &bundle, &guest)?;
-    if hooks.run_before_guest() {
+    if in_order {
         standin.wait_mounted()?;
+        net_devices::give(&bundle.spec, &record)?;
         run_hooks(&record, &hooks, interrupt.as_fd())?;
         standin.enter_rootfs()?;
         standin.wait_entered(hooks.create_container_time(), interrupt.as_fd())?;
@@ -234,7 +236,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     let (agent, streams) = create_in_guest(&sandbox, options, &bundle, &guest, &membership)?;
     drop(turn);
     trace("guest-created");
-    if !hooks.run_before_guest() {
+    if !in_order {
         standin.wait_mounted()?;
         standin.wait_entered(Some(Duration::ZERO), interrupt.as_fd())?;
     }

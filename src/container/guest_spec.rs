@@ -124,6 +124,8 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
         // An empty one, or it would have been refused.
         linux.remove("intelRdt");
         linux.remove("mountLabel");
+        // They reach it by the container's network namespace.
+        linux.remove("netDevices");
     }
     labels::strip(&mut json["process"]);
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));

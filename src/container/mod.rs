@@ -21,6 +21,7 @@ pub mod labels;
 pub mod limits;
 pub mod membership;
 pub mod mount_options;
+pub mod net_devices;
 pub mod network;
 pub mod pause;
 pub mod pod;
@@ -107,6 +108,8 @@ pub enum Error {
     Config(#[from] crate::config::Error),
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::Error),
+    #[error(transparent)]
+    NetDevice(#[from] net_devices::Error),
     #[error(transparent)]
     StandIn(crate::standin::spawn::Error),
     /// A hook of the container's set-up.

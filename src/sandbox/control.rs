@@ -84,7 +84,7 @@ pub enum Request {
     /// Connect the container to what is in the network namespace that comes with this
     /// message. Answered when the guest has it.
     Network { container: String },
-    /// Undo that: the container is being deleted.
+    /// Undo that: the container is being deleted. Answered when it is done.
     NoNetwork { container: String },
     /// From now on the answers on this channel are notices about the container.
     Subscribe { container: String },
@@ -103,7 +103,7 @@ pub struct DiskMode {
 /// What was a container's alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unused {
-    /// Of the shared directory, and no more.
+    /// Of volumes in the shared directory that are no more.
     pub paths: Vec<PathBuf>,
     /// Volumes of the guest, to be removed there and then with
     /// [`Request::RemoveVolume`].

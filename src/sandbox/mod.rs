@@ -449,6 +449,7 @@ pub fn end(root: &Root, id: &str) -> Result<(), Error> {
         Err(RecordError::NotFound | RecordError::Invalid { .. }) => {}
         Err(e) => return Err(e.into()),
     }
+    network::give_hardware_back(&root.sandbox(id)).map_err(io_error)?;
     root::remove_private_dir(&root.sandbox(id)).map_err(io_error)
 }
 

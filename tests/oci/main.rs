@@ -25,6 +25,7 @@ mod log;
 mod mount_options;
 mod mounts;
 mod namespaces;
+mod network;
 mod parallel;
 mod pause;
 mod process;

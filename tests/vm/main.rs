@@ -4,6 +4,7 @@
 // The lints keep panics out of the product; a test fails by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod cni;
 mod comforts;
 mod concurrency;
 mod config_file;
@@ -15,6 +16,7 @@ mod faults_in_between;
 mod flavours;
 mod guest;
 mod limits;
+mod network;
 mod pods;
 mod pods_end;
 mod sizes;

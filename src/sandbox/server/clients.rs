@@ -125,10 +125,7 @@ impl Sandboxer {
                 })?;
                 self.connect_network(index, container, namespace.as_fd())
             }
-            Request::NoNetwork { container } => {
-                self.network.disconnect(&container);
-                Ok(Some(Reply::default()))
-            }
+            Request::NoNetwork { container } => Ok(self.disconnect_network(index, container)),
             Request::Commit => {
                 self.clients[index].is_creator = false;
                 Ok(Some(Reply::default()))

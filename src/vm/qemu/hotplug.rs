@@ -35,6 +35,9 @@ pub(super) const BOOT_SLOT: &str = "1f";
 #[derive(Debug, Default)]
 pub(super) struct HotPlug {
     devices: BTreeMap<String, Plugged>,
+    /// Used last. The next one is another, so that a guest that has not noticed the
+    /// end of a device does not take the next for it.
+    last_slot: usize,
 }
 
 #[derive(Debug)]
@@ -64,9 +67,7 @@ impl HotPlug {
         if !valid_device_id(id) || self.devices.contains_key(id) {
             return Err(Error::DeviceId(id.to_owned()));
         }
-        let slot = (1..=SLOTS)
-            .find(|slot| self.devices.values().all(|d| d.slot != *slot))
-            .ok_or(Error::NoSlot { slots: SLOTS })?;
+        let slot = self.free_slot().ok_or(Error::NoSlot { slots: SLOTS })?;
         let mut front = match device {
             Device::Net(net) => add_net(qmp, id, net, deadline)?,
             Device::Vfio { address } => vfio(address),
@@ -86,7 +87,13 @@ impl HotPlug {
             remove_backend: front.remove_backend,
         };
         self.devices.insert(id.to_owned(), plugged);
+        self.last_slot = slot;
         Ok(())
+    }
+
+    fn free_slot(&self) -> Option<usize> {
+        let mut slots = (1..=SLOTS).map(|n| (self.last_slot + n - 1) % SLOTS + 1);
+        slots.find(|slot| self.devices.values().all(|d| d.slot != *slot))
     }
 
     /// See [`crate::vm::Vm::detach`].

@@ -38,6 +38,7 @@ pub fn main() {
         "memory" => memory(argument.parse().unwrap()),
         "system-calls" => system_calls(),
         "network" => network(),
+        "echo" => crate::network::echo(),
         "one-in-two-places" => volumes::one_in_two_places(argument),
         "huge-pages" => volumes::huge_pages(Path::new(argument)),
         "particular-files" => volumes::particular(Path::new(argument)),
