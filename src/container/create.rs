@@ -320,8 +320,7 @@ fn enter_sandbox(
         return Ok(Sandbox::boot(root, id, config, &record.cgroups, debug)?);
     };
     let sandbox = Sandbox::join(root, &record.sandbox_id, sandboxer)?;
-    // The id is this container's now: what is there under it was left behind.
-    sandbox.unshare(&record.id)?;
+    pod::take_id(&sandbox, &record.id)?;
     Ok(sandbox)
 }
 
