@@ -56,7 +56,10 @@ fn no_network_device_or_namespace_is_left() {
         .collect();
     let ours: Vec<_> = named
         .iter()
-        .filter(|e| e.file_name().to_string_lossy().contains("runv"))
+        .filter(|e| {
+            let name = e.file_name().to_string_lossy().into_owned();
+            name.contains("runv") || name.contains(&leaks::prefix())
+        })
         .collect();
     assert!(ours.is_empty(), "{ours:?}");
 }

@@ -8,6 +8,9 @@
 //!  scale       one pod with many containers: time and memory of each; many pods at once
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
+//!  network     TCP through a container's network | a bare tap of the same VM
+//!  files       files of the rootfs | the same served by virtiofsd, same QEMU and kernel
+//!  engines     `true` with podman and ctr, kuasar-runv | runc | the floor
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
@@ -24,11 +27,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod commands;
+mod engines;
 mod exec;
+mod files;
 mod floor;
 mod keys;
 mod machine;
 mod memory;
+mod network;
 mod pods;
 mod report;
 mod sample;
@@ -80,12 +86,21 @@ enum Part {
     Scale,
     Memory,
     Throughput,
+    Network,
+    Files,
     Keys,
+    Engines,
 }
 
 fn main() {
     if source::is_wanted() {
         return source::main();
+    }
+    if network::is_wanted() {
+        return network::main();
+    }
+    if let Some(dir) = files::workload::directory() {
+        files::workload::main(&dir);
     }
     let options = Options::parse();
     let wanted = |part| options.parts.is_empty() || options.parts.contains(&part);
@@ -114,8 +129,17 @@ fn main() {
     if wanted(Part::Throughput) {
         report.add(throughput::measure(options.rounds));
     }
+    if wanted(Part::Network) {
+        report.add(network::measure(options.rounds));
+    }
+    if wanted(Part::Files) {
+        report.add(files::measure(options.rounds));
+    }
     if wanted(Part::Keys) {
         report.add(keys::measure(options.keys));
+    }
+    if wanted(Part::Engines) {
+        report.add(engines::measure(options.rounds));
     }
     if let Some(path) = options.markdown {
         std::fs::write(&path, report.markdown())

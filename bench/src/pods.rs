@@ -4,9 +4,10 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kuasar_runv_test_harness::{Bundle, Container, Flavour, Runtime, World, leaks, process};
+use kuasar_runv_test_harness::process::Process;
+use kuasar_runv_test_harness::{Bundle, Container, Flavour, Runtime, World, leaks};
 
-use crate::memory::{Pss, is_sandboxer, pss};
+use crate::memory::{is_sandboxer, pss};
 use crate::report::{Row, Section, Target, Verdict};
 use crate::sample::Samples;
 
@@ -106,7 +107,8 @@ pub fn second(rounds: u32) -> Section {
 /// One pod after the other with this many containers each.
 pub fn scale(rounds: u32, containers: usize) -> Section {
     let mut by_number = vec![Samples::default(); containers + 1];
-    let (mut per_container, mut with_guest) = (Samples::default(), Samples::default());
+    let (mut resident, mut hypervisor) = (Samples::default(), Samples::default());
+    let (mut per_container, mut guest) = (Samples::default(), Samples::default());
     for round in 1..=rounds {
         let pod = Pod::start(Runtime::built());
         let bundle = pod.member();
@@ -123,9 +125,11 @@ pub fn scale(rounds: u32, containers: usize) -> Section {
             }
         }
         let (before, after) = (before.expect("two containers"), memory_of(&pod.world));
-        let added = (containers - 2) as f64;
-        per_container.add((after.own - before.own) / added);
-        with_guest.add((after.own + after.guest - before.own - before.guest) / added);
+        let each = |of: fn(&Memory) -> f64| (of(&after) - of(&before)) / (containers - 2) as f64;
+        resident.add(each(|m| m.resident));
+        hypervisor.add(each(|m| m.hypervisor));
+        per_container.add(each(|m| m.resident + m.hypervisor));
+        guest.add(each(|m| m.guest));
         for member in &members {
             let _ = member.delete_force().ok();
         }
@@ -166,12 +170,16 @@ pub fn scale(rounds: u32, containers: usize) -> Section {
         "ms",
         last,
     ));
-    rows.push(Row::new(
-        "one container more, host's processes",
-        "MiB",
-        per_container,
-    ));
-    rows.push(Row::new("  with the guest's memory", "MiB", with_guest));
+    rows.extend([
+        Row::new(
+            "one container more, the host's processes",
+            "MiB",
+            per_container,
+        ),
+        Row::new("  stand-in and sandboxer", "MiB", resident),
+        Row::new("  QEMU (emulation: translated code)", "MiB", hypervisor),
+        Row::new("one container more, the guest's memory", "MiB", guest),
+    ]);
     Section {
         title: format!("Scale: one pod with {containers} containers"),
         rows,
@@ -182,7 +190,8 @@ pub fn scale(rounds: u32, containers: usize) -> Section {
 /// Pods of one container each, created and started at the same time.
 pub fn at_once(rounds: u32, pods: usize) -> Section {
     let (mut all, mut each) = (Samples::default(), Samples::default());
-    let (mut own, mut guest) = (Samples::default(), Samples::default());
+    let (mut resident, mut hypervisor) = (Samples::default(), Samples::default());
+    let mut guest = Samples::default();
     for round in 1..=rounds {
         eprint!("\rpods at once: round {round} of {rounds} ");
         let world = World::with(Runtime::built(), Flavour::Source);
@@ -205,7 +214,8 @@ pub fn at_once(rounds: u32, pods: usize) -> Section {
             each.add(time / 1000.0);
         }
         let memory = memory_of(&world);
-        own.add(memory.own / pods as f64);
+        resident.add(memory.resident / pods as f64);
+        hypervisor.add(memory.hypervisor / pods as f64);
         guest.add(memory.guest / pods as f64);
         for (_, container) in &containers {
             let _ = container.delete_force().ok();
@@ -217,33 +227,44 @@ pub fn at_once(rounds: u32, pods: usize) -> Section {
         rows: vec![
             Row::new("until all run", "s", all),
             Row::new("each, create and start", "s", each),
-            Row::new("one pod, host's processes", "MiB", own),
-            Row::new("  its guest's memory", "MiB", guest),
+            Row::new("one pod, stand-in and sandboxer", "MiB", resident),
+            Row::new("one pod, QEMU", "MiB", hypervisor),
+            Row::new("one pod, the guest's memory", "MiB", guest),
         ],
         verdicts: Vec::new(),
     }
 }
 
-/// What all processes of a world occupy.
-fn memory_of(world: &World) -> Pss {
+/// What the processes of a world occupy, in MiB.
+#[derive(Default)]
+struct Memory {
+    /// Stand-ins and sandboxers.
+    resident: f64,
+    hypervisor: f64,
+    /// The guests' memory, which hypervisor and sandboxer map.
+    guest: f64,
+}
+
+fn memory_of(world: &World) -> Memory {
     // What is given back after the start has been given back.
     thread::sleep(Duration::from_millis(300));
-    let mut sum = Pss::default();
+    let mut sum = Memory::default();
     for process in leaks::processes(world.name()) {
-        if is_ours(&process) {
-            let one = pss(process.pid);
-            sum.own += one.own;
-            sum.guest += one.guest;
+        let is_hypervisor = process.comm.starts_with("qemu-system");
+        if !is_hypervisor && !is_sandboxer(&process) && !is_standin(&process) {
+            continue;
+        }
+        let one = pss(process.pid);
+        sum.guest += one.guest;
+        match is_hypervisor {
+            true => sum.hypervisor += one.own,
+            false => sum.resident += one.own,
         }
     }
     sum
 }
 
-fn is_ours(process: &process::Process) -> bool {
-    let is_standin = process
-        .command_line
-        .split(' ')
-        .take(2)
-        .any(|w| w == "standin");
-    is_standin || is_sandboxer(process) || process.comm.starts_with("qemu-system")
+fn is_standin(process: &Process) -> bool {
+    let mut words = process.command_line.split(' ').take(2);
+    words.any(|word| word == "standin")
 }

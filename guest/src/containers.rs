@@ -257,21 +257,16 @@ impl Containers {
         }
     }
 
-    /// The network namespace of a container's process.
+    /// The pid of a container's process.
     ///
     /// # Errors
     /// `NotFound`, `NotRunning`.
-    pub fn network_namespace(&self, id: &str) -> Result<OwnedFd> {
+    pub fn pid(&self, id: &str) -> Result<i32> {
         let container = self.get(id)?;
-        let process = &container.process;
-        let opened = fs::File::open(format!("/proc/{}/ns/net", process.pid));
-        // Asked afterwards: while it has not been reaped, the pid is its own.
-        if process.has_ended() {
+        if container.process.has_ended() {
             return Err(SignalError::NotRunning.into());
         }
-        opened
-            .map(OwnedFd::from)
-            .map_err(ContainerError::io("opening the network namespace"))
+        Ok(container.process.pid)
     }
 
     /// Removes a container; its processes are killed first. One that is still being

@@ -30,6 +30,7 @@ pub mod process;
 pub mod reaper;
 pub mod serve;
 pub mod service;
+pub mod storage;
 pub mod streams;
 pub mod sys;
 pub mod transport;

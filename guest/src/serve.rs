@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kuasar_runv_protocol::STREAM_PORT;
 use kuasar_runv_protocol::agent_ttrpc::create_agent;
 use kuasar_runv_protocol::network_ttrpc::create_network;
+use kuasar_runv_protocol::storage_ttrpc::create_storage;
 use ttrpc::r#async::Server;
 
 use crate::containers::Containers;
@@ -15,6 +16,7 @@ use crate::events::Events;
 use crate::network::NetworkService;
 use crate::reaper::Reaper;
 use crate::service::AgentService;
+use crate::storage::StorageService;
 use crate::streams::Streams;
 use crate::sys;
 use crate::transport::Transport;
@@ -83,7 +85,11 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
     ));
     let network = create_network(Arc::new(NetworkService::new(Arc::clone(&containers))));
     let service = create_agent(Arc::new(AgentService::new(containers)));
-    let mut server = server.register_service(service).register_service(network);
+    let storage = create_storage(Arc::new(StorageService::default()));
+    let mut server = server
+        .register_service(service)
+        .register_service(network)
+        .register_service(storage);
     server.start().await?;
     std::future::pending().await
 }

@@ -28,9 +28,11 @@ mod generated {
     pub mod agent_ttrpc;
     pub mod network;
     pub mod network_ttrpc;
+    pub mod storage;
+    pub mod storage_ttrpc;
 }
 
-pub use generated::{agent, agent_ttrpc, network, network_ttrpc};
+pub use generated::{agent, agent_ttrpc, network, network_ttrpc, storage, storage_ttrpc};
 
 /// Bumped with every incompatible change of anything in this crate.
 pub const PROTOCOL_VERSION: u32 = 2;
@@ -58,6 +60,12 @@ pub const MAX_ARGS_LEN: usize = 3072;
 pub const SHARE_TAG: &str = "kuasar-share";
 pub const GUEST_SHARE_DIR: &str = "/run/kuasar/share";
 
+/// Directory of the share with the volumes, which belong to the pod and not to one
+/// of its containers. No container id has this character.
+pub const VOLUMES_DIR: &str = "@volumes";
+
+/// Where the agent makes the pod's volumes that live in the guest.
+pub const GUEST_VOLUMES_DIR: &str = "/run/kuasar/volumes";
 /// Where the agent mounts the memory that containers share.
 pub const GUEST_SHM_DIR: &str = "/run/kuasar/shm";
 

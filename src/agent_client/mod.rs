@@ -5,6 +5,7 @@
 //! error is cut and cleaned before it is shown.
 
 mod resources;
+mod storage;
 pub mod streams;
 pub mod vsock;
 
@@ -17,8 +18,9 @@ use kuasar_runv_protocol::agent::{
     ListProcessesResponse, SignalProcessRequest, StartContainerRequest,
 };
 use kuasar_runv_protocol::agent_ttrpc::AgentClient as Stub;
-use kuasar_runv_protocol::network::ApplyRequest;
+use kuasar_runv_protocol::network::{self, ApplyRequest};
 use kuasar_runv_protocol::network_ttrpc::NetworkClient;
+use kuasar_runv_protocol::storage_ttrpc::StorageClient;
 use ttrpc::Code;
 
 /// Longest error text of the guest that is passed on, in characters.
@@ -59,6 +61,7 @@ impl Error {
 pub struct Agent {
     stub: Stub,
     network: NetworkClient,
+    storage: StorageClient,
     deadline: Duration,
 }
 
@@ -72,7 +75,8 @@ impl Agent {
             ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
             stub: Stub::new(client.clone()),
-            network: NetworkClient::new(client),
+            network: NetworkClient::new(client.clone()),
+            storage: StorageClient::new(client),
             deadline,
         })
     }
@@ -164,6 +168,21 @@ impl Agent {
         self.network
             .apply(self.context(), request)
             .map(drop)
+            .map_err(|e| self.error(e))
+    }
+
+    /// What the guest says it has counted for the container's interfaces. The size is
+    /// bounded by that of a message, and nothing else.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn network_stats(&self, id: &str) -> Result<network::StatsResponse, Error> {
+        let request = network::StatsRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.network
+            .stats(self.context(), &request)
             .map_err(|e| self.error(e))
     }
 

@@ -43,7 +43,8 @@ pub fn run(_: &Context, _: &Args) -> Result<u8, Failure> {
             },
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
-            "intelRdt": {"enabled": false}
+            "intelRdt": {"enabled": false},
+            "netDevices": {"enabled": true}
         },
         "annotations": {
             "io.kuasar.runv.version": env!("CARGO_PKG_VERSION"),

@@ -4,6 +4,7 @@
 //! a step that fails removes it all through the same path as `delete --force`.
 //! While the VM boots, everything the host has to do is done.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,7 +27,10 @@ use super::pod::{self, Unreachable};
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs, network};
+use super::{
+    Error, cgroup, check_id, context, delete, execs, guest_volumes, host_mounts, net_devices,
+    network,
+};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -173,7 +177,8 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("create-begin");
     let interrupt = Interrupt::new().map_err(context("signalfd"))?;
     check_id(&options.id)?;
-    let bundle = Bundle::load(&options.bundle)?;
+    let mut bundle = Bundle::load(&options.bundle)?;
+    host_mounts::prepare(&mut bundle)?;
     let mut guest = guest_spec::translate(&bundle, &options.id)?;
     check_streams(
         options.preserve_fds,
@@ -212,13 +217,15 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     record.standin = Some(standin_ref);
     record.write(root)?;
     standin.release()?;
-    if !hooks.run_before_guest() {
+    let in_order = hooks.run_before_guest() || net_devices::are_wanted(&bundle.spec);
+    if !in_order {
         // Nothing has to wait for it: it sets itself up while the guest works.
         standin.enter_rootfs()?;
     }
     share(&sandbox, options, &bundle, &guest)?;
-    if hooks.run_before_guest() {
+    if in_order {
         standin.wait_mounted()?;
+        net_devices::give(&bundle.spec, &record)?;
         run_hooks(&record, &hooks, interrupt.as_fd())?;
         standin.enter_rootfs()?;
         standin.wait_entered(hooks.create_container_time(), interrupt.as_fd())?;
@@ -226,11 +233,14 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("host-ready");
 
     wait_for_guest(&sandbox, &config, interrupt.as_fd())?;
+    if !guest.volumes.is_empty() {
+        guest_volumes::note(root, &record.sandbox_id).map_err(context("noting volumes"))?;
+    }
     let turn = pod::take_turn(root, &record)?;
     let (agent, streams) = create_in_guest(&sandbox, options, &bundle, &guest, &membership)?;
     drop(turn);
     trace("guest-created");
-    if !hooks.run_before_guest() {
+    if !in_order {
         standin.wait_mounted()?;
         standin.wait_entered(Some(Duration::ZERO), interrupt.as_fd())?;
     }
@@ -310,8 +320,7 @@ fn enter_sandbox(
         return Ok(Sandbox::boot(root, id, config, &record.cgroups, debug)?);
     };
     let sandbox = Sandbox::join(root, &record.sandbox_id, sandboxer)?;
-    // The id is this container's now: what is there under it was left behind.
-    sandbox.unshare(&record.id)?;
+    pod::take_id(&sandbox, &record.id)?;
     Ok(sandbox)
 }
 
@@ -500,7 +509,8 @@ fn share(
 ) -> Result<(), Error> {
     sandbox.share(&options.id, ROOTFS, clone_rootfs(bundle)?.as_fd())?;
     for bind in guest.binds.iter().filter(|bind| bind.is_shared) {
-        sandbox.share(&options.id, &bind.name, clone_bind(bind)?.as_fd())?;
+        let (tree, writes) = (clone_bind(bind)?, bind.read_only.is_none());
+        sandbox.share_volume(&options.id, &bind.volume, writes, tree.as_fd())?;
     }
     Ok(())
 }
@@ -514,9 +524,13 @@ fn create_in_guest(
     membership: &Membership,
 ) -> Result<(Agent, Vec<OwnedFd>), Error> {
     let wanted = wanted_streams(has_terminal(bundle));
+    let mut config = Cow::Borrowed(&guest.json);
+    if !guest.volumes.is_empty() {
+        guest_volumes::make(sandbox, &options.id, &guest.volumes, config.to_mut())?;
+    }
     let request = CreateContainerRequest {
         container_id: options.id.clone(),
-        spec_json: guest.json.to_string().into_bytes(),
+        spec_json: config.to_string().into_bytes(),
         stdin: wanted.stdin,
         stdout: wanted.stdout,
         stderr: wanted.stderr,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::pod::{self, Unreachable};
 use super::state::{ContainerRecord, RecordError, Status};
-use super::{Error, cgroup, check_id, context, execs, hooks, lock, network};
+use super::{Error, cgroup, check_id, context, execs, guest_volumes, hooks, lock, network};
 use crate::root::{self, Root};
 use crate::sandbox;
 
@@ -75,7 +75,12 @@ pub fn destroy(root: &Root, id: &str, guest: Unreachable) -> Result<(), Error> {
     let _no_more = execs::end_all(root, id, same_boot, KILL_DEADLINE)?;
     match &record {
         Some(record) if record.member_of.is_some() => pod::leave(root, record, guest)?,
-        Some(record) => sandbox::end(root, &record.sandbox_id)?,
+        Some(record) => {
+            if same_boot {
+                guest_volumes::write_back(root, &record.sandbox_id);
+            }
+            sandbox::end(root, &record.sandbox_id)?;
+        }
         None => {
             sandbox::end(root, id)?;
             pod::leave_any(root, id);

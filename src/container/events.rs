@@ -99,7 +99,13 @@ fn live(root: &Root, id: &str) -> Result<ContainerRecord, Error> {
 }
 
 fn ask(agent: &Agent, id: &str) -> Result<Stats, Error> {
-    agent.stats(id).map(Stats::from).map_err(Error::Agent)
+    let stats = agent.stats(id).map(Stats::from).map_err(Error::Agent)?;
+    match agent.network_stats(id) {
+        Ok(network) => Ok(stats.with_network(&network)),
+        // Its process has ended, and its network with it.
+        Err(e) if e.is_wrong_state() => Ok(stats),
+        Err(e) => Err(Error::Agent(e)),
+    }
 }
 
 /// Why a wait is over.

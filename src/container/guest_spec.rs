@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 
 use kuasar_runv_protocol::agent::SharedMemory;
 use kuasar_runv_protocol::words::words;
-use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR, GUEST_SHM_DIR};
+use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR, GUEST_SHM_DIR, VOLUMES_DIR};
 use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use serde_json::{Value, json};
 
 use super::bundle::Bundle;
+use super::guest_volumes::{self as volume, GuestVolume, Place, disk, huge_pages};
 use super::mount_options::{self, Depth};
 use super::network::Sysctl;
-use super::{labels, shared_memory, validate};
+use super::{devices, labels, shared_memory, validate, volume_name};
 
 /// Name of the rootfs below the container's part of the shared directory.
 pub const ROOTFS: &str = "rootfs";
@@ -35,13 +36,20 @@ pub enum Error {
         destination: PathBuf,
         source: std::io::Error,
     },
+    #[error("the volume {}: {}", .path.display(), words(source))]
+    Volume {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the disk {} is in use by the host or by another virtual machine", .0.display())]
+    InUse(PathBuf),
 }
 
 /// A bind mount that becomes part of the shared directory.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Bind {
-    /// Name below the container's part of the shared directory.
-    pub name: String,
+    /// Name among the pod's volumes.
+    pub volume: String,
     /// Absolute host path.
     pub source: PathBuf,
     /// Path in the container.
@@ -62,6 +70,8 @@ pub struct Bind {
 pub struct GuestSpec {
     pub json: Value,
     pub binds: Vec<Bind>,
+    /// Disks, and what else the guest has beside the shared directory.
+    pub volumes: Vec<GuestVolume>,
     /// What containers of the pod share, see [`shared_memory`].
     pub shared_memory: Vec<SharedMemory>,
     /// Settings of its network namespace.
@@ -77,33 +87,45 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     check_namespaces(bundle)?;
     let mut json = bundle.json.clone();
     let share = Path::new(GUEST_SHARE_DIR).join(id);
+    let volumes = Path::new(GUEST_SHARE_DIR).join(VOLUMES_DIR);
     json["root"]["path"] = json!(share.join(ROOTFS));
     let mut binds = Vec::new();
+    let mut guest_volumes = devices::translate(&bundle.spec, &mut json)?;
     let mut memory = Vec::new();
     for (index, mount) in bundle.spec.mounts().iter().flatten().enumerate() {
         let destination = destination(mount);
-        json["mounts"][index]["destination"] = json!(destination);
-        let Some(mut bind) = bind(bundle, mount, destination, index)? else {
-            continue;
-        };
         let guest = &mut json["mounts"][index];
-        guest["source"] = match shared_memory::instead_of(&bind) {
-            None => json!(share.join(&bind.name)),
-            Some(instead) => {
-                bind.is_shared = false;
-                let source = Path::new(GUEST_SHM_DIR).join(&instead.name);
-                memory.push(instead);
-                json!(source)
+        guest["destination"] = json!(destination);
+        match translate_mount(bundle, mount, destination, &format!("{id} {index}"))? {
+            Translated::Guests => {}
+            Translated::Shared(mut bind) => {
+                guest["source"] = match shared_memory::instead_of(&bind) {
+                    None => json!(volumes.join(&bind.volume)),
+                    Some(instead) => {
+                        bind.is_shared = false;
+                        let source = Path::new(GUEST_SHM_DIR).join(&instead.name);
+                        memory.push(instead);
+                        json!(source)
+                    }
+                };
+                guest["type"] = json!("bind");
+                guest["options"] = json!(bind.options);
+                binds.push(bind);
             }
-        };
-        guest["type"] = json!("bind");
-        guest["options"] = json!(bind.options);
-        binds.push(bind);
+            Translated::InGuest(kind, options) => {
+                guest["type"] = json!("bind");
+                guest["options"] = json!(options);
+                let place = Place::Mount(index);
+                guest_volumes.push(GuestVolume { place, kind });
+            }
+        }
     }
     if let Some(linux) = json["linux"].as_object_mut() {
         // An empty one, or it would have been refused.
         linux.remove("intelRdt");
         linux.remove("mountLabel");
+        // They reach it by the container's network namespace.
+        linux.remove("netDevices");
     }
     labels::strip(&mut json["process"]);
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
@@ -121,6 +143,7 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
     Ok(GuestSpec {
         json,
         binds,
+        volumes: guest_volumes,
         shared_memory: memory,
         sysctls,
     })
@@ -193,13 +216,22 @@ fn check_namespaces(bundle: &Bundle) -> Result<(), Error> {
     Ok(())
 }
 
-/// The bind mount a mount of config.json is, if it is one.
-fn bind(
+/// What a mount of config.json is.
+enum Translated {
+    /// A file system that needs nothing from the host.
+    Guests,
+    Shared(Bind),
+    /// A volume that the guest makes, and the options of the bind mount of it.
+    InGuest(volume::Kind, Vec<String>),
+}
+
+/// `own_key` names the mount among those of all containers.
+fn translate_mount(
     bundle: &Bundle,
     mount: &Mount,
     destination: PathBuf,
-    index: usize,
-) -> Result<Option<Bind>, Error> {
+    own_key: &str,
+) -> Result<Translated, Error> {
     let options: Vec<&str> = mount
         .options()
         .iter()
@@ -210,7 +242,7 @@ fn bind(
         || options.contains(&"bind")
         || mount.typ().as_deref() == Some("bind");
     if !is_bind {
-        return check_guest_mount(mount).map(|()| None);
+        return guest_mount(bundle, mount, own_key);
     }
     let source = mount.source().as_ref().ok_or_else(|| {
         Error::Unsupported(format!(
@@ -235,15 +267,27 @@ fn bind(
             refused.why
         ))
     })?;
-    if let Err(e) = mount_options::inherit(&mut parsed.guest, &source) {
-        return Err(Error::NoSource {
-            path: source,
-            destination,
-            source: e,
-        });
+    if let Some(disk) = devices::of_bind(&source, parsed.read_only.is_some())? {
+        return Ok(Translated::InGuest(volume::Kind::Disk(disk), parsed.guest));
     }
-    Ok(Some(Bind {
-        name: format!("mount-{index}"),
+    let volume = volume_name::of(&source, &parsed)
+        .and_then(|name| mount_options::inherit(&mut parsed.guest, &source).map(|()| name));
+    let volume = match volume {
+        Ok(name) => name,
+        Err(e) => {
+            return Err(Error::NoSource {
+                path: source,
+                destination,
+                source: e,
+            });
+        }
+    };
+    if let Some(pages) = huge_pages::of_bind(&source, &volume, &bundle.spec)? {
+        let kind = volume::Kind::HugePages(pages);
+        return Ok(Translated::InGuest(kind, parsed.guest));
+    }
+    Ok(Translated::Shared(Bind {
+        volume,
         source,
         destination,
         read_only: parsed.read_only,
@@ -254,17 +298,25 @@ fn bind(
     }))
 }
 
-/// File systems that need nothing from the host.
-fn check_guest_mount(mount: &Mount) -> Result<(), Error> {
+/// File systems that need nothing from the host, or a disk.
+fn guest_mount(bundle: &Bundle, mount: &Mount, own_key: &str) -> Result<Translated, Error> {
     const OF_THE_GUEST: [&str; 8] = [
         "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "overlay",
     ];
     let kind = mount.typ().as_deref().unwrap_or("");
     if OF_THE_GUEST.contains(&kind) {
-        return Ok(());
+        return Ok(Translated::Guests);
+    }
+    if kind == "hugetlbfs" {
+        let (pages, options) = huge_pages::of_mount(mount, own_key, &bundle.spec)?;
+        return Ok(Translated::InGuest(volume::Kind::HugePages(pages), options));
+    }
+    if let Some(mounted) = disk::of_mount(mount, kind)? {
+        let kind = volume::Kind::Disk(mounted.disk);
+        return Ok(Translated::InGuest(kind, mounted.options));
     }
     Err(Error::Unsupported(format!(
-        "the mount on {} has type {kind:?}, which is not supported (supported: bind, {})",
+        "the mount on {} has type {kind:?}, which is not supported (supported: bind, hugetlbfs, {}, and file systems of a block device or an image)",
         mount.destination().display(),
         OF_THE_GUEST.join(", ")
     )))
@@ -298,13 +350,13 @@ mod tests {
         let guest = bundle(|_| {}).unwrap();
         assert_eq!(guest.json["root"]["path"], "/run/kuasar/share/c1/rootfs");
         assert_eq!(guest.json["mounts"][0]["source"], "proc");
-        assert_eq!(
-            guest.json["mounts"][1]["source"],
-            "/run/kuasar/share/c1/mount-1"
-        );
         let [bind] = guest.binds.as_slice() else {
             panic!("{:?}", guest.binds)
         };
+        assert_eq!(
+            guest.json["mounts"][1]["source"],
+            format!("/run/kuasar/share/@volumes/{}", bind.volume)
+        );
         assert!(bind.read_only == Some(Depth::Top) && !bind.recursive);
         assert!(bind.source.is_absolute());
         assert_eq!(guest.json.get("hooks"), None);

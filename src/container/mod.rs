@@ -9,16 +9,20 @@ pub mod cgroup;
 pub mod console;
 pub mod create;
 pub mod delete;
+mod devices;
 pub mod events;
 pub mod exec;
 pub mod execs;
 pub mod guest_spec;
+pub mod guest_volumes;
 pub mod hooks;
+mod host_mounts;
 pub mod kill;
 pub mod labels;
 pub mod limits;
 pub mod membership;
 pub mod mount_options;
+pub mod net_devices;
 pub mod network;
 pub mod pause;
 pub mod pod;
@@ -33,6 +37,7 @@ pub mod stats;
 pub mod terminal;
 pub mod update;
 mod validate;
+mod volume_name;
 
 use std::io;
 use std::path::PathBuf;
@@ -105,6 +110,8 @@ pub enum Error {
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::Error),
     #[error(transparent)]
+    NetDevice(#[from] net_devices::Error),
+    #[error(transparent)]
     StandIn(crate::standin::spawn::Error),
     /// A hook of the container's set-up.
     #[error("unable to start container process: error during container init: {0}")]
@@ -117,6 +124,11 @@ pub enum Error {
     Process(String),
     #[error(transparent)]
     Agent(crate::agent_client::Error),
+    #[error("the volume {}: {source}", path.display())]
+    Volume {
+        path: PathBuf,
+        source: Box<crate::sandbox::Error>,
+    },
     #[error("cgroup {}: {source}", path.display())]
     Cgroup { path: PathBuf, source: io::Error },
     #[error("interrupted")]

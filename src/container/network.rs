@@ -93,7 +93,7 @@ pub fn connect(sandbox: &Sandbox, record: &ContainerRecord) -> Result<(), Error>
     Ok(())
 }
 
-fn of_standin(record: &ContainerRecord) -> io::Result<OwnedFd> {
+pub(super) fn of_standin(record: &ContainerRecord) -> io::Result<OwnedFd> {
     let standin = record.standin.ok_or(io::ErrorKind::NotFound)?;
     let namespace = File::open(format!("/proc/{}/ns/net", standin.pid))?;
     // Asked afterwards, so that it cannot be another process's.

@@ -10,10 +10,11 @@ use std::io;
 use std::time::Duration;
 
 use super::state::ContainerRecord;
-use super::{Error, context, membership};
+use super::{Error, context, guest_volumes, membership};
 use crate::root::Root;
-use crate::sandbox::Sandbox;
+use crate::sandbox::control::Unused;
 use crate::sandbox::record::SandboxRecord;
+use crate::sandbox::{self, Sandbox};
 use crate::sys::lock::DirLock;
 use crate::sys::process::ProcessRef;
 
@@ -107,10 +108,31 @@ fn remove(
         sandbox.limit_patience(patience);
     }
     // First, so that the guest forgets the files when it looks for them.
-    let unshared = sandbox.unshare(id);
+    let unshared = match sandbox.unshare(id) {
+        // Without its sandboxer the guest cannot be reached either.
+        Err(e @ sandbox::Error::Timeout(_)) => return Err(e.into()),
+        unshared => unshared,
+    };
     let disconnected = sandbox.disconnect_network(id);
     remove_from_guest(&sandbox, id)?;
-    Ok(unshared.and(disconnected)?)
+    let unused = unshared?;
+    guest_volumes::take_apart(&sandbox, &unused)?;
+    Ok(disconnected?)
+}
+
+/// Removes what a container of the same id has left in the shared directory, because
+/// its sandboxer did not answer when it was deleted: the id is another's now.
+///
+/// # Errors
+/// See [`Error`].
+pub fn take_id(sandbox: &Sandbox, id: &str) -> Result<(), Error> {
+    let unused = sandbox.unshare(id)?;
+    if unused == Unused::default() {
+        return Ok(());
+    }
+    remove_from_guest(sandbox, id)?;
+    guest_volumes::take_apart(sandbox, &unused)?;
+    Ok(())
 }
 
 /// Removes what the guest has of a container, if anything.

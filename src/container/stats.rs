@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use kuasar_runv_protocol::agent::{GetStatsResponse, IoStats};
+use kuasar_runv_protocol::network::StatsResponse;
 use serde::Serialize;
 
 /// Most lines of memory.stat and most devices that are passed on; the kernel has
@@ -28,8 +29,23 @@ pub struct Stats {
     /// There is none in a virtual machine.
     intel_rdt: BTreeMap<String, u64>,
     /// runc counts only interfaces it made itself, which its command line cannot
-    /// ask for.
-    network_interfaces: Option<Vec<()>>,
+    /// ask for, and prints `null`; here they are those of the container.
+    network_interfaces: Option<Vec<NetworkInterface>>,
+}
+
+/// runc's structure has no names of its own for JSON.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct NetworkInterface {
+    name: String,
+    rx_bytes: u64,
+    rx_packets: u64,
+    rx_errors: u64,
+    rx_dropped: u64,
+    tx_bytes: u64,
+    tx_packets: u64,
+    tx_errors: u64,
+    tx_dropped: u64,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -173,6 +189,37 @@ impl From<GetStatsResponse> for Stats {
     }
 }
 
+impl Stats {
+    /// Adds what the guest has counted for the container's interfaces.
+    #[must_use]
+    pub fn with_network(mut self, answer: &StatsResponse) -> Stats {
+        let interfaces: Vec<_> = answer
+            .interfaces
+            .iter()
+            .filter(|interface| is_interface(&interface.name))
+            .take(MAX_ENTRIES)
+            .map(|interface| NetworkInterface {
+                name: interface.name.clone(),
+                rx_bytes: interface.rx_bytes,
+                rx_packets: interface.rx_packets,
+                rx_errors: interface.rx_errors,
+                rx_dropped: interface.rx_dropped,
+                tx_bytes: interface.tx_bytes,
+                tx_packets: interface.tx_packets,
+                tx_errors: interface.tx_errors,
+                tx_dropped: interface.tx_dropped,
+            })
+            .collect();
+        self.network_interfaces = (!interfaces.is_empty()).then_some(interfaces);
+        self
+    }
+}
+
+/// Whether it can be the name of an interface, and be printed.
+fn is_interface(name: &str) -> bool {
+    (1..=15).contains(&name.len()) && name.chars().all(|c| c.is_ascii_graphic() && c != '/')
+}
+
 fn cpu(stats: &GetStatsResponse) -> Cpu {
     let nanoseconds = |us: u64| us.saturating_mul(1000);
     let cpu = &stats.cpu;
@@ -287,6 +334,30 @@ mod tests {
                 r#""pids":{},"blkio":{},"hugetlb":{},"intel_rdt":{},"network_interfaces":null}"#
             )
         );
+    }
+
+    #[test]
+    fn interfaces_are_those_with_names() {
+        use kuasar_runv_protocol::network::InterfaceStats;
+        let interface = |name: &str| InterfaceStats {
+            name: name.into(),
+            rx_bytes: 7,
+            ..InterfaceStats::default()
+        };
+        let answer = StatsResponse {
+            interfaces: vec![interface("eth0"), interface("\u{1b}[31m"), interface("")],
+            ..StatsResponse::default()
+        };
+        let stats = Stats::from(GetStatsResponse::new()).with_network(&answer);
+        let json = serde_json::to_value(&stats).unwrap();
+        let listed = json["network_interfaces"].as_array().unwrap();
+        assert_eq!(listed.len(), 1);
+        assert_eq!(
+            (&listed[0]["Name"], &listed[0]["RxBytes"]),
+            (&"eth0".into(), &7.into())
+        );
+        let none = Stats::from(GetStatsResponse::new()).with_network(&StatsResponse::default());
+        assert!(none.network_interfaces.is_none());
     }
 
     #[test]

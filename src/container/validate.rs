@@ -262,6 +262,32 @@ fn check_sysctls(linux: &Linux) -> Result {
     Ok(())
 }
 
+/// Names the kernel would refuse (config-linux.md, network devices).
+fn check_net_devices(linux: &Linux) -> Result {
+    let plain = |name: &str| {
+        let fits = (1..=15).contains(&name.len()) && name != "." && name != "..";
+        fits && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace())
+    };
+    let mut targets = Vec::new();
+    for (name, device) in linux.net_devices().iter().flatten() {
+        let target = device.name().as_deref().filter(|n| !n.is_empty());
+        let target = target.unwrap_or(name);
+        for name in [name.as_str(), target] {
+            if !plain(name) {
+                return invalid(format!("invalid network device name {name:?}"));
+            }
+        }
+        if targets.contains(&target) {
+            return invalid(format!("two network devices are to be called {target:?}"));
+        }
+        targets.push(target);
+    }
+    if !targets.is_empty() && !has(linux, LinuxNamespaceType::Network) {
+        return invalid("unable to move network devices without a private network namespace");
+    }
+    Ok(())
+}
+
 fn check_linux(linux: &Linux) -> Result {
     if let Some(propagation) = linux.rootfs_propagation().as_deref() {
         let kind = propagation.strip_prefix('r').unwrap_or(propagation);
@@ -286,11 +312,7 @@ fn check_linux(linux: &Linux) -> Result {
     if flags.is_some_and(|flags| !flags.is_empty()) {
         return invalid("additional flags not supported by personality");
     }
-    if linux.net_devices().as_ref().is_some_and(|d| !d.is_empty()) {
-        return invalid(
-            "linux.netDevices is not supported: a device of the host cannot be moved into a virtual machine",
-        );
-    }
+    check_net_devices(linux)?;
     let unified = linux
         .resources()
         .as_ref()

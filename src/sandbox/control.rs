@@ -57,8 +57,26 @@ pub enum Request {
     /// Attach the mount tree that comes with this message at
     /// `<container>/<name>` of the shared directory.
     Share { container: String, name: String },
-    /// Take everything of the container out of the shared directory.
+    /// Let the container use the volume `name`; a mount tree of its source comes
+    /// with this message.
+    ShareVolume {
+        container: String,
+        name: String,
+        writes: bool,
+    },
+    /// Let the container use the disk `key`. Its file comes with this message, or it
+    /// is attached; the answer has no name when neither is so.
+    UseDisk {
+        container: String,
+        key: String,
+        mode: DiskMode,
+    },
+    /// Let the container use the volume `key`, which the guest makes by itself.
+    UseVolume { container: String, key: String },
+    /// Take away what is shared for the container alone.
     Unshare { container: String },
+    /// Take away a volume of the guest that nobody uses; answered when it is gone.
+    RemoveVolume { name: String },
     /// Answered when the agent is ready or the boot has failed.
     WaitReady,
     /// Only on the creator's channel: keep the VM when the channel closes.
@@ -66,10 +84,30 @@ pub enum Request {
     /// Connect the container to what is in the network namespace that comes with this
     /// message. Answered when the guest has it.
     Network { container: String },
-    /// Undo that: the container is being deleted.
+    /// Undo that: the container is being deleted. Answered when it is done.
     NoNetwork { container: String },
     /// From now on the answers on this channel are notices about the container.
     Subscribe { container: String },
+}
+
+/// How a disk is used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskMode {
+    /// What the guest mounts; `None` for the device.
+    pub file_system: Option<String>,
+    pub read_only: bool,
+    /// A block device, not a file.
+    pub is_device: bool,
+}
+
+/// What was a container's alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unused {
+    /// Of volumes in the shared directory that are no more.
+    pub paths: Vec<PathBuf>,
+    /// Volumes of the guest, to be removed there and then with
+    /// [`Request::RemoveVolume`].
+    pub volumes: Vec<String>,
 }
 
 /// What happened to a container.
@@ -102,6 +140,11 @@ pub struct Reply {
     pub ready: Option<ReadyInfo>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub notice: Option<Notice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unused: Option<Unused>,
+    /// Name of a volume in the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub volume: Option<String>,
 }
 
 /// The commands' end.

@@ -7,10 +7,12 @@
 //! the processes, so that a VM whose sandboxer is gone can still be ended.
 
 pub mod control;
+mod guest_volumes;
 pub mod network;
 pub mod record;
 pub mod server;
 mod share;
+mod volumes;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -291,20 +293,6 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
-    /// Takes everything of a container out of the pod's shared directory.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn unshare(&self, container: &str) -> Result<(), Error> {
-        let request = Request::Unshare {
-            container: container.to_owned(),
-        };
-        self.connection
-            .call(&request, &[], REQUEST_DEADLINE)
-            .map(drop)
-            .map_err(|e| self.control_error(e))
-    }
-
     /// Connects the container to the network in `namespace`, and keeps it connected
     /// to what will be there. Returns when its network is complete in the guest.
     ///
@@ -461,6 +449,7 @@ pub fn end(root: &Root, id: &str) -> Result<(), Error> {
         Err(RecordError::NotFound | RecordError::Invalid { .. }) => {}
         Err(e) => return Err(e.into()),
     }
+    network::give_hardware_back(&root.sandbox(id)).map_err(io_error)?;
     root::remove_private_dir(&root.sandbox(id)).map_err(io_error)
 }
 

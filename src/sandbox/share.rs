@@ -1,21 +1,24 @@
 //! The pod's shared directory: what the guest sees over virtio-fs.
 //!
 //! A small tmpfs in the sandboxer's private mount namespace holds mount points
-//! only, `<container>/<name>`, and the containers' rootfs and volumes are
-//! attached to them. Nothing of it is visible to the rest of the host, and all
-//! of it goes away with the sandboxer, or with [`Share::detach`] when a container
-//! leaves before the others.
+//! only: `<container>/<name>` for what is the container's alone, as its rootfs,
+//! and `@volumes/<name>` for the pod's [`volumes`]. Nothing of it is visible to the
+//! rest of the host, and all of it goes away with the sandboxer.
+
+mod volumes;
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use kuasar_runv_protocol::VOLUMES_DIR;
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, unlinkat};
 use rustix::io::Errno;
 
+use self::volumes::Volumes;
 use crate::sys::mount as mounts;
 
 /// What the tmpfs may hold: mount points, and what a hostile guest puts there.
@@ -24,8 +27,9 @@ const TMPFS_OPTIONS: &str = "mode=0755,size=4m,nr_inodes=16k";
 #[derive(Debug)]
 pub struct Share {
     dir: PathBuf,
-    /// What is attached, by container: the names, and whether each is a directory.
-    attached: HashMap<String, Vec<(String, bool)>>,
+    volumes: Volumes,
+    /// What is each container's alone: name and mount.
+    own: HashMap<String, Vec<(String, OwnedFd)>>,
 }
 
 impl Share {
@@ -45,10 +49,15 @@ impl Share {
             flags,
             Some(TMPFS_OPTIONS),
         )?;
-        Ok(Share {
+        Ok(Share::at(dir))
+    }
+
+    fn at(dir: PathBuf) -> Share {
+        Share {
             dir,
-            attached: HashMap::new(),
-        })
+            volumes: Volumes::default(),
+            own: HashMap::new(),
+        }
     }
 
     #[must_use]
@@ -61,77 +70,99 @@ impl Share {
     /// # Errors
     /// `InvalidInput` for names that are not plain file names, `AlreadyExists`,
     /// else as move_mount(2).
-    pub fn attach(&mut self, container: &str, name: &str, tree: BorrowedFd<'_>) -> io::Result<()> {
-        let (container, name) = (plain(container)?, plain(name)?);
+    pub fn attach(&mut self, container: &str, name: &str, tree: OwnedFd) -> io::Result<()> {
+        self.attach_at(container, name, tree.as_fd())?;
+        let own = self.own.entry(container.to_owned()).or_default();
+        own.push((name.to_owned(), tree));
+        Ok(())
+    }
+
+    /// Lets a container use the volume `@volumes/<name>`; a cloned mount tree of its
+    /// source is attached there unless another container's is.
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach); see [`Volumes::share`].
+    pub fn attach_volume(
+        &mut self,
+        container: &str,
+        name: &str,
+        writes: bool,
+        tree: OwnedFd,
+    ) -> io::Result<()> {
+        let container = plain(container)?;
+        if self.volumes.share(name, container, writes, tree.as_fd())? {
+            return Ok(());
+        }
+        self.attach_at(VOLUMES_DIR, name, tree.as_fd())?;
+        self.volumes.insert(name, container, writes, tree);
+        Ok(())
+    }
+
+    /// Takes away what is a container's, and the volumes that no other uses; returns
+    /// the paths of those in the directory. Does what can be done, whatever fails.
+    pub fn release(&mut self, container: &str) -> Vec<PathBuf> {
+        for (name, mount) in self.own.remove(container).unwrap_or_default() {
+            self.detach(container, &name, mount);
+        }
+        // Not empty, or never there.
+        if let Ok(root) = crate::sys::unix_socket::open_dir(&self.dir) {
+            let _ = unlinkat(&root, container, AtFlags::REMOVEDIR);
+        }
+        let mut gone = Vec::new();
+        for (name, mount) in self.volumes.release(container) {
+            self.detach(VOLUMES_DIR, &name, mount);
+            gone.push(Path::new(VOLUMES_DIR).join(name));
+        }
+        gone
+    }
+
+    fn detach(&self, dir: &str, name: &str, mount: OwnedFd) {
+        if let Err(e) = self.detach_at(dir, name, mount) {
+            log::warn!("taking {dir}/{name} out of the shared directory: {e}");
+        }
+    }
+
+    fn attach_at(&self, dir: &str, name: &str, tree: BorrowedFd<'_>) -> io::Result<()> {
+        let (dir, name) = (plain(dir)?, plain(name)?);
         // The guest can write to the directory, so it may have put anything in it:
         // each step is taken from an open directory, and no link is followed.
         let root = crate::sys::unix_socket::open_dir(&self.dir)?;
-        match mkdirat(&root, container, DIR_MODE) {
+        match mkdirat(&root, dir, DIR_MODE) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(e) => return Err(e.into()),
         }
-        let dir = mounts::open_entry(root.as_fd(), container)?;
-        let is_dir = mounts::is_dir(tree)?;
-        if is_dir {
+        let dir = mounts::open_entry(root.as_fd(), dir)?;
+        if mounts::is_dir(tree)? {
             mkdirat(&dir, name, DIR_MODE)?;
         } else {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             openat(&dir, name, flags | OFlags::NOFOLLOW, FILE_MODE)?;
         }
-        let known = self.attached.entry(container.to_owned()).or_default();
-        known.push((name.to_owned(), is_dir));
-        let point = mounts::open_entry(dir.as_fd(), name)?;
-        mounts::attach(tree, point.as_fd(), Path::new(""))
+        let attached = mounts::open_entry(dir.as_fd(), name)
+            .and_then(|point| mounts::attach(tree, point.as_fd(), Path::new("")));
+        if attached.is_err() {
+            // The name is to be free for the next time; the error is what matters.
+            let _ = unlinkat(&dir, name, removal_of(tree)?);
+        }
+        attached
     }
 
-    /// Takes away all that was attached for a container. What the guest has open
-    /// of it stays until the guest has looked for it again.
-    ///
-    /// # Errors
-    /// As umount2(2), unlinkat(2); the rest has been taken away then. Nothing was
-    /// attached: no error.
-    pub fn detach(&mut self, container: &str) -> io::Result<()> {
-        let Some(names) = self.attached.remove(container) else {
-            return Ok(());
-        };
+    fn detach_at(&self, dir: &str, name: &str, mount: OwnedFd) -> io::Result<()> {
+        let remove = removal_of(mount.as_fd())?;
+        mounts::detach(mount.as_fd())?;
+        drop(mount);
         let root = crate::sys::unix_socket::open_dir(&self.dir)?;
-        let dir = mounts::open_entry(root.as_fd(), container)?;
-        let mut result = Ok(());
-        // Newest first: one may be below another.
-        for (name, is_dir) in names.into_iter().rev() {
-            let gone = detach_one(&dir, &name, is_dir);
-            if result.is_ok() {
-                result = gone.map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")));
-            }
-        }
-        match unlinkat(&root, container, AtFlags::REMOVEDIR) {
-            // The guest has put something there: it fills its own share.
-            Ok(()) | Err(Errno::NOTEMPTY | Errno::NOENT) => result,
-            Err(e) => result.and(Err(e.into())),
-        }
+        let dir = mounts::open_entry(root.as_fd(), dir)?;
+        Ok(unlinkat(&dir, name, remove)?)
     }
 }
 
-fn detach_one(dir: &OwnedFd, name: &str, is_dir: bool) -> io::Result<()> {
-    // A mount point cannot be renamed or removed, so this is what was attached; if
-    // attaching failed it may be anything, but no link is followed.
-    let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
-    match umount2(
-        path.as_str(),
-        MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
-    ) {
-        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-        Err(e) => return Err(e.into()),
-    }
-    let flags = if is_dir {
-        AtFlags::REMOVEDIR
-    } else {
-        AtFlags::empty()
-    };
-    match unlinkat(dir, name, flags) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(e) => Err(e.into()),
-    }
+/// How the mount point of a tree is removed.
+fn removal_of(tree: BorrowedFd<'_>) -> io::Result<AtFlags> {
+    Ok(match mounts::is_dir(tree)? {
+        true => AtFlags::REMOVEDIR,
+        false => AtFlags::empty(),
+    })
 }
 
 /// Enters a mount namespace in which the host's file systems are read-only, except
@@ -184,20 +215,19 @@ mod tests {
         fs::create_dir(&outside).unwrap();
         symlink(&outside, inside.join("c1")).unwrap();
         symlink(outside.join("made"), inside.join("c2/rootfs")).unwrap();
-        let mut share = Share {
-            dir: inside,
-            attached: HashMap::new(),
-        };
+        let mut share = Share::at(inside);
         let tree = crate::sys::unix_socket::open_dir(dir.path()).unwrap();
         let file: OwnedFd = fs::File::open("/dev/null").unwrap().into();
         for (container, errno) in [("c1", libc::ELOOP), ("c2", libc::EEXIST)] {
             for what in [&tree, &file] {
-                let error = share.attach(container, "rootfs", what.as_fd()).unwrap_err();
+                let what = what.try_clone().unwrap();
+                let error = share.attach(container, "rootfs", what).unwrap_err();
                 assert_eq!(error.raw_os_error(), Some(errno), "{container}");
             }
         }
         for name in ["", ".", "..", "a/b"] {
-            let error = share.attach("c2", name, tree.as_fd()).unwrap_err();
+            let what = tree.try_clone().unwrap();
+            let error = share.attach("c2", name, what).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name:?}");
         }
         assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);

@@ -62,6 +62,40 @@ pub fn set_read_only(mount: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
     mount_setattr(mount, flags, &READ_ONLY)
 }
 
+/// Makes a mount writable again, but not the mounts below it.
+///
+/// # Errors
+/// As mount_setattr(2).
+pub fn set_writable(mount: BorrowedFd<'_>) -> io::Result<()> {
+    let writable = MountAttr {
+        attr_clr: libc::MOUNT_ATTR_RDONLY,
+        ..MountAttr::default()
+    };
+    mount_setattr(mount, 0, &writable)
+}
+
+/// Whether a mount is read-only.
+///
+/// # Errors
+/// As fstatvfs(3).
+pub fn is_read_only(mount: BorrowedFd<'_>) -> io::Result<bool> {
+    let flags = rustix::fs::fstatvfs(mount)?.f_flag;
+    Ok(flags.contains(rustix::fs::StatVfsMountFlags::RDONLY))
+}
+
+/// Takes a mount away, with everything mounted below it. It is really gone when
+/// nobody uses a file in it any more; `mount` is a use.
+///
+/// # Errors
+/// As umount2(2).
+pub fn detach(mount: BorrowedFd<'_>) -> io::Result<()> {
+    let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
+    Ok(nix::mount::umount2(
+        path.as_str(),
+        nix::mount::MntFlags::MNT_DETACH,
+    )?)
+}
+
 /// Cuts a cloned tree off from later mounts of the original.
 ///
 /// # Errors

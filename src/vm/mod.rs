@@ -171,11 +171,7 @@ pub struct FsDevice {
 #[allow(dead_code, reason = "see `Vm`")]
 #[derive(Debug)]
 pub enum Device {
-    /// A host block device or image file, raw.
-    Block {
-        path: PathBuf,
-        read_only: bool,
-    },
+    Block(BlockDevice),
     Net(NetDevice),
     /// A function of a physical PCI device that the driver vfio-pci has.
     Vfio {
@@ -203,6 +199,16 @@ pub struct NetDevice {
 pub fn valid_device_id(id: &str) -> bool {
     let fits = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
     id.starts_with(|c: char| c.is_ascii_lowercase()) && id.len() <= 32 && id.bytes().all(fits)
+}
+
+/// A virtio-blk device whose serial number is the id it is attached under. The
+/// hypervisor gets a copy of the descriptor.
+#[derive(Debug)]
+pub struct BlockDevice {
+    /// A block device or an image file, raw, opened as it is to be used.
+    pub file: OwnedFd,
+    pub is_device: bool,
+    pub read_only: bool,
 }
 
 /// What happened to a machine.

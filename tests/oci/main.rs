@@ -25,6 +25,7 @@ mod log;
 mod mount_options;
 mod mounts;
 mod namespaces;
+mod network;
 mod parallel;
 mod pause;
 mod process;
@@ -43,6 +44,7 @@ mod terminal;
 mod tty;
 mod update;
 mod userns;
+mod volumes;
 
 mod probe {
     #[test]

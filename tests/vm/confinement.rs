@@ -48,6 +48,7 @@ fn threads(pid: i32) -> Vec<(String, u64)> {
 #[test]
 fn no_process_has_privileges_it_does_not_need() {
     const DAC_OVERRIDE: u64 = 1 << 1;
+    const NET_ADMIN: u64 = 1 << 12;
     const SYS_ADMIN: u64 = 1 << 21;
     // chown, dac_override, fowner, fsetid, setgid, setuid, mknod, setfcap
     const FILES: u64 = 0x8800_00db;
@@ -68,7 +69,8 @@ fn no_process_has_privileges_it_does_not_need() {
         let allowed = match name.as_str() {
             "vsock" | "vsock-control" => 0,
             "fs" | "fs-control" | "vring_worker" => FILES,
-            _ => DAC_OVERRIDE | SYS_ADMIN,
+            "network" => NET_ADMIN,
+            _ => DAC_OVERRIDE | SYS_ADMIN | NET_ADMIN,
         };
         assert_eq!(capabilities & !allowed, 0, "{name}: {capabilities:x}");
     }

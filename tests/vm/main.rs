@@ -4,22 +4,26 @@
 // The lints keep panics out of the product; a test fails by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod cni;
 mod comforts;
 mod concurrency;
 mod config_file;
 mod confinement;
+mod disks;
 mod exec;
 mod faults;
 mod faults_in_between;
 mod flavours;
 mod guest;
 mod limits;
+mod network;
 mod pods;
 mod pods_end;
 mod sizes;
 mod terminal;
 mod unsupported;
 mod victims;
+mod volumes;
 
 mod probe {
     #[test]

@@ -4,7 +4,9 @@
 use std::fs;
 use std::path::Path;
 
-use kuasar_runv_test_harness::{Bundle, Container, World, json};
+use kuasar_runv_test_harness::{
+    Bundle, Container, SHORT, World, json, process, reaper, wait_until,
+};
 
 /// The machine a container is in, and its namespaces there.
 const WHERE: &str = "echo machine=$(cat /proc/sys/kernel/random/boot_id)
@@ -114,6 +116,16 @@ fn a_pod_of_podman_is_known_by_its_members() {
     for ns in ["net", "ipc", "uts", "pid"] {
         assert_ne!(own.fact(ns), theirs.fact(ns), "{ns}");
     }
+    // A network that is nobody's here is that of its stand-in, and its own in the guest.
+    let foreign = Foreign::network();
+    let adopting = podman_member(&world, &infra.id, WAIT);
+    let adopting = adopting.joining(foreign.pid, &["network"]);
+    let adopting = world.start(&adopting, "m6");
+    let link = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+    assert_eq!(link(adopting.pid), link(foreign.pid));
+    let in_guest = adopting.exec_sh(&[], WHERE).ok();
+    assert_eq!(in_guest.fact("machine"), theirs.fact("machine"));
+    assert_ne!(in_guest.fact("net"), theirs.fact("net"));
     // `--network container:X`, `--ipc container:X`, `--pid container:X`: no annotation.
     let by_path = world
         .bundle()
@@ -138,6 +150,32 @@ fn a_pod_of_podman_is_known_by_its_members() {
         both.fact("net"),
         member.exec_sh(&[], WHERE).ok().fact("net")
     );
+}
+
+/// A process with a network namespace of its own, as an engine's helper has.
+struct Foreign {
+    pid: i32,
+}
+
+impl Foreign {
+    fn network() -> Foreign {
+        let mut command = std::process::Command::new("/usr/bin/unshare");
+        command.args(["--net", "/bin/sleep", "1000"]);
+        let pid = reaper::spawn(&mut command).unwrap().pid;
+        let own = fs::read_link("/proc/self/ns/net").unwrap();
+        wait_until("a network namespace", SHORT, || {
+            fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|ns| ns != own)
+        });
+        Foreign { pid }
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = process::signal(self.pid, libc::SIGKILL);
+        let _ = reaper::wait(self.pid, SHORT);
+    }
 }
 
 /// A name for a namespace of a stand-in is as good as its path below /proc.

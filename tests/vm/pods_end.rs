@@ -271,21 +271,24 @@ fn a_command_that_is_killed_while_it_creates_a_member_leaves_the_pod_alone() {
 fn a_member_of_a_machine_that_hangs_is_deleted_by_force() {
     let world = World::new();
     let first = sandbox(&world, "s");
-    let a = start_member(&world, &first, "a");
-    let vm = victims::the(&world, Victim::Vm);
-    process::signal(vm, libc::SIGSTOP).unwrap();
-    let asked = Instant::now();
-    let _ = a.delete_force().ok();
-    assert!(
-        asked.elapsed() < Duration::from_secs(30),
-        "{:?}",
-        asked.elapsed()
-    );
-    let _ = a.wait_within(SHORT);
-    let _ = a
-        .command(&["state"])
-        .fails_with(1, "container does not exist");
-    process::signal(vm, libc::SIGCONT).unwrap();
-    let a = start_member(&world, &first, "a");
-    assert_eq!(says_where_it_is(&a), says_where_it_is(&first));
+    for victim in [Victim::Vm, Victim::Sandboxer] {
+        let a = start_member(&world, &first, "a");
+        let hangs = victims::the(&world, victim);
+        process::signal(hangs, libc::SIGSTOP).unwrap();
+        let asked = Instant::now();
+        let _ = a.delete_force().ok();
+        assert!(
+            asked.elapsed() < Duration::from_secs(30),
+            "{victim:?}: {:?}",
+            asked.elapsed()
+        );
+        let _ = a.wait_within(SHORT);
+        let _ = a
+            .command(&["state"])
+            .fails_with(1, "container does not exist");
+        process::signal(hangs, libc::SIGCONT).unwrap();
+        let a = start_member(&world, &first, "a");
+        assert_eq!(says_where_it_is(&a), says_where_it_is(&first));
+        let _ = a.delete_force().ok();
+    }
 }

@@ -60,6 +60,19 @@ impl Joins {
 }
 
 impl Containers {
+    /// The network namespace of a container, also when its process has ended: others
+    /// may be in it.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn network_namespace(&self, id: &str) -> Result<OwnedFd> {
+        let container = self.get(id)?;
+        let kept = container.namespaces.get(Kind::Network);
+        kept.ok_or_else(|| io::ErrorKind::NotFound.into())
+            .and_then(OwnedFd::try_clone)
+            .map_err(ContainerError::io("the network namespace"))
+    }
+
     /// Finds what a container is to join.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE,
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressMessageBuffer};
 use netlink_packet_route::neighbour::{NeighbourMessage, NeighbourMessageBuffer};
-use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteMessageBuffer};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMessageBuffer};
 use netlink_packet_route::rule::{RuleMessage, RuleMessageBuffer};
 use nix::sched::{CloneFlags, setns};
 
@@ -67,6 +67,13 @@ pub fn apply(namespace: OwnedFd, applied: &mut Applied, request: ApplyRequest) -
         Err(_) => union(old, request),
     };
     result
+}
+
+/// Lets go of the devices of a container whose network namespace has ended.
+pub fn let_go(applied: &Applied) -> Result<()> {
+    let interfaces = applied.request.interfaces.iter();
+    let macs: Vec<_> = interfaces.map(|i| i.mac.clone()).collect();
+    links::remove_retired(&macs).map_err(NetworkError::io("removing a device"))
 }
 
 /// Interfaces of `these` whose devices are not among `those`.
@@ -184,7 +191,7 @@ fn request(
     message: RouteNetlinkMessage,
     flags: u16,
 ) -> Result<()> {
-    let described = format!("{what} ({message:?})");
+    let about = describe(&message);
     match netlink.request(message, flags) {
         Err(e)
             if flags == 0
@@ -196,7 +203,37 @@ fn request(
             Ok(())
         }
         Err(e) if flags != 0 && e.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-        other => other.map_err(NetworkError::io(described)),
+        other => other.map_err(NetworkError::io(format!("{what}{about}"))),
+    }
+}
+
+/// What a message is about, for the text of an error.
+fn describe(message: &RouteNetlinkMessage) -> String {
+    use RouteNetlinkMessage as Message;
+    match message {
+        Message::NewAddress(address) | Message::DelAddress(address) => {
+            let length = address.header.prefix_len;
+            let mut addresses = address.attributes.iter().filter_map(|a| match a {
+                AddressAttribute::Local(ip) | AddressAttribute::Address(ip) => Some(ip),
+                _ => None,
+            });
+            addresses
+                .next()
+                .map_or(String::new(), |ip| format!(" {ip}/{length}"))
+        }
+        Message::NewRoute(route) | Message::DelRoute(route) => {
+            let length = route.header.destination_prefix_length;
+            let mut to = route.attributes.iter().filter_map(|a| match a {
+                RouteAttribute::Destination(RouteAddress::Inet(ip)) => Some(ip.to_string()),
+                RouteAttribute::Destination(RouteAddress::Inet6(ip)) => Some(ip.to_string()),
+                _ => None,
+            });
+            match to.next() {
+                Some(ip) => format!(" to {ip}/{length}"),
+                None => " to everywhere".into(),
+            }
+        }
+        _ => String::new(),
     }
 }
 

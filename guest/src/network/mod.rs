@@ -8,14 +8,16 @@
 mod apply;
 mod links;
 mod settings;
+mod stats;
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use kuasar_runv_protocol::network::{ApplyRequest, ApplyResponse, Interface};
+use kuasar_runv_protocol::network::{
+    ApplyRequest, ApplyResponse, Interface, StatsRequest, StatsResponse,
+};
 use kuasar_runv_protocol::network_ttrpc::Network;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Error, get_status};
@@ -87,7 +89,7 @@ impl NetworkService {
     async fn make_so(&self, request: ApplyRequest) -> Result<()> {
         check(&request)?;
         let id = request.container_id.clone();
-        let namespace = self.containers.network_namespace(&id)?;
+        let namespace = self.containers.network_namespace(&id);
         let is_end = request.interfaces.is_empty() && request.addresses.is_empty();
         let applied = {
             let mut all = self.applied.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,25 +99,26 @@ impl NetworkService {
             }
         };
         let mut applied = applied.lock_owned().await;
-        in_thread(namespace, move |namespace| {
-            apply::apply(namespace, &mut applied, request)
-        })
-        .await
+        match namespace {
+            Ok(namespace) => {
+                in_thread(move || apply::apply(namespace, &mut applied, request)).await
+            }
+            // The kernel has returned its interfaces to the machine.
+            Err(_) if is_end => in_thread(move || apply::let_go(&applied)).await,
+            Err(e) => Err(e.into()),
+        }
     }
 }
 
 /// Runs the work on a thread that may go to another namespace, because nobody uses
 /// it afterwards.
-async fn in_thread(
-    namespace: OwnedFd,
-    work: impl FnOnce(OwnedFd) -> Result<()> + Send + 'static,
-) -> Result<()> {
+async fn in_thread(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
     std::thread::Builder::new()
         .name("network".into())
         .spawn(move || {
             // Nobody waits any more when the agent is ending.
-            let _ = sender.send(work(namespace));
+            let _ = sender.send(work());
         })
         .map_err(NetworkError::io("starting a thread"))?;
     match receiver.await {
@@ -161,6 +164,21 @@ fn check(request: &ApplyRequest) -> Result<()> {
 
 #[async_trait]
 impl Network for NetworkService {
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let interfaces = self
+            .containers
+            .pid(&request.container_id)
+            .map_err(NetworkError::from)
+            .and_then(|pid| stats::of_process(pid).map_err(NetworkError::io("reading statistics")));
+        match interfaces {
+            Ok(interfaces) => Ok(StatsResponse {
+                interfaces,
+                ..StatsResponse::new()
+            }),
+            Err(e) => Err(Error::RpcStatus(get_status(e.code(), e.to_string()))),
+        }
+    }
+
     async fn apply(&self, _: &TtrpcContext, request: ApplyRequest) -> ttrpc::Result<ApplyResponse> {
         match self.make_so(request).await {
             Ok(()) => Ok(ApplyResponse::new()),

@@ -3,11 +3,13 @@
 
 use std::path::Path;
 
+const FILES: [&str; 3] = ["agent", "network", "storage"];
+
 fn main() -> std::io::Result<()> {
     let protocol = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     ttrpc_codegen::Codegen::new()
         .out_dir(protocol.join("src/generated"))
-        .inputs(["agent", "network"].map(|name| protocol.join(format!("proto/{name}.proto"))))
+        .inputs(FILES.map(|name| protocol.join(format!("proto/{name}.proto"))))
         .include(protocol.join("proto"))
         .rust_protobuf()
         .customize(ttrpc_codegen::Customize {

@@ -589,6 +589,517 @@ impl ::protobuf::reflect::ProtobufValue for Interface {
     type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
 }
 
+// @@protoc_insertion_point(message:kuasar.runv.network.v1.StatsRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct StatsRequest {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.StatsRequest.container_id)
+    pub container_id: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.network.v1.StatsRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a StatsRequest {
+    fn default() -> &'a StatsRequest {
+        <StatsRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl StatsRequest {
+    pub fn new() -> StatsRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container_id",
+            |m: &StatsRequest| { &m.container_id },
+            |m: &mut StatsRequest| { &mut m.container_id },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<StatsRequest>(
+            "StatsRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for StatsRequest {
+    const NAME: &'static str = "StatsRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container_id = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container_id.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container_id);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container_id.is_empty() {
+            os.write_string(1, &self.container_id)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> StatsRequest {
+        StatsRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container_id.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static StatsRequest {
+        static instance: StatsRequest = StatsRequest {
+            container_id: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for StatsRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("StatsRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for StatsRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for StatsRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.network.v1.StatsResponse)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct StatsResponse {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.StatsResponse.interfaces)
+    pub interfaces: ::std::vec::Vec<InterfaceStats>,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.network.v1.StatsResponse.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a StatsResponse {
+    fn default() -> &'a StatsResponse {
+        <StatsResponse as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl StatsResponse {
+    pub fn new() -> StatsResponse {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "interfaces",
+            |m: &StatsResponse| { &m.interfaces },
+            |m: &mut StatsResponse| { &mut m.interfaces },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<StatsResponse>(
+            "StatsResponse",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for StatsResponse {
+    const NAME: &'static str = "StatsResponse";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.interfaces.push(is.read_message()?);
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        for value in &self.interfaces {
+            let len = value.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        for v in &self.interfaces {
+            ::protobuf::rt::write_message_field_with_cached_size(1, v, os)?;
+        };
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> StatsResponse {
+        StatsResponse::new()
+    }
+
+    fn clear(&mut self) {
+        self.interfaces.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static StatsResponse {
+        static instance: StatsResponse = StatsResponse {
+            interfaces: ::std::vec::Vec::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for StatsResponse {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("StatsResponse").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for StatsResponse {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for StatsResponse {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.network.v1.InterfaceStats)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct InterfaceStats {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.InterfaceStats.name)
+    pub name: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.InterfaceStats.rx_bytes)
+    pub rx_bytes: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.InterfaceStats.rx_packets)
+    pub rx_packets: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.InterfaceStats.rx_errors)
+    pub rx_errors: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.InterfaceStats.rx_dropped)
+    pub rx_dropped: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.InterfaceStats.tx_bytes)
+    pub tx_bytes: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.InterfaceStats.tx_packets)
+    pub tx_packets: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.InterfaceStats.tx_errors)
+    pub tx_errors: u64,
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.InterfaceStats.tx_dropped)
+    pub tx_dropped: u64,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.network.v1.InterfaceStats.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a InterfaceStats {
+    fn default() -> &'a InterfaceStats {
+        <InterfaceStats as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl InterfaceStats {
+    pub fn new() -> InterfaceStats {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(9);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "name",
+            |m: &InterfaceStats| { &m.name },
+            |m: &mut InterfaceStats| { &mut m.name },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "rx_bytes",
+            |m: &InterfaceStats| { &m.rx_bytes },
+            |m: &mut InterfaceStats| { &mut m.rx_bytes },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "rx_packets",
+            |m: &InterfaceStats| { &m.rx_packets },
+            |m: &mut InterfaceStats| { &mut m.rx_packets },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "rx_errors",
+            |m: &InterfaceStats| { &m.rx_errors },
+            |m: &mut InterfaceStats| { &mut m.rx_errors },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "rx_dropped",
+            |m: &InterfaceStats| { &m.rx_dropped },
+            |m: &mut InterfaceStats| { &mut m.rx_dropped },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "tx_bytes",
+            |m: &InterfaceStats| { &m.tx_bytes },
+            |m: &mut InterfaceStats| { &mut m.tx_bytes },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "tx_packets",
+            |m: &InterfaceStats| { &m.tx_packets },
+            |m: &mut InterfaceStats| { &mut m.tx_packets },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "tx_errors",
+            |m: &InterfaceStats| { &m.tx_errors },
+            |m: &mut InterfaceStats| { &mut m.tx_errors },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "tx_dropped",
+            |m: &InterfaceStats| { &m.tx_dropped },
+            |m: &mut InterfaceStats| { &mut m.tx_dropped },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<InterfaceStats>(
+            "InterfaceStats",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for InterfaceStats {
+    const NAME: &'static str = "InterfaceStats";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.name = is.read_string()?;
+                },
+                16 => {
+                    self.rx_bytes = is.read_uint64()?;
+                },
+                24 => {
+                    self.rx_packets = is.read_uint64()?;
+                },
+                32 => {
+                    self.rx_errors = is.read_uint64()?;
+                },
+                40 => {
+                    self.rx_dropped = is.read_uint64()?;
+                },
+                48 => {
+                    self.tx_bytes = is.read_uint64()?;
+                },
+                56 => {
+                    self.tx_packets = is.read_uint64()?;
+                },
+                64 => {
+                    self.tx_errors = is.read_uint64()?;
+                },
+                72 => {
+                    self.tx_dropped = is.read_uint64()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.name.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.name);
+        }
+        if self.rx_bytes != 0 {
+            my_size += ::protobuf::rt::uint64_size(2, self.rx_bytes);
+        }
+        if self.rx_packets != 0 {
+            my_size += ::protobuf::rt::uint64_size(3, self.rx_packets);
+        }
+        if self.rx_errors != 0 {
+            my_size += ::protobuf::rt::uint64_size(4, self.rx_errors);
+        }
+        if self.rx_dropped != 0 {
+            my_size += ::protobuf::rt::uint64_size(5, self.rx_dropped);
+        }
+        if self.tx_bytes != 0 {
+            my_size += ::protobuf::rt::uint64_size(6, self.tx_bytes);
+        }
+        if self.tx_packets != 0 {
+            my_size += ::protobuf::rt::uint64_size(7, self.tx_packets);
+        }
+        if self.tx_errors != 0 {
+            my_size += ::protobuf::rt::uint64_size(8, self.tx_errors);
+        }
+        if self.tx_dropped != 0 {
+            my_size += ::protobuf::rt::uint64_size(9, self.tx_dropped);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.name.is_empty() {
+            os.write_string(1, &self.name)?;
+        }
+        if self.rx_bytes != 0 {
+            os.write_uint64(2, self.rx_bytes)?;
+        }
+        if self.rx_packets != 0 {
+            os.write_uint64(3, self.rx_packets)?;
+        }
+        if self.rx_errors != 0 {
+            os.write_uint64(4, self.rx_errors)?;
+        }
+        if self.rx_dropped != 0 {
+            os.write_uint64(5, self.rx_dropped)?;
+        }
+        if self.tx_bytes != 0 {
+            os.write_uint64(6, self.tx_bytes)?;
+        }
+        if self.tx_packets != 0 {
+            os.write_uint64(7, self.tx_packets)?;
+        }
+        if self.tx_errors != 0 {
+            os.write_uint64(8, self.tx_errors)?;
+        }
+        if self.tx_dropped != 0 {
+            os.write_uint64(9, self.tx_dropped)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> InterfaceStats {
+        InterfaceStats::new()
+    }
+
+    fn clear(&mut self) {
+        self.name.clear();
+        self.rx_bytes = 0;
+        self.rx_packets = 0;
+        self.rx_errors = 0;
+        self.rx_dropped = 0;
+        self.tx_bytes = 0;
+        self.tx_packets = 0;
+        self.tx_errors = 0;
+        self.tx_dropped = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static InterfaceStats {
+        static instance: InterfaceStats = InterfaceStats {
+            name: ::std::string::String::new(),
+            rx_bytes: 0,
+            rx_packets: 0,
+            rx_errors: 0,
+            rx_dropped: 0,
+            tx_bytes: 0,
+            tx_packets: 0,
+            tx_errors: 0,
+            tx_dropped: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for InterfaceStats {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("InterfaceStats").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for InterfaceStats {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for InterfaceStats {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
 // @@protoc_insertion_point(message:kuasar.runv.network.v1.Sysctl)
 #[derive(PartialEq,Clone,Default,Debug)]
 pub struct Sysctl {
@@ -760,11 +1271,22 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \x18\x04\x20\x01(\x0cR\x03mac\x12\x10\n\x03mtu\x18\x05\x20\x01(\rR\x03mt\
     u\x12\x0e\n\x02up\x18\x06\x20\x01(\x08R\x02up\x12\x10\n\x03arp\x18\x07\
     \x20\x01(\x08R\x03arp\x128\n\x07sysctls\x18\x08\x20\x03(\x0b2\x1e.kuasar\
-    .runv.network.v1.SysctlR\x07sysctls\"J\n\x06Sysctl\x12\x16\n\x06family\
-    \x18\x01\x20\x01(\tR\x06family\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04\
-    name\x12\x14\n\x05value\x18\x03\x20\x01(\tR\x05value2_\n\x07Network\x12T\
-    \n\x05Apply\x12$.kuasar.runv.network.v1.ApplyRequest\x1a%.kuasar.runv.ne\
-    twork.v1.ApplyResponseb\x06proto3\
+    .runv.network.v1.SysctlR\x07sysctls\"1\n\x0cStatsRequest\x12!\n\x0cconta\
+    iner_id\x18\x01\x20\x01(\tR\x0bcontainerId\"W\n\rStatsResponse\x12F\n\ni\
+    nterfaces\x18\x01\x20\x03(\x0b2&.kuasar.runv.network.v1.InterfaceStatsR\
+    \ninterfaces\"\x90\x02\n\x0eInterfaceStats\x12\x12\n\x04name\x18\x01\x20\
+    \x01(\tR\x04name\x12\x19\n\x08rx_bytes\x18\x02\x20\x01(\x04R\x07rxBytes\
+    \x12\x1d\n\nrx_packets\x18\x03\x20\x01(\x04R\trxPackets\x12\x1b\n\trx_er\
+    rors\x18\x04\x20\x01(\x04R\x08rxErrors\x12\x1d\n\nrx_dropped\x18\x05\x20\
+    \x01(\x04R\trxDropped\x12\x19\n\x08tx_bytes\x18\x06\x20\x01(\x04R\x07txB\
+    ytes\x12\x1d\n\ntx_packets\x18\x07\x20\x01(\x04R\ttxPackets\x12\x1b\n\tt\
+    x_errors\x18\x08\x20\x01(\x04R\x08txErrors\x12\x1d\n\ntx_dropped\x18\t\
+    \x20\x01(\x04R\ttxDropped\"J\n\x06Sysctl\x12\x16\n\x06family\x18\x01\x20\
+    \x01(\tR\x06family\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x14\
+    \n\x05value\x18\x03\x20\x01(\tR\x05value2\xb5\x01\n\x07Network\x12T\n\
+    \x05Apply\x12$.kuasar.runv.network.v1.ApplyRequest\x1a%.kuasar.runv.netw\
+    ork.v1.ApplyResponse\x12T\n\x05Stats\x12$.kuasar.runv.network.v1.StatsRe\
+    quest\x1a%.kuasar.runv.network.v1.StatsResponseb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file
@@ -782,10 +1304,13 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
     file_descriptor.get(|| {
         let generated_file_descriptor = generated_file_descriptor_lazy.get(|| {
             let mut deps = ::std::vec::Vec::with_capacity(0);
-            let mut messages = ::std::vec::Vec::with_capacity(4);
+            let mut messages = ::std::vec::Vec::with_capacity(7);
             messages.push(ApplyRequest::generated_message_descriptor_data());
             messages.push(ApplyResponse::generated_message_descriptor_data());
             messages.push(Interface::generated_message_descriptor_data());
+            messages.push(StatsRequest::generated_message_descriptor_data());
+            messages.push(StatsResponse::generated_message_descriptor_data());
+            messages.push(InterfaceStats::generated_message_descriptor_data());
             messages.push(Sysctl::generated_message_descriptor_data());
             let mut enums = ::std::vec::Vec::with_capacity(0);
             ::protobuf::reflect::GeneratedFileDescriptor::new_generated(

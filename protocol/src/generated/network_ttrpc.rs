@@ -36,6 +36,12 @@ impl NetworkClient {
         ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.network.v1.Network", "Apply", cres);
         Ok(cres)
     }
+
+    pub fn stats(&self, ctx: ttrpc::context::Context, req: &super::network::StatsRequest) -> ::ttrpc::Result<super::network::StatsResponse> {
+        let mut cres = super::network::StatsResponse::new();
+        ::ttrpc::client_request!(self, ctx, req, "kuasar.runv.network.v1.Network", "Stats", cres);
+        Ok(cres)
+    }
 }
 
 struct ApplyMethod {
@@ -49,10 +55,24 @@ impl ::ttrpc::r#async::MethodHandler for ApplyMethod {
     }
 }
 
+struct StatsMethod {
+    service: Arc<dyn Network + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for StatsMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, network, StatsRequest, stats);
+    }
+}
+
 #[async_trait]
 pub trait Network: Sync {
     async fn apply(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::network::ApplyRequest) -> ::ttrpc::Result<super::network::ApplyResponse> {
         Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.network.v1.Network/Apply is not supported".to_string())))
+    }
+    async fn stats(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::network::StatsRequest) -> ::ttrpc::Result<super::network::StatsResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/kuasar.runv.network.v1.Network/Stats is not supported".to_string())))
     }
 }
 
@@ -63,6 +83,9 @@ pub fn create_network(service: Arc<dyn Network + Send + Sync>) -> HashMap<String
 
     methods.insert("Apply".to_string(),
                     Box::new(ApplyMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("Stats".to_string(),
+                    Box::new(StatsMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
 
     ret.insert("kuasar.runv.network.v1.Network".to_string(), ::ttrpc::r#async::Service{ methods, streams });
     ret

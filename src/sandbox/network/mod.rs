@@ -16,14 +16,16 @@
 //! so again whenever the kernel has news.
 
 mod cards;
-pub mod endpoint;
+mod endpoint;
 mod guest;
 mod model;
 pub mod namespace;
 mod snapshot;
-pub mod sysfs;
+mod sysfs;
 pub mod tap;
 pub mod watch;
 
 /// Most interfaces of one container that are connected.
 pub const MAX_INTERFACES: usize = crate::vm::MAX_DEVICES;
+
+pub use endpoint::physical::give_all_back as give_hardware_back;

@@ -22,8 +22,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 /// Groups of rtnetlink(7) that tell when a snapshot is out of date: `RTNLGRP_LINK`,
 /// `_NEIGH`, `_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`, `_IPV6_IFADDR`,
-/// `_IPV6_ROUTE`, `_IPV6_RULE`.
-pub const NEWS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
+/// `_IPV6_ROUTE`, `_IPV6_RULE`, `_IPV4_NETCONF`, `_IPV6_NETCONF`.
+pub const NEWS: [u32; 10] = [1, 3, 5, 7, 8, 9, 11, 19, 24, 25];
 
 /// The routing table of the kernel's own entries (`RT_TABLE_LOCAL`).
 const TABLE_LOCAL: u32 = 255;

@@ -20,7 +20,8 @@ const MAX_FILE: u64 = 4096;
 #[derive(Debug)]
 pub struct Sysfs {
     sys: OwnedFd,
-    nodes: OwnedFd,
+    /// A file system for device nodes.
+    nodes: Option<OwnedFd>,
 }
 
 impl Sysfs {
@@ -32,7 +33,19 @@ impl Sysfs {
     pub fn mount() -> io::Result<Sysfs> {
         Ok(Sysfs {
             sys: mount("sysfs")?,
-            nodes: mount("tmpfs")?,
+            nodes: Some(mount("tmpfs")?),
+        })
+    }
+
+    /// A directory that is mounted, such as the host's own sysfs. It has no device nodes
+    /// to open.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn at(path: &Path) -> io::Result<Sysfs> {
+        Ok(Sysfs {
+            sys: crate::sys::unix_socket::open_dir(path)?,
+            nodes: None,
         })
     }
 
@@ -46,6 +59,12 @@ impl Sysfs {
         let mut text = String::new();
         file.take(MAX_FILE).read_to_string(&mut text)?;
         Ok(text.trim_end().to_owned())
+    }
+
+    /// Whether there is something of this name.
+    #[must_use]
+    pub fn exists(&self, path: impl AsRef<Path>) -> bool {
+        rustix::fs::statat(&self.sys, path.as_ref(), rustix::fs::AtFlags::empty()).is_ok()
     }
 
     /// Writes to a file.
@@ -80,6 +99,7 @@ impl Sysfs {
     /// # Errors
     /// As mknod(2) and open(2); `InvalidData` for anything else in the file.
     pub fn open_device(&self, dev: impl AsRef<Path>, count: u32) -> io::Result<Vec<OwnedFd>> {
+        let nodes = self.nodes.as_ref().ok_or(io::ErrorKind::Unsupported)?;
         let text = self.read(dev)?;
         let numbers = text
             .split_once(':')
@@ -87,12 +107,12 @@ impl Sysfs {
         let (major, minor) = numbers.ok_or(io::ErrorKind::InvalidData)?;
         let device = rustix::fs::makedev(major, minor);
         let mode = Mode::RUSR | Mode::WUSR;
-        mknodat(&self.nodes, "node", FileType::CharacterDevice, mode, device)?;
+        mknodat(nodes, "node", FileType::CharacterDevice, mode, device)?;
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened: Result<Vec<_>, _> = (0..count)
-            .map(|_| openat(&self.nodes, "node", flags, Mode::empty()))
+            .map(|_| openat(nodes, "node", flags, Mode::empty()))
             .collect();
-        unlinkat(&self.nodes, "node", rustix::fs::AtFlags::empty())?;
+        unlinkat(nodes, "node", rustix::fs::AtFlags::empty())?;
         Ok(opened?)
     }
 }

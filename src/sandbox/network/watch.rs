@@ -71,6 +71,8 @@ pub enum Message {
         container: String,
         result: Result<(), String>,
     },
+    /// The watch has disconnected everything; its last message.
+    Ended { container: String },
 }
 
 /// A device that is to be attached.
@@ -150,14 +152,17 @@ impl Watch {
             .spawn(move || {
                 let container = settings.container.clone();
                 let messages = machine.clone();
-                if let Err(e) =
-                    Watcher::enter(settings, machine, namespace, stopped).and_then(Watcher::run)
-                {
+                let ended =
+                    Watcher::enter(settings, machine, namespace, stopped).and_then(Watcher::run);
+                // Nobody is left to be told when the sandboxer ends.
+                if let Err(e) = ended {
                     log::error!("the network of {container}: {e}");
-                    let result = Err(e.to_string());
-                    // Nobody is left to be told when the sandboxer ends.
-                    let _ = messages.tell(Message::Settled { container, result });
+                    let _ = messages.tell(Message::Settled {
+                        container: container.clone(),
+                        result: Err(e.to_string()),
+                    });
                 }
+                let _ = messages.tell(Message::Ended { container });
             })?;
         Ok(Watch { stop, thread })
     }
@@ -309,6 +314,7 @@ impl Watcher {
             sysfs: self.sysfs.as_ref(),
             model: self.settings.model,
             queues: self.settings.queues,
+            sandbox_dir: self.settings.root.sandbox(&self.settings.sandbox_id),
             owner: model::owner(&self.settings.sandbox_id),
         };
         (&mut self.cards, host)

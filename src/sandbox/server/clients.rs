@@ -1,7 +1,7 @@
 //! The commands that are connected, and what they ask for.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use super::{Boot, End, Sandboxer};
@@ -18,6 +18,8 @@ pub(super) struct Client {
     /// It boots this VM: until it commits, its end is the end of the VM.
     pub is_creator: bool,
     pub waits_for_boot: bool,
+    /// The disk whose removal it waits for.
+    pub waits_for_removal: Option<String>,
     /// The container whose network it waits for.
     pub waits_for_network: Option<String>,
     /// The container whose notices it gets.
@@ -41,6 +43,7 @@ impl Sandboxer {
                 channel,
                 is_creator: false,
                 waits_for_boot: false,
+                waits_for_removal: None,
                 waits_for_network: None,
                 listens_to: None,
             }),
@@ -49,7 +52,7 @@ impl Sandboxer {
     }
 
     pub(super) fn serve(&mut self, index: usize) -> Result<(), End> {
-        let message = match self.clients[index].channel.recv(Duration::ZERO) {
+        let mut message = match self.clients[index].channel.recv(Duration::ZERO) {
             Ok(Some(message)) => message,
             closed => {
                 if let Err(e) = closed {
@@ -64,7 +67,7 @@ impl Sandboxer {
                 };
             }
         };
-        let reply = match self.handle(index, &message) {
+        let reply = match self.handle(index, &mut message) {
             Ok(Some(reply)) => reply,
             Ok(None) => return Ok(()),
             Err(e) => Reply {
@@ -79,19 +82,33 @@ impl Sandboxer {
     }
 
     /// `None`: the answer comes later.
-    fn handle(&mut self, index: usize, message: &Message) -> io::Result<Option<Reply>> {
+    fn handle(&mut self, index: usize, message: &mut Message) -> io::Result<Option<Reply>> {
         match control::decode(message)? {
             Request::Share { container, name } => {
-                let tree = message.fds.first().ok_or_else(|| {
-                    io::Error::new(io::ErrorKind::InvalidInput, "no mount tree to share")
-                })?;
-                self.share.attach(&container, &name, tree.as_fd())?;
+                let tree = taken(message)?;
+                self.share.attach(&container, &name, tree)?;
                 Ok(Some(Reply::default()))
             }
-            Request::Unshare { container } => {
-                self.share.detach(&container)?;
+            Request::ShareVolume {
+                container,
+                name,
+                writes,
+            } => {
+                let tree = taken(message)?;
+                self.share.attach_volume(&container, &name, writes, tree)?;
                 Ok(Some(Reply::default()))
             }
+            Request::UseDisk {
+                container,
+                key,
+                mode,
+            } => {
+                let file = message.fds.pop();
+                self.use_disk(&container, &key, mode, file).map(Some)
+            }
+            Request::UseVolume { container, key } => self.use_volume(&container, &key).map(Some),
+            Request::Unshare { container } => Ok(Some(self.unshare(&container))),
+            Request::RemoveVolume { name } => self.remove_volume(index, name),
             Request::WaitReady => match &self.boot {
                 Boot::Ready(info) => Ok(Some(Reply {
                     ready: Some(info.clone()),
@@ -108,10 +125,7 @@ impl Sandboxer {
                 })?;
                 self.connect_network(index, container, namespace.as_fd())
             }
-            Request::NoNetwork { container } => {
-                self.network.disconnect(&container);
-                Ok(Some(Reply::default()))
-            }
+            Request::NoNetwork { container } => Ok(self.disconnect_network(index, container)),
             Request::Commit => {
                 self.clients[index].is_creator = false;
                 Ok(Some(Reply::default()))
@@ -119,4 +133,12 @@ impl Sandboxer {
             Request::Subscribe { container } => self.subscribe(index, container).map(Some),
         }
     }
+}
+
+/// The mount tree or file that came with a request.
+fn taken(message: &mut Message) -> io::Result<OwnedFd> {
+    message
+        .fds
+        .pop()
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "nothing came to be shared"))
 }

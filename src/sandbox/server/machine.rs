@@ -31,7 +31,10 @@ impl Sandboxer {
                         }
                         VmEvent::Stalled { reason } => return Err(End::Failed(reason)),
                         // The end of the hypervisor follows.
-                        VmEvent::Detached { id } => self.network.detached(&id),
+                        VmEvent::Detached { id } => {
+                            self.network.detached(&id);
+                            self.detached(&id);
+                        }
                         VmEvent::GuestShutdown | VmEvent::GuestReset | VmEvent::GuestPanicked => {}
                     }
                 }

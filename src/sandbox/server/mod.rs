@@ -15,6 +15,7 @@ mod network;
 mod privileges;
 mod spawn;
 mod subscribers;
+mod volumes;
 
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -29,6 +30,7 @@ use self::agent::AgentEvents;
 use self::clients::Client;
 use self::network::Network;
 use super::control::{self, Listener, ReadyInfo, Reply, SandboxerConfig, monotonic_us};
+use super::guest_volumes::GuestVolumes;
 use super::record::SandboxRecord;
 use super::share::Share;
 use super::{CONTROL_SOCKET, VSOCK_SOCKET};
@@ -121,6 +123,7 @@ enum Boot {
 struct Sandboxer {
     vm: Box<dyn Vm>,
     share: Share,
+    volumes: GuestVolumes,
     listener: Listener,
     /// Takes the agent's one connection, before any container runs.
     event_listener: Option<UnixListener>,
@@ -180,6 +183,7 @@ impl Sandboxer {
         Ok(Sandboxer {
             vm: machine,
             share,
+            volumes: GuestVolumes::default(),
             listener,
             event_listener: Some(event_listener),
             agent: None,
@@ -211,6 +215,7 @@ impl Sandboxer {
             channel: creator,
             is_creator: true,
             waits_for_boot: false,
+            waits_for_removal: None,
             waits_for_network: None,
             listens_to: None,
         });

@@ -74,13 +74,6 @@ impl Network {
         Ok(())
     }
 
-    /// Ends the watch of a container.
-    pub(super) fn disconnect(&mut self, container: &str) {
-        if let Some(watch) = self.watches.remove(container) {
-            watch.ask_to_end();
-        }
-    }
-
     /// A device is gone.
     pub(super) fn detached(&mut self, id: &str) {
         self.devices.remove(id);
@@ -124,6 +117,17 @@ impl Sandboxer {
         Ok(None)
     }
 
+    /// Ends the watch of a container; the client is answered when it has let go of
+    /// everything.
+    pub(super) fn disconnect_network(&mut self, index: usize, container: String) -> Option<Reply> {
+        let Some(watch) = self.network.watches.get(&container) else {
+            return Some(Reply::default());
+        };
+        watch.ask_to_end();
+        self.clients[index].waits_for_network = Some(container);
+        None
+    }
+
     pub(super) fn network_messages(&mut self) {
         // What woke us is in the channel.
         if let Err(e) = self.network.machine.wake.reset() {
@@ -142,6 +146,10 @@ impl Sandboxer {
                 }
                 Message::Detach { id } => self.detach(&id),
                 Message::Settled { container, result } => self.settled(&container, result),
+                Message::Ended { container } => {
+                    self.network.watches.remove(&container);
+                    self.settled(&container, Ok(()));
+                }
             }
         }
     }
@@ -196,9 +204,6 @@ impl Sandboxer {
             error: result.err(),
             ..Reply::default()
         };
-        if reply.error.is_some() {
-            self.network.watches.remove(container);
-        }
         for client in &mut self.clients {
             if client.waits_for_network.as_deref() == Some(container) {
                 client.waits_for_network = None;

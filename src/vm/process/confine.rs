@@ -17,7 +17,9 @@ pub(super) unsafe fn make_file_systems_read_only() -> c_int {
                 none,
                 root,
                 none,
-                libc::MS_REC | libc::MS_PRIVATE,
+                // What the host unmounts must not live on here: network namespaces
+                // end with their mounts.
+                libc::MS_REC | libc::MS_SLAVE,
                 none.cast(),
             ) < 0
         {

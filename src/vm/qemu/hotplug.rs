@@ -18,7 +18,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::qmp::{Qmp, QmpError};
-use super::{NAME, unsupported};
+use super::{NAME, block};
 use crate::vm::{Device, Error, MAX_DEVICES, NetDevice, VmEvent, valid_device_id};
 
 /// Id of the bridge.
@@ -35,6 +35,9 @@ pub(super) const BOOT_SLOT: &str = "1f";
 #[derive(Debug, Default)]
 pub(super) struct HotPlug {
     devices: BTreeMap<String, Plugged>,
+    /// Used last. The next one is another, so that a guest that has not noticed the
+    /// end of a device does not take the next for it.
+    last_slot: usize,
 }
 
 #[derive(Debug)]
@@ -47,9 +50,9 @@ struct Plugged {
 
 /// What `device_add` gets besides id and place, and the command that removes the
 /// back end again.
-struct FrontEnd {
-    arguments: Value,
-    remove_backend: Option<&'static str>,
+pub(super) struct FrontEnd {
+    pub(super) arguments: Value,
+    pub(super) remove_backend: Option<&'static str>,
 }
 
 impl HotPlug {
@@ -64,13 +67,11 @@ impl HotPlug {
         if !valid_device_id(id) || self.devices.contains_key(id) {
             return Err(Error::DeviceId(id.to_owned()));
         }
-        let slot = (1..=SLOTS)
-            .find(|slot| self.devices.values().all(|d| d.slot != *slot))
-            .ok_or(Error::NoSlot { slots: SLOTS })?;
+        let slot = self.free_slot().ok_or(Error::NoSlot { slots: SLOTS })?;
         let mut front = match device {
             Device::Net(net) => add_net(qmp, id, net, deadline)?,
             Device::Vfio { address } => vfio(address),
-            Device::Block { .. } => return Err(unsupported("attaching a block device")),
+            Device::Block(disk) => block::add(qmp, id, disk, deadline)?,
         };
         front.arguments["id"] = json!(id);
         front.arguments["bus"] = json!(BUS);
@@ -86,7 +87,13 @@ impl HotPlug {
             remove_backend: front.remove_backend,
         };
         self.devices.insert(id.to_owned(), plugged);
+        self.last_slot = slot;
         Ok(())
+    }
+
+    fn free_slot(&self) -> Option<usize> {
+        let mut slots = (1..=SLOTS).map(|n| (self.last_slot + n - 1) % SLOTS + 1);
+        slots.find(|slot| self.devices.values().all(|d| d.slot != *slot))
     }
 
     /// See [`crate::vm::Vm::detach`].
@@ -119,19 +126,27 @@ impl HotPlug {
         };
         if let Some(command) = device.remove_backend {
             // The answer is of no interest unless it is a refusal, which is logged.
-            qmp.send(command, Some(json!({ "id": backend(id) })))?;
+            qmp.send(command, Some(of_backend(command, id)))?;
         }
         Ok(Some(VmEvent::Detached { id: id.to_owned() }))
     }
 }
 
-fn backend(id: &str) -> String {
+pub(super) fn backend(id: &str) -> String {
     format!("back-{id}")
+}
+
+/// Arguments of a command that removes a back end.
+fn of_backend(command: &str, id: &str) -> Value {
+    match command {
+        block::REMOVE => json!({ "node-name": backend(id) }),
+        _ => json!({ "id": backend(id) }),
+    }
 }
 
 /// Removes a back end. What cannot be removed goes with the machine.
 fn remove(qmp: &mut Qmp, command: &'static str, id: &str, deadline: Duration) {
-    if let Err(e) = qmp.execute(command, Some(json!({ "id": backend(id) })), deadline) {
+    if let Err(e) = qmp.execute(command, Some(of_backend(command, id)), deadline) {
         log::warn!("removing the back end of {id}: {e}");
     }
 }

@@ -9,6 +9,7 @@
 //! Nothing waits for QEMU's monitor during boot: requests lie in its socket
 //! before QEMU exists.
 
+mod block;
 mod command_line;
 mod events;
 mod hotplug;
@@ -353,7 +354,7 @@ impl Vm for QemuVm {
             pause: true,
             resize_vcpus: false,
             resize_memory: false,
-            attach_block: false,
+            attach_block: true,
             attach_net: true,
             emulated: matches!(self.accel, Accel::Tcg { .. }),
         }

@@ -159,6 +159,20 @@ impl Qmp {
         self.wait_for(ours, "getfd", deadline).map(drop)
     }
 
+    /// Hands a copy of a descriptor to QEMU, which makes a set of it that can be
+    /// opened as `/dev/fdset/N`; returns N.
+    pub(super) fn add_fd(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        deadline: Duration,
+    ) -> Result<u64, QmpError> {
+        let ours = self.send_with("add-fd", None, Some(fd))?;
+        let answer = self.wait_for(ours, "add-fd", deadline)?;
+        answer["fdset-id"]
+            .as_u64()
+            .ok_or_else(|| QmpError::Malformed("add-fd has no fdset-id".to_owned()))
+    }
+
     fn wait_for(
         &mut self,
         ours: u64,

@@ -131,6 +131,12 @@ pub fn of_world(name: &str, root: &Path) -> Vec<String> {
     let mut found: Vec<String> = processes(name).iter().map(Process::describe).collect();
     found.extend(mounts(name));
     found.extend(
+        interfaces()
+            .iter()
+            .filter(|interface| interface.starts_with("runv"))
+            .map(|interface| format!("interface: {interface}")),
+    );
+    found.extend(
         cgroups(name)
             .iter()
             .map(|c| format!("cgroup: {}", c.display())),

@@ -6,6 +6,8 @@
 //! one test with the name of the check in the environment. A check prints facts
 //! (`key=value`); the test on the host compares them.
 
+mod volumes;
+
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -36,6 +38,10 @@ pub fn main() {
         "memory" => memory(argument.parse().unwrap()),
         "system-calls" => system_calls(),
         "network" => network(),
+        "echo" => crate::network::echo(),
+        "one-in-two-places" => volumes::one_in_two_places(argument),
+        "huge-pages" => volumes::huge_pages(Path::new(argument)),
+        "particular-files" => volumes::particular(Path::new(argument)),
         "shared-word" => shared_word(Path::new(argument)),
         other => panic!("no probe {other:?}"),
     }
@@ -98,6 +104,16 @@ struct Mapping {
 
 impl Mapping {
     fn new(file: &File, len: usize, flags: i32) -> io::Result<Mapping> {
+        Mapping::map(file, 0, len, flags)
+    }
+
+    /// A shared mapping of a part of the file.
+    fn at(file: &File, offset: usize, len: usize) -> io::Result<Mapping> {
+        Mapping::map(file, offset, len, libc::MAP_SHARED)
+    }
+
+    fn map(file: &File, offset: usize, len: usize, flags: i32) -> io::Result<Mapping> {
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let address = unsafe {
@@ -107,7 +123,7 @@ impl Mapping {
                 protection,
                 flags,
                 file.as_raw_fd(),
-                0,
+                offset,
             )
         };
         if address == libc::MAP_FAILED {

@@ -5,7 +5,7 @@
 
 mod ipvlan;
 mod macvlan;
-mod physical;
+pub mod physical;
 mod tap;
 mod veth;
 mod vlan;
@@ -78,7 +78,7 @@ pub fn of(link: &Link) -> Option<&'static dyn Endpoint> {
 pub fn disconnect(host: &mut Host<'_>, index: u32, connection: &Connection) -> io::Result<()> {
     match connection {
         Connection::Tied(tied) => model::untie(host.netlink, index, tied),
-        Connection::Passed(passed) => physical::give_back(host, passed),
+        Connection::Passed(passed) => passed.give_back(host),
     }
 }
 

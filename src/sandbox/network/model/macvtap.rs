@@ -28,9 +28,11 @@ pub(super) fn tie(host: &mut Host<'_>, link: &Link) -> io::Result<Tied> {
     })?;
     // One on each endpoint, so its index makes the name unique.
     let name = format!("{}{}", tap::NAME_PREFIX, link.index);
-    create(host.netlink, link, &name, &host.owner).map_err(step("making a macvtap interface"))?;
+    create(host.netlink, link, &name).map_err(step("making a macvtap interface"))?;
     let index = nix::net::if_::if_nametoindex(name.as_str())?;
-    let opened = tap::set_up(host.netlink, index).and_then(|()| {
+    let named = set_alias(host.netlink, index, &host.owner);
+    let opened = named.and_then(|()| {
+        tap::set_up(host.netlink, index)?;
         let dev = format!("class/net/{name}/macvtap/tap{index}/dev");
         let queues = sysfs.open_device(dev, host.queues)?;
         prepare(&queues)?;
@@ -63,13 +65,20 @@ pub(super) fn remove(netlink: &mut Rtnetlink, index: u32) -> io::Result<()> {
     }
 }
 
-fn create(netlink: &mut Rtnetlink, lower: &Link, name: &str, owner: &str) -> io::Result<()> {
+/// The kernel takes no alias with a new interface.
+fn set_alias(netlink: &mut Rtnetlink, index: u32, alias: &str) -> io::Result<()> {
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    link.attributes = vec![LinkAttribute::IfAlias(alias.to_owned())];
+    netlink.request(RouteNetlinkMessage::SetLink(link), 0)
+}
+
+fn create(netlink: &mut Rtnetlink, lower: &Link, name: &str) -> io::Result<()> {
     let mut link = LinkMessage::default();
     link.attributes = vec![
         LinkAttribute::IfName(name.to_owned()),
         LinkAttribute::Link(lower.index),
         LinkAttribute::Mtu(lower.mtu),
-        LinkAttribute::IfAlias(owner.to_owned()),
         LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::MacVtap),
             LinkInfo::Data(InfoData::MacVtap(vec![InfoMacVtap::Mode(

@@ -7,6 +7,7 @@ mod tcfilter;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use kuasar_runv_protocol::rtnetlink::Rtnetlink;
 
@@ -22,6 +23,8 @@ pub struct Host<'a> {
     pub model: NetworkModel,
     /// Queues of each interface.
     pub queues: u32,
+    /// For notes of what is to be undone.
+    pub sandbox_dir: PathBuf,
     /// Alias of what stays when a VM dies, see [`owner`].
     pub owner: String,
 }

@@ -1,0 +1,91 @@
+//! Requests about what the pod's containers share: mount trees, disks, volumes that
+//! the guest makes.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use super::Sandboxer;
+use crate::sandbox::control::{self, DiskMode, Reply, Unused};
+use crate::sandbox::guest_volumes::Found;
+use crate::vm::{BlockDevice, Device};
+
+impl Sandboxer {
+    /// Attaches the disk unless it is attached.
+    pub(super) fn use_disk(
+        &mut self,
+        container: &str,
+        key: &str,
+        mode: DiskMode,
+        file: Option<OwnedFd>,
+    ) -> io::Result<Reply> {
+        let (read_only, is_device) = (mode.read_only, mode.is_device);
+        let name = match self.volumes.add(key, Some(mode), container)? {
+            Found::Known(name) => name,
+            Found::New(name) => {
+                let Some(file) = file else {
+                    self.volumes.forget(&name);
+                    return Ok(Reply::default());
+                };
+                let disk = Device::Block(BlockDevice {
+                    file,
+                    is_device,
+                    read_only,
+                });
+                if let Err(e) = self.vm.attach(&name, &disk) {
+                    self.volumes.forget(&name);
+                    return Err(io::Error::other(e));
+                }
+                name
+            }
+        };
+        Ok(named(name))
+    }
+
+    pub(super) fn use_volume(&mut self, container: &str, key: &str) -> io::Result<Reply> {
+        let (Found::Known(name) | Found::New(name)) = self.volumes.add(key, None, container)?;
+        Ok(named(name))
+    }
+
+    pub(super) fn unshare(&mut self, container: &str) -> Reply {
+        Reply {
+            unused: Some(Unused {
+                paths: self.share.release(container),
+                volumes: self.volumes.release(container),
+            }),
+            ..Reply::default()
+        }
+    }
+
+    /// Answered when the guest has let go of the disk.
+    pub(super) fn remove_volume(
+        &mut self,
+        client: usize,
+        name: String,
+    ) -> io::Result<Option<Reply>> {
+        if !self.volumes.is_unused_disk(&name)? {
+            return Ok(Some(Reply::default()));
+        }
+        self.vm.detach(&name).map_err(io::Error::other)?;
+        self.clients[client].waits_for_removal = Some(name);
+        Ok(None)
+    }
+
+    /// The machine has let go of a device.
+    pub(super) fn detached(&mut self, name: &str) {
+        self.volumes.forget(name);
+        for client in &mut self.clients {
+            if client.waits_for_removal.as_deref() == Some(name) {
+                client.waits_for_removal = None;
+                // A command that is gone is noticed when its channel is read.
+                let _ = control::reply(&client.channel, &Reply::default());
+            }
+        }
+    }
+}
+
+fn named(name: String) -> Reply {
+    Reply {
+        volume: Some(name),
+        ..Reply::default()
+    }
+}

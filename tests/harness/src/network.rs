@@ -1,0 +1,199 @@
+//! Network namespaces of a world: one for a container, others for its peers. Nothing
+//! is ever made in the namespace the tests run in.
+
+use std::fs::File;
+use std::io;
+use std::net::{Shutdown, TcpListener, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use crate::bundle::Bundle;
+use crate::invocation::{Invocation, Output};
+use crate::world::World;
+
+/// Where `ip netns` keeps them.
+const DIR: &str = "/run/netns";
+
+/// A network namespace that is removed when the value is dropped.
+pub struct Netns {
+    name: String,
+}
+
+impl Netns {
+    /// A new namespace with nothing but a loopback interface, which is up.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    #[must_use]
+    pub fn new(world: &World, name: &str) -> Netns {
+        let netns = Netns {
+            name: format!("{}-{name}", world.name()),
+        };
+        let _ = tool("ip", ["netns", "add", &netns.name]).ok();
+        netns.ip("link set lo up");
+        netns
+    }
+
+    /// For `linux.namespaces`.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        Path::new(DIR).join(&self.name)
+    }
+
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs `ip` in it.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn ip(&self, words: &str) -> String {
+        let args = ["-n", &self.name].into_iter().chain(words.split(' '));
+        tool("ip", args).ok().stdout()
+    }
+
+    /// Runs a program in it.
+    #[must_use]
+    pub fn exec(&self, program: &str, words: &str) -> Output {
+        let args = ["netns", "exec", &self.name, program]
+            .into_iter()
+            .chain(words.split(' ').filter(|word| !word.is_empty()));
+        tool("ip", args)
+    }
+
+    /// Runs a program in the network namespace of a process.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn run_in(&self, pid: i32, words: &str) {
+        let pid = pid.to_string();
+        let args = ["-t", &pid, "-n"].into_iter().chain(words.split(' '));
+        let _ = tool("nsenter", args).ok();
+    }
+
+    /// Runs something in it, on a thread of its own.
+    ///
+    /// # Panics
+    /// When the work does, or the namespace is gone.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(self.path()).expect("the namespace is there");
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // SAFETY: only changes the namespace of this thread, which ends.
+                let rc = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+                assert_eq!(rc, 0, "setns: {}", std::io::Error::last_os_error());
+                work()
+            });
+            thread
+                .join()
+                .unwrap_or_else(|e| std::panic::resume_unwind(e))
+        })
+    }
+
+    /// Connects it with another by a veth pair, both ends up, and gives this end these
+    /// addresses.
+    pub fn connect(&self, name: &str, addresses: &[&str], peer: &Netns, peer_name: &str) {
+        let mac = mac_of(addresses.first().copied().unwrap_or(name));
+        peer.ip(&format!(
+            "link add {peer_name} type veth peer name {name} address {mac} netns {}",
+            self.name
+        ));
+        self.address(name, addresses);
+        self.ip(&format!("link set {name} up"));
+        peer.ip(&format!("link set {peer_name} up"));
+    }
+
+    /// Gives an interface addresses that can be used at once.
+    pub fn address(&self, name: &str, addresses: &[&str]) {
+        for address in addresses {
+            let nodad = if address.contains(':') { " nodad" } else { "" };
+            self.ip(&format!("addr add {address} dev {name}{nodad}"));
+        }
+    }
+
+    /// Names of its interfaces without the loopback.
+    #[must_use]
+    pub fn links(&self) -> Vec<String> {
+        let names = self.ip("-o link");
+        let names = names
+            .lines()
+            .filter_map(|line| line.split([':', '@']).nth(1));
+        names
+            .map(|name| name.trim().to_owned())
+            .filter(|name| name != "lo")
+            .collect()
+    }
+
+    /// Whether traffic control does anything at the ingress of an interface.
+    #[must_use]
+    pub fn has_filters(&self, name: &str) -> bool {
+        let qdiscs = self.exec("tc", &format!("qdisc show dev {name}"));
+        qdiscs.ok().stdout().contains("ingress")
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        // What is left is found by the leak check.
+        let _ = tool("ip", ["netns", "del", &self.name]);
+    }
+}
+
+/// A hardware address made of a text, so that each end of a test has its own.
+fn mac_of(text: &str) -> String {
+    let sum = text.bytes().fold(7u32, |sum, byte| {
+        sum.wrapping_mul(31).wrapping_add(byte.into())
+    });
+    let [a, b, c, d] = sum.to_be_bytes();
+    format!("02:77:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+}
+
+fn tool<'a>(name: &str, args: impl IntoIterator<Item = &'a str>) -> Output {
+    Invocation::new(Path::new(name))
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .args(args)
+        .output()
+}
+
+/// Inside a container: sends back what arrives on TCP port 80 and UDP port 53, of
+/// both IP versions, until it is killed.
+///
+/// # Panics
+/// When it cannot listen.
+pub(crate) fn echo() {
+    let tcp = TcpListener::bind("[::]:80").expect("port 80");
+    let udp = UdpSocket::bind("[::]:53").expect("port 53");
+    println!("listening");
+    std::thread::spawn(move || {
+        let mut datagram = [0; 65_536];
+        while let Ok((length, from)) = udp.recv_from(&mut datagram) {
+            // A peer that is gone has no use for the answer.
+            let _ = udp.send_to(&datagram[..length], from);
+        }
+    });
+    for stream in tcp.incoming().flatten() {
+        std::thread::spawn(move || {
+            let mut back = stream.try_clone().expect("a descriptor");
+            // The other end notices when less comes back.
+            let _ = io::copy(&mut &stream, &mut back);
+            let _ = back.shutdown(Shutdown::Write);
+        });
+    }
+}
+
+impl Bundle {
+    /// Puts the container into a network namespace, with the rights to look at it.
+    #[must_use]
+    pub fn network(self, path: &Path) -> Self {
+        let path = path.to_owned();
+        self.with(|c| {
+            let namespaces = c["linux"]["namespaces"].as_array_mut().expect("namespaces");
+            for namespace in namespaces.iter_mut().filter(|n| n["type"] == "network") {
+                namespace["path"] = serde_json::json!(path);
+            }
+        })
+        .capabilities(&["CAP_NET_RAW", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE"])
+    }
+}

@@ -1,0 +1,214 @@
+//! Networks of virtual machines: what is left on the host by those that die, what is
+//! refused, other ways than packet filters. `tests/oci/network.rs` has what every
+//! runtime does.
+
+use std::path::Path;
+
+use kuasar_runv_test_harness::world::configuration;
+use kuasar_runv_test_harness::{
+    Bundle, Container, Flavour, Netns, SHORT, World, json, leaks, wait_until,
+};
+
+use crate::victims::{self, Victim};
+
+const PING: &str = "ping -q -c 1 -W 5 10.77.0.1 | grep -q ' 0% packet loss' && echo reached";
+
+/// `eth0` with 10.77.0.2 in the first, 10.77.0.1 in the second.
+fn wire(world: &World) -> (Netns, Netns) {
+    let (inner, outer) = (Netns::new(world, "in"), Netns::new(world, "out"));
+    inner.connect("eth0", &["10.77.0.2/24"], &outer, "veth0");
+    outer.address("veth0", &["10.77.0.1/24"]);
+    (inner, outer)
+}
+
+fn bundle(world: &World, netns: &Netns, script: &str) -> Bundle {
+    world.bundle().sh(script).network(&netns.path())
+}
+
+fn running<'w>(world: &'w World, netns: &Netns, name: &str) -> Container<'w> {
+    let script = format!("{PING}; sleep 1000");
+    let container = world.start(&bundle(world, netns, &script), name);
+    container.wait_for_output("reached");
+    container
+}
+
+#[test]
+fn nothing_is_left_in_a_namespace_whatever_dies() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    for (number, victim) in [Victim::Vm, Victim::Sandboxer].into_iter().enumerate() {
+        let container = running(&world, &inner, &format!("c{number}"));
+        assert!(inner.links().iter().any(|name| name.starts_with("runv")));
+        assert!(inner.has_filters("eth0"));
+        victims::kill(&[victims::the(&world, victim)]);
+        // The tap goes with the hypervisor.
+        wait_until("the tap is gone", SHORT, || inner.links() == ["eth0"]);
+        let _ = container.delete_force().ok();
+        assert!(!inner.has_filters("eth0"), "{victim:?}");
+    }
+    // And it can be used again.
+    drop(running(&world, &inner, "again"));
+}
+
+/// Two machines cannot have one interface. Containers of one state root share a machine
+/// then; those of another root know nothing of each other.
+#[test]
+fn filters_of_a_dead_machine_are_no_obstacle() {
+    let (world, other) = (World::new(), World::new());
+    let (inner, _outer) = wire(&world);
+    let first = running(&world, &inner, "first");
+    let script = format!("{PING}; sleep 1000");
+    let second = other.create(&bundle(&other, &inner, &script), "second");
+    let _ = second
+        .command(&["start"])
+        .fails_with(1, "another virtual machine is connected");
+    assert_eq!(second.status(), "created");
+    victims::kill(&[victims::the(&world, Victim::Sandboxer)]);
+    wait_until("the tap is gone", SHORT, || inner.links() == ["eth0"]);
+    // Nobody has deleted it, as after a crash in `podman pod restart`.
+    assert_eq!(first.status(), "stopped");
+    second.start();
+    second.wait_for_output("reached");
+}
+
+#[test]
+fn the_hosts_network_is_refused_by_path_too() {
+    let world = World::new();
+    for path in ["/proc/self/ns/net", "/proc/self/ns/mnt", "/no/such/netns"] {
+        let words = match path {
+            "/proc/self/ns/net" => "host's network",
+            "/proc/self/ns/mnt" => "not a network namespace",
+            _ => path,
+        };
+        let bundle = world.bundle().sh("exit 0").network(Path::new(path));
+        let _ = world.try_create(&bundle, "c").fails_with(1, words);
+        world.assert_clean();
+    }
+}
+
+#[test]
+fn a_macvtap_does_as_well() {
+    let mut world = World::new();
+    let network = "[network]\nmodel = \"macvtap\"\n";
+    world.configure(&format!("{}{network}", configuration(Flavour::Source)));
+    let (inner, _outer) = wire(&world);
+    let container = running(&world, &inner, "c");
+    assert!(!inner.has_filters("eth0"));
+    assert!(inner.links().iter().any(|name| name.starts_with("runv")));
+    victims::kill(&[victims::the(&world, Victim::Sandboxer)]);
+    let _ = container.delete_force().ok();
+    assert_eq!(inner.links(), ["eth0"]);
+}
+
+#[test]
+fn several_queues_and_a_tap_for_others_to_connect() {
+    let mut world = World::new();
+    let text = configuration(Flavour::Source);
+    world.configure(&format!(
+        "{text}[vm]\nvcpus = 2\n[network]\nmodel = \"none\"\n"
+    ));
+    let (inner, _outer) = wire(&world);
+    let script = "echo queues=$(ls -d /sys/class/net/eth0/queues/rx-* | wc -l); sleep 1000";
+    let container = world.start(&bundle(&world, &inner, script), "c");
+    container.wait_for_output("queues=2");
+    // Somebody connects them.
+    let tap = inner
+        .links()
+        .into_iter()
+        .find(|name| name.starts_with("runv"));
+    inner.ip("link add br0 type bridge");
+    inner.ip("link set br0 up");
+    inner.ip(&format!("link set {} master br0", tap.unwrap()));
+    inner.ip("addr flush dev eth0");
+    inner.ip("link set eth0 master br0");
+    let _ = container.exec_sh(&[], "ip addr show eth0");
+}
+
+/// Of what is no network card, the container gets nothing, and starts.
+#[test]
+fn a_tap_of_a_program_is_an_endpoint_and_a_bridge_is_not() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    inner.ip("link add br7 type bridge");
+    inner.ip("tuntap add mode tap name tap0");
+    inner.address("tap0", &["10.80.0.2/24"]);
+    inner.ip("link set tap0 up");
+    let out = world.run(
+        &bundle(&world, &inner, "ls /sys/class/net; ip addr show tap0"),
+        "c",
+    );
+    let out = out.ok();
+    assert!(out.stdout().contains("10.80.0.2/24"), "{}", out.stdout());
+    assert!(!out.stdout().contains("br7"), "{}", out.stdout());
+}
+
+#[test]
+fn statistics_have_the_interfaces() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let container = running(&world, &inner, "c");
+    let out = container.command(&["events", "--stats"]).ok();
+    let event: kuasar_runv_test_harness::Value = serde_json_from(&out.stdout);
+    let interfaces = &event["data"]["network_interfaces"];
+    assert_eq!(interfaces[0]["Name"], "eth0", "{interfaces}");
+    assert!(
+        interfaces[0]["RxBytes"].as_u64().unwrap() > 80,
+        "{interfaces}"
+    );
+    assert_eq!(interfaces.as_array().unwrap().len(), 1);
+}
+
+fn serde_json_from(bytes: &[u8]) -> kuasar_runv_test_harness::Value {
+    serde_json::from_slice(bytes).unwrap()
+}
+
+/// Mounts of network namespaces that somebody else removes must not live on in the
+/// mount namespaces of a virtual machine's processes: their interfaces would.
+#[test]
+fn a_machine_keeps_no_namespace_of_others() {
+    let world = World::new();
+    let (inner, outer) = wire(&world);
+    let container = world.start(&world.bundle().sh("echo up; sleep 1000"), "c");
+    container.wait_for_output("up");
+    drop(inner);
+    wait_until("the other end is gone", SHORT, || outer.links().is_empty());
+}
+
+/// `linux.netDevices` moves interfaces from the caller's namespace, so the caller is in
+/// one of the test's.
+#[test]
+fn devices_of_the_host_are_given_to_the_container() {
+    let world = World::new();
+    let (host, outer) = wire(&world);
+    host.connect("spare", &["10.81.0.2/24"], &outer, "veth9");
+    let bundle = world
+        .bundle()
+        .sh(&format!("ip addr show net0; {PING}; ls /sys/class/net"))
+        .capabilities(&["CAP_NET_RAW"])
+        .with(|c| c["linux"]["netDevices"] = json!({"eth0": {"name": "net0"}}));
+    let run = |name: &str| {
+        let call = world.call(["run", "--bundle"]).arg(bundle.path());
+        host.enter(|| call.arg(world.id(name)).output())
+    };
+    let out = run("c").ok();
+    for words in ["10.77.0.2/24", "reached", "net0"] {
+        assert!(out.stdout().contains(words), "{}", out.stdout());
+    }
+    assert!(!out.stdout().contains("spare"), "{}", out.stdout());
+    // A veth goes with the namespace it is in; what is not there is an error, and
+    // takes back what has been given.
+    assert_eq!(host.links(), ["spare"]);
+    let bundle = bundle.with(|c| {
+        c["linux"]["netDevices"] = json!({"spare": {}, "zz-missing": {}});
+    });
+    let call = world.call(["run", "--bundle"]).arg(bundle.path());
+    let out = host.enter(|| call.arg(world.id("d")).output());
+    let _ = out.fails_with(1, "network device zz-missing not found");
+    wait_until("it is back", SHORT, || host.links() == ["spare"]);
+    assert!(host.ip("addr show spare").contains("10.81.0.2/24"));
+    assert!(
+        leaks::of_world(world.name(), &world.root)
+            .iter()
+            .all(|left| left.starts_with("mount: "))
+    );
+}
