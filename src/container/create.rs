@@ -30,7 +30,8 @@ use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
 use super::{
-    Error, cgroup, check_id, context, delete, execs, guest_volumes, net_devices, network, size,
+    Error, cgroup, check_id, context, delete, execs, guest_volumes, host_mounts, net_devices,
+    network, size,
 };
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
@@ -178,7 +179,8 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("create-begin");
     let interrupt = Interrupt::new().map_err(context("signalfd"))?;
     check_id(&options.id)?;
-    let bundle = Bundle::load(&options.bundle)?;
+    let mut bundle = Bundle::load(&options.bundle)?;
+    host_mounts::prepare(&mut bundle)?;
     let mut guest = guest_spec::translate(&bundle, &options.id)?;
     check_streams(
         options.preserve_fds,
@@ -209,7 +211,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         Some(scope) => Some(start_scope(&mut record, root, scope)?),
         None => None,
     };
-    cgroup::create(&mut record.cgroups)?;
+    cgroup::create(&record.cgroups)?;
     let (sandbox, holds) = enter_sandbox(root, &record, &config, options.debug)?;
     trace("sandboxer-spawned");
     let (console, slave) = open_console(options, &bundle)?;
@@ -344,8 +346,7 @@ fn enter_sandbox(
         return Ok((sandbox, Holds::Vm { memory_mib }));
     };
     let sandbox = Sandbox::join(root, &record.sandbox_id, sandboxer)?;
-    // The id is this container's now: what is there under it was left behind.
-    sandbox.unshare(&record.id)?;
+    pod::take_id(&sandbox, &record.id)?;
     sandbox.reserve(&record.id, size::of_limits(&record.resources))?;
     Ok((sandbox, Holds::StandIn))
 }

@@ -120,7 +120,7 @@ pub struct DiskMode {
 /// What was a container's alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unused {
-    /// Of the shared directory, and no more.
+    /// Of volumes in the shared directory that are no more.
     pub paths: Vec<PathBuf>,
     /// Volumes of the guest, to be removed there and then with
     /// [`Request::RemoveVolume`].

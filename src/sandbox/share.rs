@@ -99,26 +99,27 @@ impl Share {
     }
 
     /// Takes away what is a container's, and the volumes that no other uses; returns
-    /// their paths in the directory. Does what can be done, whatever fails.
+    /// the paths of those in the directory. Does what can be done, whatever fails.
     pub fn release(&mut self, container: &str) -> Vec<PathBuf> {
-        let own = self.own.remove(container).unwrap_or_default();
-        let own = own
-            .into_iter()
-            .map(|(name, mount)| (container, name, mount));
-        let unused = self.volumes.release(container).into_iter();
-        let unused = unused.map(|(name, mount)| (VOLUMES_DIR, name, mount));
-        let mut gone = Vec::new();
-        for (dir, name, mount) in own.chain(unused) {
-            if let Err(e) = self.detach_at(dir, &name, mount) {
-                log::warn!("taking {dir}/{name} out of the shared directory: {e}");
-            }
-            gone.push(Path::new(dir).join(name));
+        for (name, mount) in self.own.remove(container).unwrap_or_default() {
+            self.detach(container, &name, mount);
         }
         // Not empty, or never there.
         if let Ok(root) = crate::sys::unix_socket::open_dir(&self.dir) {
             let _ = unlinkat(&root, container, AtFlags::REMOVEDIR);
         }
+        let mut gone = Vec::new();
+        for (name, mount) in self.volumes.release(container) {
+            self.detach(VOLUMES_DIR, &name, mount);
+            gone.push(Path::new(VOLUMES_DIR).join(name));
+        }
         gone
+    }
+
+    fn detach(&self, dir: &str, name: &str, mount: OwnedFd) {
+        if let Err(e) = self.detach_at(dir, name, mount) {
+            log::warn!("taking {dir}/{name} out of the shared directory: {e}");
+        }
     }
 
     fn attach_at(&self, dir: &str, name: &str, tree: BorrowedFd<'_>) -> io::Result<()> {

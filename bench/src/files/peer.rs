@@ -34,7 +34,8 @@ impl Peer {
         command
             .args(args)
             .stdin(Stdio::null())
-            .stdout(Stdio::null());
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         let machine = spawn(&mut command);
         Peer {
             processes: vec![machine, server],

@@ -12,6 +12,8 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{Access, access};
+
 use self::systemd::Scope;
 use super::Error;
 
@@ -33,6 +35,10 @@ struct Hierarchy {
 /// relative from this process's own cgroup, empty for a cgroup named after the
 /// container. A scope of systemd has its own place.
 ///
+/// Without a path, an account that is not root gets those it may make, which may be
+/// none: engines name a path where cgroups have been delegated to it. runc does the
+/// same.
+///
 /// # Errors
 /// A path that leads out of the hierarchy.
 pub fn directories(
@@ -40,6 +46,7 @@ pub fn directories(
     id: &str,
     scope: Option<&Scope>,
 ) -> Result<Vec<PathBuf>, Error> {
+    let all_or_nothing = path.is_some() || !crate::root::is_rootless();
     let path = match (scope, path) {
         (Some(scope), _) => scope.path(),
         (None, Some(path)) if !path.as_os_str().is_empty() => path.to_owned(),
@@ -67,7 +74,15 @@ pub fn directories(
                 .join(own_cgroup(&own, hierarchy).trim_start_matches('/'))
                 .join(&path),
         })
+        .filter(|directory| all_or_nothing || may_be_made(directory))
         .collect())
+}
+
+/// Whether this process may make a directory whose parent exists.
+fn may_be_made(directory: &Path) -> bool {
+    directory
+        .parent()
+        .is_some_and(|parent| access(parent, Access::WRITE_OK).is_ok())
 }
 
 /// Whether the host has cgroup v2 and nothing else.
@@ -141,34 +156,18 @@ fn own_cgroup<'a>(own: &'a str, hierarchy: &Hierarchy) -> &'a str {
         .unwrap_or("/")
 }
 
-/// Makes the directories. Those that a user other than root may not make are taken
-/// out of the list: as with runc, such a container runs without.
+/// Makes the directories.
 ///
 /// # Errors
 /// As mkdir(2); those made before are left for [`remove`].
-pub fn create(directories: &mut Vec<PathBuf>) -> Result<(), Error> {
-    let rootless = !nix::unistd::geteuid().is_root();
-    let mut failed = Ok(());
-    directories.retain(|dir| match make(dir) {
-        Ok(()) => true,
-        Err(e) if rootless && is_denied(&e) => {
-            log::debug!("no cgroup {}: {e}", dir.display());
-            false
-        }
-        Err(source) => {
-            let path = dir.clone();
-            failed = Err(Error::Cgroup { path, source });
-            true
-        }
-    });
-    failed
-}
-
-fn is_denied(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EACCES | libc::EPERM | libc::EROFS)
-    )
+pub fn create(directories: &[PathBuf]) -> Result<(), Error> {
+    for dir in directories {
+        make(dir).map_err(|source| Error::Cgroup {
+            path: dir.clone(),
+            source,
+        })?;
+    }
+    Ok(())
 }
 
 /// Makes one directory and what is missing above it. A cpuset of v1 starts

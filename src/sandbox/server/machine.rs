@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use kuasar_runv_protocol::{SHARE_TAG, cmdline};
 
-use super::{DEVICE_GRACE, End, FS_VHOST_SOCKET, Sandboxer, VSOCK_VHOST_SOCKET, clock};
+use super::{DEVICE_GRACE, End, Sandboxer, clock};
 use crate::sandbox::CONSOLE_LOG;
 use crate::sandbox::control::{Reply, SandboxerConfig};
 use crate::sandbox::size::{self, Demand};
-use crate::vm::{self, FsDevice, Vm, VmConfig, VmEvent, VmSize};
+use crate::vm::{self, Vm, VmConfig, VmEvent, VmSize};
 
 impl Sandboxer {
     pub(super) fn vm_events(&mut self) -> Result<(), End> {
@@ -20,10 +20,12 @@ impl Sandboxer {
                     log::info!("virtual machine: {event:?}");
                     match event {
                         VmEvent::Exited(exit) => {
-                            let why = exit.message.map_or_else(
-                                || format!("it ended with {}", exit.status),
-                                |message| format!("{message} ({})", exit.status),
-                            );
+                            let why = match (exit.message, exit.status) {
+                                (Some(message), Some(status)) => format!("{message} ({status})"),
+                                (Some(message), None) => message,
+                                (None, Some(status)) => format!("it ended with {status}"),
+                                (None, None) => "it ended".to_owned(),
+                            };
                             return Err(End::Failed(format!(
                                 "{}: {why}{}",
                                 self.vm.hypervisor(),
@@ -163,11 +165,7 @@ pub(super) fn vm_config(config: &SandboxerConfig, size: VmSize, dir: &Path) -> V
         kernel_params: params,
         size,
         most: config.demands.bounds().most,
-        vsock_socket: VSOCK_VHOST_SOCKET.to_owned(),
-        fs: FsDevice {
-            socket: FS_VHOST_SOCKET.to_owned(),
-            tag: SHARE_TAG.to_owned(),
-        },
+        fs_tag: SHARE_TAG.to_owned(),
         console_log: settings.console_log.then(|| CONSOLE_LOG.to_owned()),
         verbose_console: settings.debug,
     }

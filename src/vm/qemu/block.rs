@@ -55,3 +55,24 @@ fn back_end(id: &str, set: u64, disk: &BlockDevice) -> Value {
         "discard": "unmap",
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_cached_by_the_host_and_a_device_is_not() {
+        for (is_device, driver) in [(true, "host_device"), (false, "file")] {
+            let disk = BlockDevice {
+                file: std::fs::File::open("/dev/null").unwrap().into(),
+                is_device,
+                read_only: !is_device,
+            };
+            let made = back_end("disk-1", 7, &disk);
+            assert_eq!(made["driver"], driver);
+            assert_eq!(made["filename"], "/dev/fdset/7");
+            assert_eq!(made["cache"]["direct"], is_device);
+            assert_eq!(made["read-only"], !is_device);
+        }
+    }
+}
