@@ -76,6 +76,14 @@ demo: ## set everything up and run a bundle in a VM
 test: ## set everything up and run all tests
 	@scripts/test
 
+.PHONY: test-kvm
+test-kvm: image ## run a selection of the tests on the built-in VMM, in a test machine with KVM
+	@scripts/test-kvm
+
+.PHONY: bench-kvm
+bench-kvm: image ## measure boots with the built-in VMM beside QEMU on KVM, there as well
+	@scripts/bench-kvm
+
 # Continue with the other engines when one fails, and fail at the end.
 .PHONY: integration
 integration: image ## run all cases of podman, containerd, docker and buildah
