@@ -17,7 +17,6 @@ RELEASE := target/x86_64-unknown-linux-gnu/release
 GUEST := target/guest
 BIN := $(DESTDIR)$(PREFIX)/bin
 LIB := $(DESTDIR)$(PREFIX)/lib/kuasar-runv
-ETC := $(DESTDIR)$(SYSCONFDIR)/kuasar-runv
 MAN := $(DESTDIR)$(PREFIX)/share/man
 
 .PHONY: help
@@ -26,7 +25,7 @@ help: ## print this list
 
 .PHONY: setup
 setup: ## install every distribution package the project needs (as root)
-	@scripts/setup-packages run build kernel packaged test
+	@scripts/setup-packages run build kernel packaged test engines
 
 # --- binaries ---
 
@@ -77,6 +76,20 @@ demo: ## set everything up and run a bundle in a VM
 test: ## set everything up and run all tests
 	@scripts/test
 
+.PHONY: test-kvm
+test-kvm: image ## run a selection of the tests on the built-in VMM, in a test machine with KVM
+	@scripts/test-kvm
+
+.PHONY: bench-kvm
+bench-kvm: image ## measure boots with the built-in VMM beside QEMU on KVM, there as well
+	@scripts/bench-kvm
+
+# Continue with the other engines when one fails, and fail at the end.
+.PHONY: integration
+integration: image ## run all cases of podman, containerd, docker and buildah
+	@status=0; for engine in podman containerd docker buildah; do \
+	  integration/$$engine || status=1; done; exit $$status
+
 .PHONY: bench
 bench: image floor ## measure beside a bare boot, runc and crun
 	@scripts/setup-packages run test
@@ -87,7 +100,9 @@ lint: ## formatting, clippy and, when installed, shellcheck
 	@cargo fmt --all --check
 	@cargo clippy --release --workspace --all-targets -- -D warnings
 	@if command -v shellcheck >/dev/null; then \
-	  shellcheck -x scripts/* rootfs-builder/build-* rootfs-builder/kernel/*.sh; \
+	  shellcheck -x scripts/* rootfs-builder/build-* rootfs-builder/kernel/*.sh \
+	    integration/podman integration/containerd integration/docker integration/buildah \
+	    integration/oci-conformance integration/lib/*.sh integration/*.d/*.sh; \
 	else echo 'lint: shellcheck is not installed, scripts were not checked'; fi
 
 .PHONY: man
@@ -99,7 +114,7 @@ man: ## write the manual into target/man
 
 .PHONY: install
 install: ## install into PREFIX (default /usr/local), below DESTDIR; needs make image
-	@scripts/install-files "$(BIN)" "$(LIB)" "$(ETC)" "$(MAN)" "$(PREFIX)"
+	@scripts/install-files "$(BIN)" "$(LIB)" "$(DESTDIR)$(SYSCONFDIR)" "$(MAN)" "$(PREFIX)"
 
 .PHONY: clean
 clean: ## remove what was built here; kernels stay in the cache

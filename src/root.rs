@@ -12,6 +12,7 @@
 //!
 //! Everything is 0700. Container ids are checked before they become a path.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -91,14 +92,35 @@ impl Root {
     }
 }
 
+/// The variables of the environment that the default depends on.
+pub fn environment() -> impl Iterator<Item = (&'static str, OsString)> {
+    ["XDG_RUNTIME_DIR", "USER"]
+        .into_iter()
+        .filter_map(|name| Some((name, std::env::var_os(name)?)))
+}
+
 fn default_path() -> PathBuf {
-    if nix::unistd::geteuid().is_root() {
-        return DEFAULT.into();
-    }
     match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(dir) if !dir.is_empty() => Path::new(&dir).join("kuasar-runv"),
+        Some(dir) if !dir.is_empty() && is_rootless() => Path::new(&dir).join("kuasar-runv"),
         _ => DEFAULT.into(),
     }
+}
+
+/// Whether this is no root, or the root of an engine's user namespace (rootless
+/// podman), which is an ordinary account outside. Root in a container that was
+/// given root's name is root, as with runc.
+#[must_use]
+pub fn is_rootless() -> bool {
+    if !nix::unistd::geteuid().is_root() {
+        return true;
+    }
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    !maps_everything(&map) && std::env::var_os("USER").is_none_or(|user| user != "root")
+}
+
+/// Whether a uid_map (user_namespaces(7)) is that of the initial namespace.
+fn maps_everything(map: &str) -> bool {
+    map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 /// Makes one directory with mode 0700.
@@ -135,6 +157,14 @@ pub fn remove_private_dir(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_initial_user_namespace_is_told_by_its_map() {
+        assert!(maps_everything("         0          0 4294967295\n"));
+        assert!(!maps_everything("         0       1000          1\n"));
+        assert!(!maps_everything("0 1000 1\n1 100000 65536\n"));
+        assert!(!maps_everything(""));
+    }
 
     #[test]
     fn only_flat_directories_are_removed() {

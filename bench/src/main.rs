@@ -10,6 +10,7 @@
 //!  throughput  stdout of the container | a vsock stream of the same VM
 //!  network     TCP through a container's network | a bare tap of the same VM
 //!  files       files of the rootfs | the same served by virtiofsd, same QEMU and kernel
+//!  engines     `true` with podman and ctr, kuasar-runv | runc | the floor
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
 //!
@@ -26,6 +27,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod commands;
+mod engines;
 mod exec;
 mod files;
 mod floor;
@@ -87,6 +89,7 @@ enum Part {
     Network,
     Files,
     Keys,
+    Engines,
 }
 
 fn main() {
@@ -134,6 +137,9 @@ fn main() {
     }
     if wanted(Part::Keys) {
         report.add(keys::measure(options.keys));
+    }
+    if wanted(Part::Engines) {
+        report.add(engines::measure(options.rounds));
     }
     if let Some(path) = options.markdown {
         std::fs::write(&path, report.markdown())

@@ -5,7 +5,7 @@
 # system, never installed: no boot loader hook runs and /boot stays as it is.
 
 : "${here:?is set by build-kernel}"
-module_list=$here/kernel/packaged.modules
+module_list=${module_list:-$here/kernel/packaged.modules}
 
 # "PACKAGE VERSION" of the kernel that apt would install now.
 packaged_kernel() {
@@ -24,7 +24,9 @@ recipe_inputs() {
   kernel=$(packaged_kernel)
   [[ $kernel ]] ||
     die "apt does not know ${KUASAR_PACKAGED_KERNEL:-linux-image-cloud-amd64}; run apt-get update"
-  printf '%s\n' "package $kernel" "modules $(sha256sum <"$module_list")"
+  # This file is not the whole recipe when another one sources it.
+  printf '%s\n' "package $kernel" "modules $(sha256sum <"$module_list")" \
+    "recipe $(sha256sum <"${BASH_SOURCE[0]}")"
 }
 
 # A little-endian number of a file: number FILE OFFSET BYTES.
@@ -125,6 +127,8 @@ fetch_package() {
 
 recipe_build() {
   local work=$1 result=$2 log=$3 package version release
+  # Its absence would show only as missing modules.
+  command -v depmod >/dev/null || die "depmod is missing; run scripts/setup-packages packaged"
   read -r package version < <(packaged_kernel)
   if ! step "$log" "downloading $package $version" fetch_package "$package" "$version" "$work"; then
     die "$package $version could not be downloaded; apt's lists may be out of date (apt-get update)"

@@ -13,6 +13,7 @@ use crate::root::Root;
 use crate::sys::seqpacket::wait_readable;
 use crate::vm::detect::{self, KvmStatus};
 use crate::vm::requirements;
+use crate::vm::selection::{self, Choice};
 
 /// How long `qemu --version` may take.
 const VERSION_DEADLINE: Duration = Duration::from_secs(5);
@@ -21,8 +22,28 @@ const OLDEST: (u32, u32) = (7, 2);
 
 const KVM_REMEDY: &str = "load the module kvm_intel or kvm_amd; in a virtual machine, have nested virtualization enabled on its host";
 
-/// What is done about KVM in this configuration.
+/// What runs a VM in this configuration, and why.
 pub(super) fn choice(subject: &Subject) -> Finding {
+    match selection::choose(&subject.config) {
+        Choice::Builtin => builtin(),
+        Choice::Qemu => accelerator(subject),
+    }
+}
+
+fn builtin() -> Finding {
+    const NAME: &str = "hypervisor";
+    match detect::kvm(&Root::machine_path()) {
+        KvmStatus::Usable => Finding::ok(NAME, "builtin with KVM, which works"),
+        status => Finding::fail(
+            NAME,
+            format!("hypervisor is \"builtin\", but KVM does not work: {status}"),
+            "set hypervisor to \"auto\" in config.toml, or make KVM work",
+        ),
+    }
+}
+
+/// What QEMU does about KVM in this configuration.
+fn accelerator(subject: &Subject) -> Finding {
     const NAME: &str = "hypervisor";
     const SLOW: &str = "everything in the guest takes about ten times as long";
     let accel = subject.config.qemu.accel;
@@ -145,7 +166,7 @@ fn number(line: &str) -> Option<(u32, u32)> {
 mod tests {
     use super::*;
     use crate::check::Level;
-    use crate::config::Config;
+    use crate::config::{Config, Hypervisor};
 
     fn ask(question: fn(&Subject) -> Finding, edit: impl FnOnce(&mut Config)) -> Finding {
         let mut config = Config::default();
@@ -179,5 +200,7 @@ mod tests {
         assert_eq!(chosen.level, Level::Ok);
         let forced = ask(choice, |c| c.qemu.accel = Accel::Kvm);
         assert_ne!(forced.level, Level::Warn);
+        let builtin = ask(choice, |c| c.hypervisor = Hypervisor::Builtin);
+        assert_ne!(builtin.level, Level::Warn);
     }
 }

@@ -52,9 +52,11 @@ pub struct Config {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Hypervisor {
-    /// The best one that works on this machine.
+    /// QEMU, with KVM where it works.
     #[default]
     Auto,
+    /// The one inside the sandboxer; needs KVM.
+    Builtin,
     Qemu,
 }
 

@@ -112,8 +112,8 @@ fn wrong_values_are_reported_with_line_and_key() {
             "config.toml:3: qemu.path: must be an absolute path, not \"qemu-system-x86_64\"",
         ),
         (
-            "hypervisor = \"builtin\"",
-            "config.toml:1: hypervisor: \"builtin\" is not built into this version, it has \
+            "hypervisor = \"firecracker\"",
+            "config.toml:1: hypervisor: \"firecracker\" is not built into this version, it has \
              \"auto\", \"qemu\"",
         ),
         (

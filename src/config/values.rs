@@ -8,15 +8,16 @@ use serde::{Deserialize, Deserializer, de::Error};
 
 use super::Hypervisor;
 
-const AVAILABLE_HYPERVISORS: &str = "\"auto\", \"qemu\"";
+const AVAILABLE_HYPERVISORS: &str = "\"auto\", \"builtin\", \"qemu\"";
 /// Hypervisors that other versions of this program have.
-const OTHER_HYPERVISORS: [&str; 4] = ["builtin", "cloud-hypervisor", "stratovirt", "firecracker"];
+const OTHER_HYPERVISORS: [&str; 3] = ["cloud-hypervisor", "stratovirt", "firecracker"];
 
 impl<'de> Deserialize<'de> for Hypervisor {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let name = String::deserialize(deserializer)?;
         match name.as_str() {
             "auto" => Ok(Hypervisor::Auto),
+            "builtin" => Ok(Hypervisor::Builtin),
             "qemu" => Ok(Hypervisor::Qemu),
             other if OTHER_HYPERVISORS.contains(&other) => Err(D::Error::custom(format!(
                 "\"{other}\" is not built into this version, it has {AVAILABLE_HYPERVISORS}"

@@ -9,6 +9,8 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{Access, access};
+
 use super::Error;
 
 /// How long a cgroup may stay busy after its last process has ended.
@@ -29,9 +31,14 @@ struct Hierarchy {
 /// relative from this process's own cgroup, empty for a cgroup named after the
 /// container, and with `systemd` of the form `slice:prefix:name`.
 ///
+/// Without a path, an account that is not root gets those it may make, which may be
+/// none: engines name a path where cgroups have been delegated to it. runc does the
+/// same.
+///
 /// # Errors
 /// A path that leads out of the hierarchy, or no systemd where it is asked for.
 pub fn directories(path: Option<&Path>, id: &str, systemd: bool) -> Result<Vec<PathBuf>, Error> {
+    let all_or_nothing = path.is_some() || !crate::root::is_rootless();
     let path = match path {
         None => PathBuf::from(id),
         Some(path) if path.as_os_str().is_empty() => PathBuf::from(id),
@@ -60,7 +67,15 @@ pub fn directories(path: Option<&Path>, id: &str, systemd: bool) -> Result<Vec<P
                 .join(own_cgroup(&own, hierarchy).trim_start_matches('/'))
                 .join(&path),
         })
+        .filter(|directory| all_or_nothing || may_be_made(directory))
         .collect())
+}
+
+/// Whether this process may make a directory whose parent exists.
+fn may_be_made(directory: &Path) -> bool {
+    directory
+        .parent()
+        .is_some_and(|parent| access(parent, Access::WRITE_OK).is_ok())
 }
 
 /// `slice:prefix:name` as systemd lays it out (systemd.slice(5)).

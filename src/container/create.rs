@@ -27,7 +27,10 @@ use super::pod::{self, Unreachable};
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
-use super::{Error, cgroup, check_id, context, delete, execs, guest_volumes, net_devices, network};
+use super::{
+    Error, cgroup, check_id, context, delete, execs, guest_volumes, host_mounts, net_devices,
+    network,
+};
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent};
 use crate::config::Config;
@@ -174,7 +177,8 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("create-begin");
     let interrupt = Interrupt::new().map_err(context("signalfd"))?;
     check_id(&options.id)?;
-    let bundle = Bundle::load(&options.bundle)?;
+    let mut bundle = Bundle::load(&options.bundle)?;
+    host_mounts::prepare(&mut bundle)?;
     let mut guest = guest_spec::translate(&bundle, &options.id)?;
     check_streams(
         options.preserve_fds,
@@ -316,8 +320,7 @@ fn enter_sandbox(
         return Ok(Sandbox::boot(root, id, config, &record.cgroups, debug)?);
     };
     let sandbox = Sandbox::join(root, &record.sandbox_id, sandboxer)?;
-    // The id is this container's now: what is there under it was left behind.
-    sandbox.unshare(&record.id)?;
+    pod::take_id(&sandbox, &record.id)?;
     Ok(sandbox)
 }
 

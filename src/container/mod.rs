@@ -16,6 +16,7 @@ pub mod execs;
 pub mod guest_spec;
 pub mod guest_volumes;
 pub mod hooks;
+mod host_mounts;
 pub mod kill;
 pub mod labels;
 pub mod limits;

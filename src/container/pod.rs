@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::state::ContainerRecord;
 use super::{Error, context, guest_volumes, membership};
 use crate::root::Root;
+use crate::sandbox::control::Unused;
 use crate::sandbox::record::SandboxRecord;
 use crate::sandbox::{self, Sandbox};
 use crate::sys::lock::DirLock;
@@ -117,6 +118,21 @@ fn remove(
     let unused = unshared?;
     guest_volumes::take_apart(&sandbox, &unused)?;
     Ok(disconnected?)
+}
+
+/// Removes what a container of the same id has left in the shared directory, because
+/// its sandboxer did not answer when it was deleted: the id is another's now.
+///
+/// # Errors
+/// See [`Error`].
+pub fn take_id(sandbox: &Sandbox, id: &str) -> Result<(), Error> {
+    let unused = sandbox.unshare(id)?;
+    if unused == Unused::default() {
+        return Ok(());
+    }
+    remove_from_guest(sandbox, id)?;
+    guest_volumes::take_apart(sandbox, &unused)?;
+    Ok(())
 }
 
 /// Removes what the guest has of a container, if anything.

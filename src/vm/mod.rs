@@ -2,12 +2,11 @@
 //!
 //! A [`Vm`] is one virtual machine that the sandboxer owns. The model:
 //!
-//! - The sandboxer prepares a private directory with the vhost-user sockets of
-//!   its devices listening, and describes the machine in a [`VmConfig`].
-//!   [`create`] picks the hypervisor and checks what can be checked before
-//!   anything runs.
-//! - [`Vm::boot`] starts the machine and returns as soon as it executes. When the
-//!   guest is ready is the agent's to say.
+//! - The sandboxer prepares a private directory and describes the machine in a
+//!   [`VmConfig`]. [`create`] picks the hypervisor ([`selection`]) and checks what
+//!   can be checked before anything runs.
+//! - [`Vm::boot`] makes the machine, [`Vm::serve`] starts the devices of every pod
+//!   and has the machine execute. When the guest is ready is the agent's to say.
 //! - What happens to the machine afterwards arrives as [`VmEvent`]s: whenever
 //!   [`Vm::event_fd`] is readable, [`Vm::next_event`] is called until it answers
 //!   `None`. No threads are needed and no call waits longer than its deadline.
@@ -17,11 +16,13 @@
 //! What a hypervisor cannot do is [`Error::Unsupported`], and [`Capabilities`]
 //! says so beforehand.
 
+mod builtin;
 pub mod detect;
 pub mod devices;
 mod log_pump;
 mod process;
 mod qemu;
+pub mod selection;
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -29,9 +30,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use crate::config::{Config, Hypervisor};
+use crate::config::Config;
 
 pub use qemu::requirements;
+use selection::Choice;
 
 /// One virtual machine.
 #[allow(
@@ -44,7 +46,8 @@ pub trait Vm {
 
     fn capabilities(&self) -> Capabilities;
 
-    /// Starts the machine.
+    /// Makes the machine; a hypervisor with a process of its own starts executing
+    /// it.
     ///
     /// For a hypervisor with a process of its own, `on_spawn` is called with its
     /// pid while that process still waits to execute the hypervisor, so that the
@@ -57,6 +60,15 @@ pub trait Vm {
     /// # Errors
     /// The hypervisor could not be executed, or `on_spawn`'s error.
     fn boot(&mut self, on_spawn: &mut dyn FnMut(i32) -> io::Result<()>) -> Result<(), Error>;
+
+    /// Starts the back ends of the devices that every machine has, on threads of
+    /// this process; to be called once, after [`Vm::boot`]. At the latest from now
+    /// on the machine executes.
+    ///
+    /// # Errors
+    /// No thread, descriptor or socket is to be had; [`Error::NotRunning`] at the
+    /// wrong time.
+    fn serve(&mut self, back_ends: BackEnds) -> Result<Vec<Served>, Error>;
 
     /// Pid of the hypervisor's process while it has one of its own.
     fn pid(&self) -> Option<i32>;
@@ -129,8 +141,25 @@ pub struct Capabilities {
     pub emulated: bool,
 }
 
-/// The machine to boot. Names of sockets and logs are file names in
-/// `sandbox_dir`, because a whole path may not fit a socket address.
+/// What the devices that every machine has are connected to on the host.
+#[derive(Debug)]
+pub struct BackEnds {
+    /// Takes the sockets of the guest's ports; the sandbox directory.
+    pub sockets: OwnedFd,
+    /// The guest's context id.
+    pub guest_cid: u64,
+    /// The directory that the guest sees as a file system.
+    pub shared: OwnedFd,
+}
+
+/// A device that is being served.
+#[derive(Debug)]
+pub struct Served {
+    pub name: &'static str,
+    pub handle: devices::vhost_user::Handle,
+}
+
+/// The machine to boot. Names of logs are file names in `sandbox_dir`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmConfig {
     /// Private, absolute directory of the sandbox; working directory of a
@@ -142,10 +171,8 @@ pub struct VmConfig {
     /// needs is put before them.
     pub kernel_params: String,
     pub size: VmSize,
-    /// Listening vhost-user socket of the vsock device.
-    pub vsock_socket: String,
-    /// The pod's shared directory.
-    pub fs: FsDevice,
+    /// By which the guest mounts the pod's shared directory, at most 36 bytes.
+    pub fs_tag: String,
     /// File that takes the guest's console; a file that reached
     /// `log_pump::LOG_LIMIT` becomes `<name>.1`. `None` drops the output.
     pub console_log: Option<String>,
@@ -157,14 +184,6 @@ pub struct VmConfig {
 pub struct VmSize {
     pub vcpus: u32,
     pub memory_mib: u32,
-}
-
-/// A virtio-fs device whose back end listens on a vhost-user socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FsDevice {
-    pub socket: String,
-    /// What the guest mounts, at most 36 bytes.
-    pub tag: String,
 }
 
 /// A device that can be attached to a running machine.
@@ -233,8 +252,9 @@ pub enum VmEvent {
 /// How a hypervisor ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmExit {
-    pub status: ExitStatus,
-    /// The last line the hypervisor printed, when it did not end well.
+    /// How its process ended, when it had one of its own.
+    pub status: Option<ExitStatus>,
+    /// Why it ended: the last line its process printed, if that did not end well.
     pub message: Option<String>,
 }
 
@@ -254,8 +274,24 @@ pub enum Error {
         source: io::Error,
         hint: &'static str,
     },
-    #[error("qemu.accel is \"kvm\", but KVM does not work on this machine: {reason}")]
-    KvmUnusable { reason: String },
+    #[error("{wanted} needs KVM, which does not work on this machine: {reason}")]
+    KvmUnusable {
+        /// What asks for it.
+        wanted: &'static str,
+        reason: String,
+    },
+    #[error("KVM: {operation}: {}", reason(source))]
+    Kvm {
+        operation: &'static str,
+        source: io::Error,
+    },
+    #[error("{0}")]
+    Boot(#[source] builtin::BootError),
+    #[error("the virtual CPUs did not {operation} within {seconds} s")]
+    Unanswered {
+        operation: &'static str,
+        seconds: u64,
+    },
     #[error("cannot start {}: {step}: {}", path.display(), reason(source))]
     Spawn {
         path: PathBuf,
@@ -302,9 +338,8 @@ fn reason(e: &io::Error) -> String {
 /// A missing or unusable binary, firmware, kernel or image; KVM configured where
 /// it does not work.
 pub fn create(config: &Config, vm: VmConfig, cache_dir: &Path) -> Result<Box<dyn Vm>, Error> {
-    match config.hypervisor {
-        Hypervisor::Auto | Hypervisor::Qemu => {
-            Ok(Box::new(qemu::QemuVm::new(config, vm, cache_dir)?))
-        }
+    match selection::choose(config) {
+        Choice::Builtin => Ok(Box::new(builtin::BuiltinVm::new(config, vm, cache_dir)?)),
+        Choice::Qemu => Ok(Box::new(qemu::QemuVm::new(config, vm, cache_dir)?)),
     }
 }

@@ -260,3 +260,42 @@ fn a_relative_bind_source_is_relative_to_the_bundle() {
     fs::write(bundle.dir().join("data/file"), "in the bundle\n").unwrap();
     assert_eq!(world.run(&bundle, "c").ok().stdout(), "in the bundle\n");
 }
+
+/// podman's `-v /dir:/place:O` and image volumes.
+#[test]
+fn an_overlay_of_host_directories_keeps_them_as_they_are() {
+    let world = World::new();
+    let lower = directory(&world, "lower", "file");
+    let upper = world.path("upper");
+    let work = world.path("work");
+    // The upper directory of an overlay cannot be on an overlay itself.
+    for dir in [&upper, &work] {
+        fs::create_dir(dir).unwrap();
+    }
+    let overlay = |destination: &str, options: &[String]| json!({ "destination": destination, "type": "overlay", "source": "overlay", "options": options });
+    let with = |name: &str, dir: &Path| format!("{name}={}", dir.display());
+    let two = format!("lowerdir={}:{}", lower.display(), upper.display());
+    let script = "cat /o/file; echo changed >/o/file; echo new >/o/new; cat /o/file
+        touch /ro/x 2>&1; cat /ro/file";
+    let bundle = world
+        .bundle()
+        .sh(script)
+        .mount(overlay(
+            "/o",
+            &[
+                with("lowerdir", &lower),
+                with("upperdir", &upper),
+                with("workdir", &work),
+            ],
+        ))
+        .mount(overlay("/ro", &[two]));
+    let out = world.run(&bundle, "c");
+    let said = out.stdout();
+    assert!(said.starts_with("lower/file\nchanged\n"), "{said}");
+    assert!(said.contains("Read-only file system"), "{said}");
+    assert_eq!(
+        fs::read_to_string(lower.join("file")).unwrap(),
+        "lower/file\n"
+    );
+    assert_eq!(fs::read_to_string(upper.join("new")).unwrap(), "new\n");
+}

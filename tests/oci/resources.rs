@@ -57,8 +57,10 @@ fn cpu_limits_are_set() {
     let world = World::new();
     let script = show("quota", "cpu.max", "cpu/cpu.cfs_quota_us")
         + &show("cpus", "cpuset.cpus", "cpuset/cpuset.cpus")
-        + &show("shares", "cpu.weight", "cpu/cpu.shares");
+        + &show("shares", "cpu.weight", "cpu/cpu.shares")
+        + &show("weight", "io.weight", "blkio/blkio.bfq.weight");
     let bundle = own_cgroup(&world).sh(&script).with(|c| {
+        c["linux"]["resources"]["blockIO"] = json!({ "weight": 500 });
         c["linux"]["resources"]["cpu"] =
             json!({ "quota": 20000, "period": 50000, "shares": 512, "cpus": "0" });
     });
@@ -73,4 +75,10 @@ fn cpu_limits_are_set() {
     // formula of crun and runc that maps 1024 to 100.
     let shares = out.fact("shares");
     assert!(["20", "59", "512"].contains(&shares.as_str()), "{shares}");
+    // 500 of v1 is 4950 of v2 (1 + (500 - 10) * 9999 / 990). A kernel may have neither.
+    let weight = out.fact("weight");
+    assert!(
+        ["default 4950", "500", ""].contains(&weight.as_str()),
+        "{weight}"
+    );
 }

@@ -211,6 +211,16 @@ fn prepare_cgroup(cgroup: &Cgroup, spec: &mut Spec) -> Result<(), Failure> {
                 .map_err(Failure::io("forbidding swap"))?;
         }
     }
+    if let Some(io) = resources.as_mut().and_then(|r| r.block_io_mut().as_mut()) {
+        // libcgroups computes it in 16 bits, which the formula leaves from 17 on.
+        let weight = io.weight().filter(|weight| *weight > 0);
+        io.set_weight(None);
+        if let Some(weight) = weight {
+            cgroup
+                .set_io_weight(weight)
+                .map_err(Failure::io("setting the weight of block I/O"))?;
+        }
+    }
     let rules = resources.as_mut().and_then(|r| r.devices_mut().take());
     let rules =
         devices::rules(&rules.unwrap_or_default()).map_err(|e| Failure::invalid(e.to_string()))?;

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use kuasar_runv_protocol::{SHARE_TAG, cmdline};
 
-use super::{DEVICE_GRACE, End, FS_VHOST_SOCKET, Sandboxer, VSOCK_VHOST_SOCKET};
+use super::{DEVICE_GRACE, End, Sandboxer};
 use crate::sandbox::CONSOLE_LOG;
 use crate::sandbox::control::SandboxerConfig;
-use crate::vm::{FsDevice, VmConfig, VmEvent, VmSize};
+use crate::vm::{VmConfig, VmEvent, VmSize};
 
 impl Sandboxer {
     pub(super) fn vm_events(&mut self) -> Result<(), End> {
@@ -19,10 +19,12 @@ impl Sandboxer {
                     log::info!("virtual machine: {event:?}");
                     match event {
                         VmEvent::Exited(exit) => {
-                            let why = exit.message.map_or_else(
-                                || format!("it ended with {}", exit.status),
-                                |message| format!("{message} ({})", exit.status),
-                            );
+                            let why = match (exit.message, exit.status) {
+                                (Some(message), Some(status)) => format!("{message} ({status})"),
+                                (Some(message), None) => message,
+                                (None, Some(status)) => format!("it ended with {status}"),
+                                (None, None) => "it ended".to_owned(),
+                            };
                             return Err(End::Failed(format!(
                                 "{}: {why}{}",
                                 self.vm.hypervisor(),
@@ -113,11 +115,7 @@ pub(super) fn vm_config(config: &SandboxerConfig, dir: &Path) -> VmConfig {
             vcpus: settings.vm.vcpus,
             memory_mib: settings.vm.memory_mib,
         },
-        vsock_socket: VSOCK_VHOST_SOCKET.to_owned(),
-        fs: FsDevice {
-            socket: FS_VHOST_SOCKET.to_owned(),
-            tag: SHARE_TAG.to_owned(),
-        },
+        fs_tag: SHARE_TAG.to_owned(),
         console_log: settings.console_log.then(|| CONSOLE_LOG.to_owned()),
         verbose_console: settings.debug,
     }

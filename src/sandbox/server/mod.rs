@@ -38,17 +38,13 @@ use crate::root::Root;
 use crate::sys::process::ProcessRef;
 use crate::sys::seqpacket::Channel;
 use crate::sys::unix_socket;
-use crate::vm::devices::{self, fs, vsock};
-use crate::vm::{self, Vm};
+use crate::vm::{self, BackEnds, Served, Vm};
 
 pub use spawn::spawn;
 
 /// The sandboxer's name on the hidden command line.
 pub const COMMAND: &str = "sandboxer";
 const CHANNEL_FD: i32 = 3;
-
-const VSOCK_VHOST_SOCKET: &str = "vsock-vhost.sock";
-const FS_VHOST_SOCKET: &str = "fs-vhost.sock";
 
 /// How long the creator may take to send the configuration, and to ask why the
 /// VM could not be started.
@@ -136,15 +132,9 @@ struct Sandboxer {
     dir: PathBuf,
     stop_deadline: Duration,
     /// Those that still have something to say.
-    devices: Vec<Device>,
+    devices: Vec<Served>,
     /// When the VM has to have ended by itself, once its end has begun.
     vm_ends_by: Option<Instant>,
-}
-
-/// A device served to the hypervisor.
-struct Device {
-    name: &'static str,
-    handle: devices::vhost_user::Handle,
 }
 
 impl Sandboxer {
@@ -156,8 +146,6 @@ impl Sandboxer {
         let bind = |name: &str| {
             unix_socket::bind(dir_fd.as_fd(), name).map_err(context("making a socket"))
         };
-        let vsock_vhost = bind(VSOCK_VHOST_SOCKET)?;
-        let fs_vhost = bind(FS_VHOST_SOCKET)?;
         let event_listener = bind(&format!("{VSOCK_SOCKET}_{EVENT_PORT}"))?;
         let known = Root::of_machine().map_err(context("the directory for what is detected"))?;
         let share = Share::create(dir.join("share"), &[&known, &dir])
@@ -171,11 +159,13 @@ impl Sandboxer {
             record.write(&root).map_err(io::Error::other)
         })?;
         let shared = unix_socket::open_dir(share.dir()).map_err(context("the shared directory"))?;
-        let fs = fs::spawn(fs_vhost, shared).map_err(context("the virtio-fs device"))?;
         let listener =
             Listener::bind(dir_fd.as_fd(), CONTROL_SOCKET).map_err(context("making a socket"))?;
-        let vsock = vsock::spawn(vsock_vhost, dir_fd, u64::from(GUEST_CID))
-            .map_err(context("the vsock device"))?;
+        let devices = machine.serve(BackEnds {
+            sockets: dir_fd,
+            guest_cid: GUEST_CID.into(),
+            shared,
+        })?;
         let network = Network::new(config).map_err(context("an event descriptor"))?;
         privileges::keep_running(config.config.network.model)
             .map_err(context("giving up capabilities"))?;
@@ -196,16 +186,7 @@ impl Sandboxer {
             network,
             dir,
             stop_deadline: config.config.timeouts.stop(),
-            devices: vec![
-                Device {
-                    name: "vsock",
-                    handle: vsock,
-                },
-                Device {
-                    name: "virtio-fs",
-                    handle: fs,
-                },
-            ],
+            devices,
             vm_ends_by: None,
         })
     }

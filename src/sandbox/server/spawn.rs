@@ -24,6 +24,8 @@ pub fn spawn(channel: BorrowedFd<'_>, dir: &Path, cgroups: &[PathBuf]) -> io::Re
         .arg(COMMAND)
         .arg(dir.file_name().unwrap_or_default())
         .env_clear()
+        // For the default of `--root`, where what is known of the machine is kept.
+        .envs(crate::root::environment())
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::null())

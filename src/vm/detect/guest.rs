@@ -7,6 +7,7 @@
 //! kernel would do.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -153,6 +154,18 @@ pub(super) fn run() -> Result<(), String> {
             Err(e) => return Err(failed("KVM_RUN")(e)),
         }
     }
+}
+
+/// How long this process takes for about the same loop.
+pub(super) fn native_time() -> Duration {
+    let start = Instant::now();
+    let mut sum = 0u32;
+    for round in 0..ROUNDS {
+        // As many instructions, two of them on memory.
+        sum = std::hint::black_box(sum).wrapping_add(std::hint::black_box(round) as u32);
+    }
+    std::hint::black_box(sum);
+    start.elapsed()
 }
 
 /// The instructions that KVM says guests may use.

@@ -23,12 +23,15 @@ struct Limits {
     wall: Duration,
 }
 
-/// A working KVM needs a few milliseconds, one in a VM under emulation on a busy
-/// machine up to 200.
+/// A working KVM needs a few milliseconds.
 const LIMITS: Limits = Limits {
     processor: Duration::from_millis(400),
     wall: Duration::from_secs(2),
 };
+/// How much longer than this process itself the guest may take for the same loop,
+/// with making and ending its machine. An emulating KVM takes a thousand times as long.
+const SLOWER: u32 = 100;
+const LONGEST: Duration = Duration::from_secs(20);
 /// How long the killed child is waited for before a thread does it.
 const REAP_DEADLINE: Duration = Duration::from_millis(300);
 /// Shortest wait between two looks at the child's processor time.
@@ -44,7 +47,16 @@ pub(super) enum Outcome {
 }
 
 pub(super) fn run() -> Outcome {
-    run_in_child(guest::run, LIMITS)
+    run_in_child(guest::run, limits(guest::native_time()))
+}
+
+/// On a machine that is emulated itself, and busy, everything takes longer.
+fn limits(native: Duration) -> Limits {
+    let processor = (native * SLOWER).clamp(LIMITS.processor, LONGEST);
+    Limits {
+        processor,
+        wall: LIMITS.wall.max(2 * processor),
+    }
 }
 
 /// Runs `probe` in a child process. `Err` is its reason.
@@ -206,6 +218,13 @@ mod tests {
     fn a_probe_that_breaks_is_not_an_answer_about_kvm() {
         let abort = || -> Result<(), String> { std::process::abort() };
         assert!(matches!(run_in_child(abort, LIMITS), Outcome::Unknown(_)));
+    }
+
+    #[test]
+    fn an_emulated_machine_gets_more_time() {
+        let limit = |native| limits(Duration::from_millis(native)).processor.as_millis();
+        assert_eq!([limit(0), limit(1), limit(4)], [400; 3]);
+        assert_eq!([limit(20), limit(1000)], [2000, 20_000]);
     }
 
     #[test]

@@ -57,7 +57,7 @@ pub struct Handle {
 
 /// Whether a device works, shared by its threads and its [`Handle`].
 #[derive(Debug)]
-pub(super) struct Status {
+pub(in crate::vm) struct Status {
     /// Why it does not work any more.
     failure: OnceLock<String>,
     /// Readable when the device has ended or failed.
@@ -91,7 +91,7 @@ impl Handle {
     ///
     /// # Errors
     /// No thread or descriptor is to be had.
-    pub(super) fn spawn<F>(name: &str, serve: F) -> io::Result<Self>
+    pub(in crate::vm) fn spawn<F>(name: &str, serve: F) -> io::Result<Self>
     where
         F: FnOnce(&Control) -> Result<(), Error> + Send + 'static,
     {
@@ -138,7 +138,7 @@ impl Drop for Handle {
 }
 
 /// A device's view of its [`Handle`].
-pub(super) struct Control {
+pub(in crate::vm) struct Control {
     cancel: Arc<EventFd>,
     status: Arc<Status>,
 }
@@ -155,6 +155,11 @@ impl Control {
     /// For the worker, to report that the device no longer works.
     pub fn status(&self) -> Arc<Status> {
         self.status.clone()
+    }
+
+    /// Readable when the device is to end.
+    pub fn cancelled(&self) -> &EventFd {
+        &self.cancel
     }
 
     /// Waits for the VMM to connect.
@@ -248,12 +253,12 @@ impl ExitEvent {
 
 /// Locks a mutex whose data is consistent between any two calls of its users, so
 /// that a panic in one of them does not matter.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(in crate::vm) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Text of a panic.
-pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
+pub(in crate::vm) fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()
@@ -394,7 +399,7 @@ impl<M: vm_memory::GuestAddressSpace + 'static> VringT<M> for Ring<M> {
 }
 
 /// Whether the ring may be processed now.
-pub(super) fn is_running<M: vm_memory::GuestAddressSpace>(state: &VringState<M>) -> bool {
+pub(in crate::vm) fn is_running<M: vm_memory::GuestAddressSpace>(state: &VringState<M>) -> bool {
     use virtio_queue::QueueT;
     state.is_enabled() && state.get_queue().ready()
 }

@@ -20,6 +20,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -31,16 +32,22 @@ use self::command_line::{Accel, CommandLine};
 use self::events::on_message;
 use self::hotplug::HotPlug;
 use self::qmp::Qmp;
+use super::devices::{fs, vsock};
 use super::log_pump::{LogPump, PERIOD};
 use super::process::{FIRST_FD, Process, Spawn};
-use super::{Capabilities, Device, Error, Vm, VmConfig, VmEvent, VmExit, VmSize};
+use super::{BackEnds, Capabilities, Device, Error, Served, Vm, VmConfig, VmEvent, VmExit, VmSize};
 use crate::config::{self, Config};
+use crate::sys::unix_socket;
 
 pub use qmp::QmpError;
 
 const NAME: &str = "qemu";
 /// QEMU's own messages, in the sandbox directory.
 const QEMU_LOG: &str = "qemu.log";
+/// The vhost-user sockets of the devices, in the sandbox directory: a whole path
+/// may not fit a socket address.
+const VSOCK_SOCKET: &str = "vsock-vhost.sock";
+const FS_SOCKET: &str = "fs-vhost.sock";
 
 /// A VM run by a QEMU process.
 pub(super) struct QemuVm {
@@ -67,6 +74,8 @@ struct Running {
     hotplug: HotPlug,
     console: LogPump,
     messages: LogPump,
+    /// Those of [`VSOCK_SOCKET`] and [`FS_SOCKET`], until they are served.
+    listeners: Option<(UnixListener, UnixListener)>,
 }
 
 /// What became readable, as epoll reports it.
@@ -133,6 +142,11 @@ impl QemuVm {
         let sandbox_dir =
             File::open(&self.vm.sandbox_dir).map_err(io("cannot open the sandbox directory"))?;
 
+        let bind = |name| {
+            unix_socket::bind(&sandbox_dir, name).map_err(io("cannot make a device's socket"))
+        };
+        let listeners = (bind(VSOCK_SOCKET)?, bind(FS_SOCKET)?);
+
         let fds = [
             qmp_peer.as_fd(),
             self.kernel.as_fd(),
@@ -155,6 +169,7 @@ impl QemuVm {
             hotplug: HotPlug::default(),
             console,
             messages,
+            listeners: Some(listeners),
         };
         self.watch_all(&running).map_err(io("cannot watch QEMU"))?;
         Ok(running)
@@ -178,9 +193,9 @@ impl QemuVm {
             console_fd: FIRST_FD + 3,
             kernel_params: &self.vm.kernel_params,
             verbose_console: self.vm.verbose_console,
-            vsock_socket: &self.vm.vsock_socket,
-            fs_socket: &self.vm.fs.socket,
-            fs_tag: &self.vm.fs.tag,
+            vsock_socket: VSOCK_SOCKET,
+            fs_socket: FS_SOCKET,
+            fs_tag: &self.vm.fs_tag,
             sandbox: self.qemu.sandbox,
             extra_args: &self.qemu.extra_args,
         }
@@ -282,7 +297,7 @@ impl QemuVm {
         }
         let message = self.finish(status);
         self.events.push_back(VmEvent::Exited(VmExit {
-            status,
+            status: Some(status),
             message: message.filter(|_| !status.success()),
         }));
         Ok(())
@@ -366,6 +381,21 @@ impl Vm for QemuVm {
         }
         self.running = Some(self.spawn(on_spawn)?);
         Ok(())
+    }
+
+    fn serve(&mut self, back_ends: BackEnds) -> Result<Vec<Served>, Error> {
+        let running = self.running.as_mut();
+        let (vsock, fs) = running
+            .and_then(|running| running.listeners.take())
+            .ok_or(Error::NotRunning { operation: "serve" })?;
+        let io = |source| Error::Io {
+            context: "cannot start a device",
+            source,
+        };
+        let served = |name, handle| Served { name, handle };
+        let fs = fs::spawn(fs, back_ends.shared).map_err(io)?;
+        let vsock = vsock::spawn(vsock, back_ends.sockets, back_ends.guest_cid).map_err(io)?;
+        Ok(vec![served("vsock", vsock), served("virtio-fs", fs)])
     }
 
     fn pid(&self) -> Option<i32> {

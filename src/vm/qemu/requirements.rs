@@ -67,25 +67,32 @@ fn open(what: &'static str, path: &Path, hint: &'static str) -> Result<File, Err
     }
 }
 
+/// KVM works; `wanted` is what asks for it.
+///
+/// # Errors
+/// [`Error::KvmUnusable`].
+pub fn kvm(wanted: &'static str, cache_dir: &Path) -> Result<(), Error> {
+    match detect::kvm(cache_dir) {
+        detect::KvmStatus::Usable => Ok(()),
+        status => Err(Error::KvmUnusable {
+            wanted,
+            reason: status.to_string(),
+        }),
+    }
+}
+
 /// How the guest's instructions are executed.
 ///
 /// # Errors
 /// [`Error::KvmUnusable`] when the configuration insists on KVM.
 pub(super) fn accel(wanted: config::Accel, cache_dir: &Path) -> Result<Accel, Error> {
-    use detect::KvmStatus;
-    let status = match wanted {
-        config::Accel::Tcg => None,
-        config::Accel::Kvm | config::Accel::Auto => Some(detect::kvm(cache_dir)),
-    };
-    match (status, wanted) {
-        (Some(KvmStatus::Usable), _) => return Ok(Accel::Kvm),
-        (Some(status), config::Accel::Kvm) => {
-            return Err(Error::KvmUnusable {
-                reason: status.to_string(),
-            });
-        }
-        (Some(status), _) => log::debug!("emulating, because KVM is not used: {status}"),
-        (None, _) => {}
+    match wanted {
+        config::Accel::Tcg => {}
+        config::Accel::Kvm => return kvm("qemu.accel = \"kvm\"", cache_dir).map(|()| Accel::Kvm),
+        config::Accel::Auto => match detect::kvm(cache_dir) {
+            detect::KvmStatus::Usable => return Ok(Accel::Kvm),
+            status => log::debug!("emulating, because KVM is not used: {status}"),
+        },
     }
     Ok(Accel::Tcg {
         tsc_khz: detect::tsc_frequency_khz(cache_dir),

@@ -8,7 +8,6 @@ use std::time::Instant;
 use super::super::detect;
 use super::super::process::wait_readable;
 use super::*;
-use crate::vm::FsDevice;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -50,11 +49,7 @@ impl Fixture {
                 vcpus: 1,
                 memory_mib: 128,
             },
-            vsock_socket: "vsock.sock".into(),
-            fs: FsDevice {
-                socket: "fs.sock".into(),
-                tag: "tag".into(),
-            },
+            fs_tag: "tag".into(),
             console_log: Some("console.log".into()),
             verbose_console: false,
         };
@@ -113,14 +108,14 @@ fn a_guest_that_resets_is_told_from_one_that_powers_off() {
         let mut vm = fixture.boot();
         assert_eq!(next_event(&mut vm).unwrap(), expected);
         let exit = exited(next_event(&mut vm).unwrap());
-        assert!(exit.status.success());
+        assert!(exit.status.unwrap().success());
         assert_eq!(exit.message, None);
         assert_eq!(fixture.log("console.log"), "Kernel panic\n");
         // The last event: nothing is readable any more.
         assert_eq!(vm.next_event().unwrap(), None);
         assert!(!wait_readable(vm.event_fd(), Duration::ZERO).unwrap());
         assert_eq!(vm.pid(), None);
-        assert_eq!(vm.stop(DEADLINE).unwrap(), Some(exit.status));
+        assert_eq!(vm.stop(DEADLINE).unwrap(), exit.status);
     }
 }
 
@@ -129,7 +124,7 @@ fn a_qemu_that_dies_at_once_leaves_its_last_words() {
     let fixture = Fixture::new("echo warning >&2; echo 'qemu: no such machine' >&2; exit 1");
     let mut vm = fixture.boot();
     let exit = exited(next_event(&mut vm).unwrap());
-    assert_eq!(exit.status.code(), Some(1));
+    assert_eq!(exit.status.unwrap().code(), Some(1));
     assert_eq!(exit.message.unwrap(), "qemu: no such machine");
     assert_eq!(fixture.log(QEMU_LOG), "warning\nqemu: no such machine\n");
 }
@@ -206,7 +201,11 @@ fn the_real_qemu_pauses_and_resumes() {
     )
     .unwrap();
     let exit = exited(next_event(&mut vm).unwrap());
-    assert!(exit.status.success(), "{exit:?} {}", fixture.log(QEMU_LOG));
+    assert!(
+        exit.status.unwrap().success(),
+        "{exit:?} {}",
+        fixture.log(QEMU_LOG)
+    );
 }
 
 /// A PC with the bridge, which is what hot-plug needs of a machine.
@@ -368,7 +367,7 @@ fn kvm_that_was_asked_for_is_not_replaced_by_emulation() {
     fixture.config.qemu.accel = config::Accel::Kvm;
     match (fixture.create(), detect::kvm(&fixture.path("cache"))) {
         (Ok(vm), detect::KvmStatus::Usable) => assert!(!vm.capabilities().emulated),
-        (Err(Error::KvmUnusable { reason }), _) => assert!(!reason.is_empty()),
+        (Err(Error::KvmUnusable { reason, .. }), _) => assert!(!reason.is_empty()),
         (result, status) => panic!("{:?} with {status:?}", result.err()),
     }
 }

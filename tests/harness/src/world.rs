@@ -269,16 +269,25 @@ impl Drop for World {
 }
 
 /// A configuration for this flavour: the guest, and how its instructions are
-/// executed. Emulation unless `KUASAR_RUNV_TEST_ACCEL` says otherwise, so that no
-/// test depends on what the runtime finds out about the machine.
+/// executed. QEMU's emulation unless `KUASAR_RUNV_TEST_HYPERVISOR` and
+/// `KUASAR_RUNV_TEST_ACCEL` say otherwise, so that no test depends on what the
+/// runtime finds out about the machine.
 #[must_use]
 pub fn configuration(flavour: Flavour) -> String {
-    let accel = std::env::var("KUASAR_RUNV_TEST_ACCEL").unwrap_or_else(|_| "tcg".into());
-    format!(
+    let variable = |name, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
+    let hypervisor = variable("KUASAR_RUNV_TEST_HYPERVISOR", "qemu");
+    let accel = variable("KUASAR_RUNV_TEST_ACCEL", "tcg");
+    let mut text = format!("hypervisor = {hypervisor:?}\n");
+    if accel != "tcg" || hypervisor != "qemu" {
+        // KVM that is emulated itself (scripts/l1) is no faster than emulation.
+        text.push_str("[timeouts]\nboot_s = 120\n");
+    }
+    text.push_str(&format!(
         "[qemu]\naccel = {accel:?}\n[guest]\nkernel = {:?}\nimage = {:?}\n",
         flavour.artefact("vmlinux"),
         flavour.artefact("initramfs.img"),
-    )
+    ));
+    text
 }
 
 /// Lazily unmounts everything below a directory, newest first.

@@ -46,6 +46,7 @@ mod vhost_user;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use rustix::thread::CapabilitySet;
 use virtiofsd::passthrough::PassthroughFs;
@@ -53,7 +54,7 @@ use virtiofsd::passthrough::PassthroughFs;
 use self::device::Device;
 use self::guard::Guard;
 use self::vhost_user::Backend;
-use super::vhost_user::{Error, Handle, serve};
+use super::vhost_user::{Control, Error, Handle, serve};
 use crate::sys::capabilities::limit_to;
 
 /// Serves `shared` to the VMM that connects to `listener`.
@@ -66,12 +67,32 @@ use crate::sys::capabilities::limit_to;
 /// see [`Handle`].
 pub fn spawn(listener: UnixListener, shared: OwnedFd) -> io::Result<Handle> {
     Handle::spawn("fs", move |control| {
-        let device = confine(&shared).map_err(Error::Start)?;
-        drop(shared);
-        let backend = Backend::new(device, control.status()).map_err(Error::Start)?;
+        let backend = start(shared, control)?;
         serve("fs-control", listener, backend, &[], control)
     })
 }
+
+/// Serves `shared` to the built-in VMM: `work` owns the virtqueues, and runs on the
+/// device's thread.
+///
+/// # Errors
+/// As [`spawn`].
+pub(in crate::vm) fn spawn_with<F>(shared: OwnedFd, work: F) -> io::Result<Handle>
+where
+    F: FnOnce(Arc<Backend>, &Control) -> io::Result<()> + Send + 'static,
+{
+    Handle::spawn("fs", move |control| {
+        work(start(shared, control)?, control).map_err(Error::Start)
+    })
+}
+
+fn start(shared: OwnedFd, control: &Control) -> Result<Arc<Backend>, Error> {
+    let device = confine(&shared).map_err(Error::Start)?;
+    Backend::new(device, control.status()).map_err(Error::Start)
+}
+
+/// Kind of the guest memory that the file server works with.
+pub(in crate::vm) type Bitmap = vhost_user_backend::bitmap::BitmapMmapRegion;
 
 /// What a file server needs to act for any user of the guest, as `virtiofsd` keeps
 /// by default. Nothing that could mount, trace, or leave the directory.

@@ -37,14 +37,15 @@ mod tests;
 mod vhost_user;
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use rustix::thread::CapabilitySet;
 
 use self::device::Device;
 use self::vhost_user::{Backend, CONTINUE_EVENT, HOST_EVENT};
-use super::vhost_user::{Error, Handle, serve};
+use super::vhost_user::{Control, Error, Handle, serve};
 use crate::sys::capabilities::limit_to;
 
 /// Serves the socket device of a VM to the VMM that connects to `listener`.
@@ -57,17 +58,57 @@ use crate::sys::capabilities::limit_to;
 /// The socket exists already, or no descriptor or thread is to be had.
 pub fn spawn(listener: UnixListener, dir: OwnedFd, guest_cid: u64) -> io::Result<Handle> {
     let device = Device::new(guest_cid, dir)?;
-    let host = device.poll_fd();
     Handle::spawn("vsock", move |control| {
-        // The sockets belong to this user.
-        limit_to(CapabilitySet::empty()).map_err(Error::Start)?;
-        let backend = Backend::new(device, control.status()).map_err(Error::Start)?;
-        let extra = [
-            (host, HOST_EVENT),
-            (backend.unfinished.as_raw_fd(), CONTINUE_EVENT),
-        ];
-        let served = serve("vsock-control", listener, backend.clone(), &extra, control);
-        backend.finish();
+        let device = start(device, control)?;
+        let (backend, own) = (device.backend.clone(), device.own_events());
+        let served = serve("vsock-control", listener, backend, &own, control);
+        device.backend.finish();
         served
+    })
+}
+
+/// Serves the socket device to the built-in VMM: `work` owns the virtqueues, and
+/// runs on the device's thread.
+///
+/// # Errors
+/// As [`spawn`].
+pub(in crate::vm) fn spawn_with<F>(dir: OwnedFd, guest_cid: u64, work: F) -> io::Result<Handle>
+where
+    F: FnOnce(&Started<'_>) -> io::Result<()> + Send + 'static,
+{
+    let device = Device::new(guest_cid, dir)?;
+    Handle::spawn("vsock", move |control| {
+        let device = start(device, control)?;
+        let served = work(&device).map_err(Error::Start);
+        device.backend.finish();
+        served
+    })
+}
+
+/// The device on its thread.
+pub(in crate::vm) struct Started<'a> {
+    pub backend: Arc<Backend>,
+    pub control: &'a Control,
+    host: RawFd,
+}
+
+impl Started<'_> {
+    /// Descriptors that the thread watches besides the rings, and their events.
+    pub fn own_events(&self) -> [(RawFd, u64); 2] {
+        [
+            (self.host, HOST_EVENT),
+            (self.backend.unfinished.as_raw_fd(), CONTINUE_EVENT),
+        ]
+    }
+}
+
+fn start(device: Device, control: &Control) -> Result<Started<'_>, Error> {
+    let host = device.poll_fd();
+    // The sockets belong to this user.
+    limit_to(CapabilitySet::empty()).map_err(Error::Start)?;
+    Ok(Started {
+        backend: Backend::new(device, control.status()).map_err(Error::Start)?,
+        control,
+        host,
     })
 }

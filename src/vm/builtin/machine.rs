@@ -1,0 +1,77 @@
+//! The board: what processors see of the rest of the machine.
+
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+
+use super::layout::{VIRTIO_LINES, VIRTIO_SIZE, VIRTIO_START, virtio_address};
+use super::ports::{Ports, Request};
+use super::virtio::registers::{Identity, QUEUE_NOTIFY, Registers, Rings};
+use super::virtio::rings::Events;
+use crate::vm::devices::vhost_user::lock;
+
+/// I/O ports and slots of virtio devices, shared by the threads of all processors.
+pub struct Board {
+    ports: Mutex<Ports>,
+    slots: Vec<Mutex<Registers>>,
+}
+
+impl Board {
+    pub fn new(ports: Ports) -> Board {
+        Board {
+            ports: Mutex::new(ports),
+            slots: VIRTIO_LINES.iter().map(|_| Mutex::default()).collect(),
+        }
+    }
+
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        lock(&self.ports).read(port, data);
+    }
+
+    pub fn port_write(&self, port: u16, data: &[u8]) -> Option<Request> {
+        lock(&self.ports).write(port, data)
+    }
+
+    /// Reads where there is no memory. Where there is nothing, all bits are set.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        match self.slot(address) {
+            Some((registers, offset)) => lock(registers).read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    pub fn write(&self, address: u64, data: &[u8]) {
+        if let Some((registers, offset)) = self.slot(address) {
+            lock(registers).write(offset, data);
+        }
+    }
+
+    fn slot(&self, address: u64) -> Option<(&Mutex<Registers>, u64)> {
+        let offset = address.checked_sub(VIRTIO_START)?;
+        let slot = usize::try_from(offset / VIRTIO_SIZE).ok()?;
+        Some((self.slots.get(slot)?, offset % VIRTIO_SIZE))
+    }
+
+    /// Puts a device into a slot and wires it: kicks of the guest become events
+    /// without an exit to this process, events of the device interrupts.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn insert(
+        &self,
+        vm: &VmFd,
+        slot: usize,
+        identity: Identity,
+        rings: Box<dyn Rings>,
+        events: &Arc<Events>,
+    ) -> Result<(), kvm_ioctls::Error> {
+        let address = IoEventAddress::Mmio(virtio_address(slot) + QUEUE_NOTIFY);
+        for (number, kick) in events.kicks.iter().enumerate() {
+            // Fewer than 2^16 queues.
+            vm.register_ioevent(kick, &address, number as u32)?;
+        }
+        vm.register_irqfd(&events.call, VIRTIO_LINES[slot])?;
+        lock(&self.slots[slot]).insert(identity, rings);
+        Ok(())
+    }
+}

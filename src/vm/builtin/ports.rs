@@ -1,0 +1,179 @@
+//! What is behind the I/O ports: a serial port for the console, and the ways in
+//! which a guest ends its machine.
+
+use std::fs::File;
+use std::io::{self, Write};
+
+use vm_superio::{Serial, Trigger, serial::NoEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::acpi::SOFT_OFF;
+use super::layout::{KEYBOARD_PORT, PANIC_PORT, PM_CONTROL_LEN, PM_CONTROL_PORT, SERIAL_PORT};
+
+/// What the guest has asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    PowerOff,
+    Reset,
+    /// It goes on, usually with a reset.
+    ReportPanic,
+}
+
+/// Control register of power management (ACPI 6.5, 4.8.3.2.1).
+const SCI_ENABLED: u16 = 1;
+const SLEEP_TYPE_SHIFT: u16 = 10;
+const SLEEP_ENABLE: u16 = 1 << 13;
+
+/// Pulses the reset line of the processor.
+const KEYBOARD_RESET: u8 = 0xfe;
+/// Supported events, and the one that is a panic.
+const PANIC_EVENTS: u8 = 1;
+
+/// The interrupt line of the serial port.
+pub struct Line(pub EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Where the console's output goes: a pipe that never blocks. What does not fit is
+/// lost, because the guest's processors do not wait for the host.
+pub struct Console(pub Option<File>);
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(pipe) = &mut self.0 {
+            // A full pipe, or nobody who reads.
+            let _ = pipe.write(bytes);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// All ports.
+pub struct Ports {
+    serial: Serial<Line, NoEvents, Console>,
+}
+
+impl Ports {
+    pub fn new(line: Line, console: Console) -> Ports {
+        Ports {
+            serial: Serial::new(line, console),
+        }
+    }
+
+    /// The guest reads. What is not there reads as ones.
+    pub fn read(&mut self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        match (port, data) {
+            (SERIAL_PORT.., [value]) if port < SERIAL_PORT + 8 => {
+                // Below 8.
+                *value = self.serial.read((port - SERIAL_PORT) as u8);
+            }
+            // Neither input nor output is waiting.
+            (KEYBOARD_PORT, [value]) => *value = 0,
+            (PANIC_PORT, [value]) => *value = PANIC_EVENTS,
+            (PM_CONTROL_PORT, data) => {
+                let value = SCI_ENABLED.to_le_bytes();
+                let len = data.len().min(value.len());
+                data[..len].copy_from_slice(&value[..len]);
+            }
+            (port, data) if is_power_management(port) => data.fill(0),
+            _ => {}
+        }
+    }
+
+    /// The guest writes.
+    pub fn write(&mut self, port: u16, data: &[u8]) -> Option<Request> {
+        match (port, data) {
+            (SERIAL_PORT.., [value]) if port < SERIAL_PORT + 8 => {
+                // It fails when the line's counter is full, that is, when it is set.
+                let _ = self.serial.write((port - SERIAL_PORT) as u8, *value);
+                None
+            }
+            (KEYBOARD_PORT, [KEYBOARD_RESET]) => Some(Request::Reset),
+            (PANIC_PORT, [event]) if event & PANIC_EVENTS != 0 => Some(Request::ReportPanic),
+            (PM_CONTROL_PORT, [low, high]) => {
+                let value = u16::from_le_bytes([*low, *high]);
+                let kind = value >> SLEEP_TYPE_SHIFT & 7;
+                let off = value & SLEEP_ENABLE != 0 && kind == u16::from(SOFT_OFF);
+                off.then_some(Request::PowerOff)
+            }
+            _ => None,
+        }
+    }
+}
+
+fn is_power_management(port: u16) -> bool {
+    use super::layout::PM_EVENT_PORT;
+    (PM_EVENT_PORT..PM_CONTROL_PORT + u16::from(PM_CONTROL_LEN)).contains(&port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::layout::PM_EVENT_PORT;
+    use super::*;
+    use rustix::pipe::{PipeFlags, pipe_with};
+    use std::io::Read;
+
+    fn ports() -> (Ports, File) {
+        let (reader, writer) = pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC).unwrap();
+        let line = Line(EventFd::new(0).unwrap());
+        let console = Console(Some(File::from(writer)));
+        (Ports::new(line, console), reader.into())
+    }
+
+    #[test]
+    fn each_way_to_end_is_told_from_the_others() {
+        let (mut ports, _) = ports();
+        let off = (1u16 << 13 | 5 << 10).to_le_bytes();
+        assert_eq!(ports.write(PM_CONTROL_PORT, &off), Some(Request::PowerOff));
+        let sleep = (1u16 << 13 | 3 << 10).to_le_bytes();
+        assert_eq!(ports.write(PM_CONTROL_PORT, &sleep), None);
+        assert_eq!(ports.write(KEYBOARD_PORT, &[0xfe]), Some(Request::Reset));
+        assert_eq!(ports.write(KEYBOARD_PORT, &[0xfe, 0]), None);
+        assert_eq!(ports.write(PANIC_PORT, &[1]), Some(Request::ReportPanic));
+        assert_eq!(ports.write(PANIC_PORT, &[2]), None);
+    }
+
+    #[test]
+    fn nothing_but_what_is_there_answers() {
+        let (mut ports, _) = ports();
+        let mut read = |port, len| {
+            let mut data = vec![7; len];
+            ports.read(port, &mut data);
+            data
+        };
+        assert_eq!(read(0x80, 4), [0xff; 4]);
+        assert_eq!(read(SERIAL_PORT, 2), [0xff; 2]);
+        assert_eq!(read(SERIAL_PORT + 8, 1), [0xff]);
+        assert_eq!(read(KEYBOARD_PORT, 1), [0]);
+        assert_eq!(read(PM_CONTROL_PORT, 2), [1, 0]);
+        assert_eq!(read(PM_CONTROL_PORT, 4), [1, 0, 0xff, 0xff]);
+        assert_eq!(read(PM_EVENT_PORT, 4), [0; 4]);
+    }
+
+    #[test]
+    fn the_console_takes_more_than_anybody_reads() {
+        let (mut ports, mut reader) = ports();
+        for byte in b"hello\n" {
+            assert_eq!(ports.write(SERIAL_PORT, &[*byte]), None);
+        }
+        let mut text = [0; 6];
+        reader.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"hello\n");
+        for _ in 0..100_000 {
+            ports.write(SERIAL_PORT, b"x");
+        }
+        drop(reader);
+        ports.write(SERIAL_PORT, b"x");
+    }
+}

@@ -1,0 +1,195 @@
+//! The system calls that the built-in VMM's threads need, and no others.
+//!
+//! One filter for each kind of thread, set by the thread itself when it has opened
+//! everything it works with. What is not in the list fails with `EPERM`: a bug then
+//! shows as an error of the device and not as the end of the pod.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use seccompiler::{
+    SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+
+/// Whose filter it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Runs guest code.
+    Processor,
+    /// Moves bytes between queues and descriptors it has.
+    Device,
+    /// As a device, and works with sockets.
+    Sockets,
+}
+
+/// Memory, locks, signals, time, the log, and the end.
+const COMMON: &[libc::c_long] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_close,
+    libc::SYS_futex,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_mprotect,
+    libc::SYS_brk,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_sched_yield,
+    libc::SYS_restart_syscall,
+    libc::SYS_getrandom,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+const DEVICE: &[libc::c_long] = &[
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_ctl,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_fallocate,
+];
+
+const SOCKETS: &[libc::c_long] = &[
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_ctl,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_socket,
+    libc::SYS_connect,
+    libc::SYS_accept4,
+    libc::SYS_shutdown,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_fcntl,
+    libc::SYS_ioctl,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    libc::SYS_timerfd_settime,
+];
+
+/// `_IO(KVMIO, 0x80)` and `_IO(KVMIO, 0xad)` of include/uapi/linux/kvm.h.
+const KVM_RUN: u64 = 0xae80;
+const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
+
+#[derive(Debug, thiserror::Error)]
+#[error("seccomp: {0}")]
+struct Failed(String);
+
+/// Confines the calling thread.
+///
+/// # Errors
+/// The kernel refuses the filter.
+pub fn confine(kind: Kind) -> io::Result<()> {
+    let failed = |e: &dyn std::fmt::Display| io::Error::other(Failed(e.to_string()));
+    let program: seccompiler::BpfProgram = filter(kind)
+        .and_then(TryInto::try_into)
+        .map_err(|e| failed(&e))?;
+    // Sets no_new_privs as well.
+    seccompiler::apply_filter(&program).map_err(|e| failed(&e))
+}
+
+fn filter(kind: Kind) -> Result<SeccompFilter, seccompiler::BackendError> {
+    let own = match kind {
+        Kind::Processor => &[][..],
+        Kind::Device => DEVICE,
+        Kind::Sockets => SOCKETS,
+    };
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = COMMON
+        .iter()
+        .chain(own)
+        .map(|number| (*number, Vec::new()))
+        .collect();
+    if kind == Kind::Processor {
+        let only = |request| {
+            let condition =
+                SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request)?;
+            SeccompRule::new(vec![condition])
+        };
+        let requests = vec![only(KVM_RUN)?, only(KVM_KVMCLOCK_CTRL)?];
+        rules.insert(libc::SYS_ioctl, requests);
+    }
+    SeccompFilter::new(
+        rules,
+        SeccompAction::Errno(libc::EPERM as u32),
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs `work` on a thread of its own, confined.
+    fn confined<T: Send + 'static>(kind: Kind, work: fn() -> T) -> T {
+        let thread = std::thread::spawn(move || {
+            confine(kind).unwrap();
+            work()
+        });
+        thread.join().unwrap()
+    }
+
+    fn open_is_refused() -> bool {
+        let opened = std::fs::File::open("/");
+        opened.is_err_and(|e| e.raw_os_error() == Some(libc::EPERM))
+    }
+
+    #[test]
+    fn no_kind_can_open_files_or_make_processes() {
+        for kind in [Kind::Processor, Kind::Device, Kind::Sockets] {
+            assert!(confined(kind, open_is_refused), "{kind:?}");
+            // SAFETY: the call is refused; if it were not, the child would end at once.
+            let forked = confined(kind, || unsafe {
+                let pid = libc::syscall(libc::SYS_fork);
+                if pid == 0 {
+                    libc::_exit(0);
+                }
+                pid
+            });
+            assert_eq!(forked, -1, "{kind:?}");
+        }
+        assert!(!open_is_refused(), "other threads still can");
+    }
+
+    #[test]
+    fn a_processor_has_two_requests_and_no_sockets() {
+        let errors = confined(Kind::Processor, || {
+            [KVM_RUN, 0xae01, 0x5413].map(|number| {
+                // SAFETY: a request to a descriptor that does not exist.
+                unsafe { libc::ioctl(-1, number) };
+                io::Error::last_os_error().raw_os_error()
+            })
+        });
+        let (bad, refused) = (Some(libc::EBADF), Some(libc::EPERM));
+        assert_eq!(errors, [bad, refused, refused]);
+        let socket = confined(Kind::Processor, || {
+            std::os::unix::net::UnixStream::pair().is_err()
+        });
+        assert!(socket);
+    }
+}

@@ -1,0 +1,166 @@
+//! Making a machine: KVM's part of it, the memory, the board with its devices, and
+//! its processors.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::boot;
+use super::devices::Planned;
+use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_LINE};
+use super::machine::Board;
+use super::memory::MemoryFile;
+use super::ports::{Console, Line, Ports};
+use super::processors::Processors;
+use super::vcpu;
+use crate::vm::{Error, VmConfig};
+
+/// What keeps a running machine together.
+pub struct Machine {
+    pub processors: Processors,
+    /// The devices' wires end here.
+    _vm: VmFd,
+    /// The mapping KVM works with, which has to outlive the machine.
+    _memory: GuestMemoryMmap,
+}
+
+fn kvm_error(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |e| Error::Kvm {
+        operation,
+        source: io::Error::from_raw_os_error(e.errno()),
+    }
+}
+
+/// What it takes to make a machine.
+pub struct Plan {
+    pub config: VmConfig,
+    pub kernel: File,
+    pub image: File,
+    pub memory: MemoryFile,
+    pub devices: Vec<Planned>,
+    /// Takes the console's output.
+    pub console: OwnedFd,
+    /// Becomes readable when a processor has something to report.
+    pub reported: EventFd,
+}
+
+/// Makes the machine, loads what it boots, and starts it.
+///
+/// # Errors
+/// KVM or the host refuse something, or the guest cannot be loaded.
+pub fn start(plan: Plan) -> Result<Machine, Error> {
+    let Plan { config, memory, .. } = plan;
+    let (mut kernel, mut image) = (plan.kernel, plan.image);
+    let size = memory.size();
+    let memory: GuestMemoryMmap = memory.map().map_err(memory_error)?;
+    let kvm = Kvm::new().map_err(kvm_error("opening /dev/kvm"))?;
+    let vm = create_vm(&kvm)?;
+    add_memory(&vm, &memory)?;
+    // At most MAX_VCPUS.
+    let count = config.size.vcpus as u8;
+    let line = parameters(&config);
+    let entry =
+        boot::load(&memory, size, count, &mut kernel, &mut image, &line).map_err(Error::Boot)?;
+    let vcpus = (0..count)
+        .map(|number| vcpu::create(&kvm, &vm, number, count))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(kvm_error("making a virtual CPU"))?;
+    if let Some(first) = vcpus.first() {
+        vcpu::set_entry(first, entry).map_err(kvm_error("setting the first CPU up"))?;
+    }
+    let board = Board::new(serial(&vm, plan.console)?);
+    for (slot, device) in plan.devices.into_iter().enumerate() {
+        board
+            .insert(&vm, slot, device.identity, device.rings, &device.events)
+            .map_err(kvm_error("wiring a device"))?;
+    }
+    let processors =
+        Processors::start(vcpus, &Arc::new(board), plan.reported).map_err(|source| Error::Io {
+            context: "cannot start the virtual CPUs",
+            source,
+        })?;
+    Ok(Machine {
+        processors,
+        _vm: vm,
+        _memory: memory,
+    })
+}
+
+fn memory_error(source: io::Error) -> Error {
+    Error::Io {
+        context: "cannot create the guest's memory",
+        source,
+    }
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
+    let vm = loop {
+        match kvm.create_vm() {
+            // A signal in the middle of what may take a while.
+            Err(e) if e.errno() == libc::EINTR => {}
+            result => break result.map_err(kvm_error("making a virtual machine"))?,
+        }
+    };
+    vm.set_identity_map_address(KVM_IDENTITY_MAP)
+        .map_err(kvm_error("placing the identity map"))?;
+    vm.set_tss_address(KVM_TSS)
+        .map_err(kvm_error("placing the task state"))?;
+    vm.create_irq_chip()
+        .map_err(kvm_error("making the interrupt controllers"))?;
+    vm.create_pit2(kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..kvm_pit_config::default()
+    })
+    .map_err(kvm_error("making the timer"))?;
+    Ok(vm)
+}
+
+fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
+    for (slot, region) in memory.iter().enumerate() {
+        let description = kvm_userspace_memory_region {
+            // Two at most.
+            slot: slot as u32,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the region is mapped, and its mapping is kept as long as the VM.
+        unsafe { vm.set_user_memory_region(description) }.map_err(kvm_error("adding memory"))?;
+    }
+    Ok(())
+}
+
+fn serial(vm: &VmFd, sink: OwnedFd) -> Result<Ports, Error> {
+    let io = |source| Error::Io {
+        context: "cannot make the console",
+        source,
+    };
+    let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(io)?;
+    vm.register_irqfd(&line, SERIAL_LINE)
+        .map_err(kvm_error("wiring the console"))?;
+    rustix::io::ioctl_fionbio(&sink, true).map_err(|e| io(e.into()))?;
+    Ok(Ports::new(Line(line), Console(Some(sink.into()))))
+}
+
+/// The machine's own parameters, then those of the agent and the user, who can
+/// override them: the kernel takes the last.
+fn parameters(config: &VmConfig) -> String {
+    // reboot=k resets by the keyboard controller's port, which is told from a
+    // triple fault. There is no PCI to be looked for.
+    let mut line = String::from("console=ttyS0 8250.nr_uarts=1 panic=-1 reboot=k pci=off");
+    if !config.verbose_console {
+        line.push_str(" quiet loglevel=4");
+    }
+    if !config.kernel_params.is_empty() {
+        line.push(' ');
+        line.push_str(&config.kernel_params);
+    }
+    line
+}

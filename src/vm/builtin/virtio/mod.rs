@@ -1,0 +1,9 @@
+//! Virtio devices over MMIO, and what works in them.
+//!
+//! - [`registers`]: what a driver reads and writes
+//! - [`rings`]: the queues, between registers and worker
+//! - [`worker`]: the thread of a device
+
+pub mod registers;
+pub mod rings;
+pub mod worker;

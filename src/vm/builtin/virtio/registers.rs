@@ -1,0 +1,328 @@
+//! The registers of a virtio device over MMIO (VIRTIO 1.2, 4.2.2), and the
+//! negotiation between driver and device that goes through them (3.1).
+//!
+//! Plain data: what reads and writes of the guest do to it, and when that starts
+//! and stops the device's [`Rings`]. The guest is hostile. It may write anything
+//! anywhere at any time, of any width; what the specification does not allow in
+//! the state the device is in is ignored, and queues are only looked at by the
+//! device, which does not believe their addresses either.
+//!
+//! Interrupts go past the registers: a device signals an event descriptor that is
+//! the interrupt line. So the status register does not know which interrupts there
+//! were, and says of a running device that its queues may have something; nobody
+//! else uses the line, and a driver that looks in vain does no harm.
+
+/// What a device is.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Device id of the specification, never 0.
+    pub id: u32,
+    /// Offered features; VERSION_1 has to be one of them.
+    pub features: u64,
+    /// Largest size of each queue, a power of two.
+    pub queues: Vec<u16>,
+    /// The configuration space, which never changes.
+    pub config: Vec<u8>,
+}
+
+/// What the driver has set up of a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueSetup {
+    pub size: u16,
+    pub ready: bool,
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+}
+
+/// The working part of a device.
+pub trait Rings: Send {
+    /// The driver is ready. `false`: the queues cannot be as it has set them up.
+    fn start(&mut self, features: u64, queues: &[QueueSetup]) -> bool;
+
+    /// The driver gives the device up: it no longer touches memory when this
+    /// returns.
+    fn stop(&mut self);
+}
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+/// "KUAS"; drivers only show it.
+const VENDOR: u32 = u32::from_le_bytes(*b"KUAS");
+const VERSION_1: u64 = 1 << 32;
+
+/// Offsets of the registers.
+mod at {
+    pub const MAGIC: u64 = 0x00;
+    pub const VERSION: u64 = 0x04;
+    pub const DEVICE_ID: u64 = 0x08;
+    pub const VENDOR_ID: u64 = 0x0c;
+    pub const DEVICE_FEATURES: u64 = 0x10;
+    pub const DEVICE_FEATURES_SELECT: u64 = 0x14;
+    pub const DRIVER_FEATURES: u64 = 0x20;
+    pub const DRIVER_FEATURES_SELECT: u64 = 0x24;
+    pub const QUEUE_SELECT: u64 = 0x30;
+    pub const QUEUE_SIZE_MAX: u64 = 0x34;
+    pub const QUEUE_SIZE: u64 = 0x38;
+    pub const QUEUE_READY: u64 = 0x44;
+    pub const INTERRUPT_STATUS: u64 = 0x60;
+    pub const STATUS: u64 = 0x70;
+    pub const DESCRIPTORS: u64 = 0x80;
+    pub const AVAILABLE: u64 = 0x90;
+    pub const USED: u64 = 0xa0;
+    pub const SHARED_MEMORY: std::ops::RangeInclusive<u64> = 0xb0..=0xbc;
+    pub const CONFIG: u64 = 0x100;
+}
+
+/// Writes to this register reach the device as an event, not as an access.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Bits of the status register.
+pub mod status {
+    pub const ACKNOWLEDGE: u32 = 1;
+    pub const DRIVER: u32 = 2;
+    pub const DRIVER_OK: u32 = 4;
+    pub const FEATURES_OK: u32 = 8;
+    pub const NEEDS_RESET: u32 = 64;
+    pub const FAILED: u32 = 128;
+}
+
+const INTERRUPT_QUEUE: u32 = 1;
+
+/// A slot: its registers, and the device in it, if there is one.
+#[derive(Default)]
+pub struct Registers {
+    device: Option<Device>,
+}
+
+struct Device {
+    identity: Identity,
+    rings: Box<dyn Rings>,
+    driver: Driver,
+}
+
+/// What the driver has said since the last reset.
+#[derive(Default)]
+struct Driver {
+    status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    features: u64,
+    queue_select: u32,
+    queues: Vec<QueueSetup>,
+}
+
+impl Driver {
+    fn new(queues: usize) -> Driver {
+        Driver {
+            queues: vec![QueueSetup::default(); queues],
+            ..Driver::default()
+        }
+    }
+
+    fn queue(&mut self) -> Option<&mut QueueSetup> {
+        self.queues.get_mut(self.queue_select as usize)
+    }
+}
+
+impl Registers {
+    /// Puts a device into the slot; a driver finds it when it looks the next time.
+    /// A device that is there already is stopped.
+    pub fn insert(&mut self, identity: Identity, rings: Box<dyn Rings>) {
+        self.remove();
+        self.device = Some(Device {
+            driver: Driver::new(identity.queues.len()),
+            identity,
+            rings,
+        });
+    }
+
+    /// Takes the device out. Its driver is to be gone before.
+    pub fn remove(&mut self) {
+        if let Some(mut device) = self.device.take() {
+            device.reset();
+        }
+    }
+
+    #[cfg(test)]
+    fn is_empty(&self) -> bool {
+        self.device.is_none()
+    }
+
+    /// Whether a driver runs the device.
+    #[cfg(test)]
+    fn is_running(&self) -> bool {
+        self.device.as_ref().is_some_and(Device::is_running)
+    }
+
+    /// The guest reads. All registers are 32 bits wide and aligned, the
+    /// configuration is read in any way; other reads get zeros.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(start) = offset.checked_sub(at::CONFIG) {
+            if let Some(device) = &self.device {
+                device.read_config(start, data);
+            }
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
+            data.copy_from_slice(&self.register(offset).to_le_bytes());
+        }
+    }
+
+    fn register(&self, offset: u64) -> u32 {
+        match (offset, &self.device) {
+            (at::MAGIC, _) => MAGIC,
+            (at::VERSION, _) => VERSION,
+            (at::VENDOR_ID, _) => VENDOR,
+            // An id of 0: there is no device.
+            (_, None) => 0,
+            (_, Some(device)) => device.register(offset),
+        }
+    }
+
+    /// The guest writes.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        let (Ok(data), Some(device)) = (<[u8; 4]>::try_from(data), &mut self.device) else {
+            return;
+        };
+        if offset < at::CONFIG {
+            device.write(offset, u32::from_le_bytes(data));
+        }
+    }
+}
+
+impl Device {
+    fn is_running(&self) -> bool {
+        self.driver.status & status::DRIVER_OK != 0
+    }
+
+    fn read_config(&self, start: u64, data: &mut [u8]) {
+        let config = usize::try_from(start)
+            .ok()
+            .and_then(|start| self.identity.config.get(start..));
+        if let Some(config) = config {
+            let len = config.len().min(data.len());
+            data[..len].copy_from_slice(&config[..len]);
+        }
+    }
+
+    fn register(&self, offset: u64) -> u32 {
+        let driver = &self.driver;
+        let queue = driver.queue_select as usize;
+        match offset {
+            at::DEVICE_ID => self.identity.id,
+            at::DEVICE_FEATURES => half(self.identity.features, driver.device_features_select),
+            at::QUEUE_SIZE_MAX => self.identity.queues.get(queue).copied().unwrap_or(0).into(),
+            at::QUEUE_READY => driver.queues.get(queue).is_some_and(|q| q.ready).into(),
+            at::INTERRUPT_STATUS if self.is_running() => INTERRUPT_QUEUE,
+            at::STATUS => driver.status,
+            // No region has a length of all ones.
+            _ if at::SHARED_MEMORY.contains(&offset) => u32::MAX,
+            _ => 0,
+        }
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        let negotiating = self.driver.status & (status::FEATURES_OK | status::DRIVER_OK) == 0;
+        let driver = &mut self.driver;
+        match offset {
+            at::DEVICE_FEATURES_SELECT => driver.device_features_select = value,
+            at::DRIVER_FEATURES_SELECT => driver.driver_features_select = value,
+            at::DRIVER_FEATURES if negotiating => {
+                set_half(&mut driver.features, driver.driver_features_select, value);
+            }
+            at::QUEUE_SELECT => driver.queue_select = value,
+            at::STATUS => self.set_status(value),
+            _ => self.write_queue(offset, value),
+        }
+    }
+
+    /// The selected queue, which can be changed until the driver is ready.
+    fn write_queue(&mut self, offset: u64, value: u32) {
+        let select = self.driver.queue_select as usize;
+        let max = self.identity.queues.get(select).copied().unwrap_or(0);
+        if self.is_running() {
+            return;
+        }
+        let Some(queue) = self.driver.queue() else {
+            return;
+        };
+        let address = match offset & !4 {
+            at::DESCRIPTORS => Some(&mut queue.descriptors),
+            at::AVAILABLE => Some(&mut queue.available),
+            at::USED => Some(&mut queue.used),
+            _ => None,
+        };
+        match (offset, address) {
+            (at::QUEUE_SIZE, _) => {
+                queue.size = u16::try_from(value)
+                    .ok()
+                    .filter(|size| size.is_power_of_two() && *size <= max)
+                    .unwrap_or(0);
+            }
+            (at::QUEUE_READY, _) => queue.ready = value & 1 == 1 && queue.size != 0,
+            // The high half follows the low one.
+            (_, Some(address)) => set_half(address, u32::from(offset & 4 != 0), value),
+            _ => {}
+        }
+    }
+
+    fn set_status(&mut self, value: u32) {
+        let before = self.driver.status;
+        if value == 0 {
+            return self.reset();
+        }
+        // Only a reset takes bits away, and the device's own are not the driver's.
+        let mut now = before | value & 0xff & !status::NEEDS_RESET;
+        let features_asked = now & status::FEATURES_OK != 0;
+        if features_asked && before & status::FEATURES_OK == 0 && !self.features_are_fine() {
+            now &= !status::FEATURES_OK;
+        }
+        let may_run = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
+        if now & may_run != may_run || now & status::FAILED != 0 {
+            now &= !status::DRIVER_OK;
+        }
+        let runs = |status: u32| status & status::DRIVER_OK != 0;
+        if runs(before) && !runs(now) {
+            self.rings.stop();
+        }
+        if runs(now)
+            && !runs(before)
+            && !self.rings.start(self.driver.features, &self.driver.queues)
+        {
+            now = now & !status::DRIVER_OK | status::NEEDS_RESET;
+        }
+        self.driver.status = now;
+    }
+
+    fn features_are_fine(&self) -> bool {
+        let wanted = self.driver.features;
+        wanted & !self.identity.features == 0 && wanted & VERSION_1 != 0
+    }
+
+    fn reset(&mut self) {
+        if self.is_running() {
+            self.rings.stop();
+        }
+        self.driver = Driver::new(self.identity.queues.len());
+    }
+}
+
+/// The low or high half; there is nothing beyond.
+fn half(value: u64, select: u32) -> u32 {
+    match select {
+        0 => value as u32,
+        1 => (value >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_half(value: &mut u64, select: u32, half: u32) {
+    match select {
+        0 => *value = *value & !0xffff_ffff | u64::from(half),
+        1 => *value = *value & 0xffff_ffff | u64::from(half) << 32,
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,253 @@
+use super::*;
+use std::sync::{Arc, Mutex};
+
+/// What happened to the rings, in order.
+#[derive(Clone, Debug, PartialEq)]
+enum Event {
+    Start(u64, Vec<QueueSetup>),
+    Stop,
+}
+
+#[derive(Clone, Default)]
+struct Log {
+    events: Arc<Mutex<Vec<Event>>>,
+    refuse: bool,
+}
+
+impl Rings for Log {
+    fn start(&mut self, features: u64, queues: &[QueueSetup]) -> bool {
+        let event = Event::Start(features, queues.to_vec());
+        self.events.lock().unwrap().push(event);
+        !self.refuse
+    }
+
+    fn stop(&mut self) {
+        self.events.lock().unwrap().push(Event::Stop);
+    }
+}
+
+const FEATURES: u64 = 1 << 32 | 1 << 29 | 1;
+const RUNNING: u32 = 15;
+
+fn slot(log: &Log) -> Registers {
+    let mut registers = Registers::default();
+    let identity = Identity {
+        id: 19,
+        features: FEATURES,
+        queues: vec![256, 64],
+        config: vec![1, 2, 3, 4, 5],
+    };
+    registers.insert(identity, Box::new(log.clone()));
+    registers
+}
+
+fn read(registers: &Registers, offset: u64) -> u32 {
+    let mut data = [0xff; 4];
+    registers.read(offset, &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn write(registers: &mut Registers, offset: u64, value: u32) {
+    registers.write(offset, &value.to_le_bytes());
+}
+
+/// What a driver does until the device runs.
+fn drive(registers: &mut Registers, features: u64) {
+    for status in [0, 1, 3] {
+        write(registers, at::STATUS, status);
+    }
+    for half in 0..2 {
+        write(registers, at::DRIVER_FEATURES_SELECT, half);
+        write(
+            registers,
+            at::DRIVER_FEATURES,
+            (features >> (32 * half)) as u32,
+        );
+    }
+    write(registers, at::STATUS, 11);
+    write(registers, at::QUEUE_SELECT, 0);
+    write(registers, at::QUEUE_SIZE, 128);
+    let addresses = [
+        (at::DESCRIPTORS, 0x1_0000_1000u64),
+        (at::AVAILABLE, 0x2000),
+        (at::USED, 0x3000),
+    ];
+    for (register, address) in addresses {
+        write(registers, register, address as u32);
+        write(registers, register + 4, (address >> 32) as u32);
+    }
+    write(registers, at::QUEUE_READY, 1);
+    write(registers, at::STATUS, RUNNING);
+}
+
+#[test]
+fn a_driver_starts_and_resets_a_device() {
+    let log = Log::default();
+    let mut registers = slot(&log);
+    let first = [at::MAGIC, at::VERSION, at::DEVICE_ID].map(|at| read(&registers, at));
+    assert_eq!(first, [0x7472_6976, 2, 19]);
+    assert_eq!(read(&registers, at::DEVICE_FEATURES), 1 << 29 | 1);
+    write(&mut registers, at::DEVICE_FEATURES_SELECT, 1);
+    assert_eq!(read(&registers, at::DEVICE_FEATURES), 1);
+    assert_eq!(read(&registers, at::QUEUE_SIZE_MAX), 256);
+
+    drive(&mut registers, 1 << 32 | 1);
+    assert!(registers.is_running());
+    assert_eq!(read(&registers, at::STATUS), RUNNING);
+    assert_eq!(read(&registers, at::QUEUE_READY), 1);
+    assert_eq!(read(&registers, at::INTERRUPT_STATUS), 1);
+    let set_up = QueueSetup {
+        size: 128,
+        ready: true,
+        descriptors: 0x1_0000_1000,
+        available: 0x2000,
+        used: 0x3000,
+    };
+    let start = Event::Start(1 << 32 | 1, vec![set_up, QueueSetup::default()]);
+    assert_eq!(*log.events.lock().unwrap(), [start.clone()]);
+
+    write(&mut registers, at::STATUS, 0);
+    assert_eq!(read(&registers, at::STATUS), 0);
+    assert_eq!(read(&registers, at::INTERRUPT_STATUS), 0);
+    drive(&mut registers, 1 << 32 | 1);
+    let events = [start.clone(), Event::Stop, start];
+    assert_eq!(*log.events.lock().unwrap(), events);
+}
+
+#[test]
+fn features_that_were_not_offered_are_refused() {
+    let log = Log::default();
+    let mut registers = slot(&log);
+    for features in [1 << 32 | 2, 1, 0, u64::MAX] {
+        drive(&mut registers, features);
+        assert_eq!(read(&registers, at::STATUS) & status::FEATURES_OK, 0);
+        assert!(!registers.is_running(), "{features:#x}");
+    }
+    assert!(log.events.lock().unwrap().is_empty());
+}
+
+#[test]
+fn nothing_changes_while_the_device_runs() {
+    let log = Log::default();
+    let mut registers = slot(&log);
+    drive(&mut registers, FEATURES);
+    for (register, value) in [
+        (at::QUEUE_SIZE, 1),
+        (at::QUEUE_READY, 0),
+        (at::DESCRIPTORS, 7),
+        (at::DRIVER_FEATURES, 0),
+        (at::STATUS, RUNNING),
+        (at::STATUS, 1),
+    ] {
+        write(&mut registers, register, value);
+    }
+    assert!(registers.is_running());
+    assert_eq!(log.events.lock().unwrap().len(), 1);
+    // A driver that gives up.
+    write(&mut registers, at::STATUS, status::FAILED);
+    assert!(!registers.is_running());
+    assert_eq!(log.events.lock().unwrap().last(), Some(&Event::Stop));
+}
+
+#[test]
+fn queue_sizes_are_powers_of_two_up_to_the_largest() {
+    let log = Log::default();
+    let mut registers = slot(&log);
+    for (queue, size, fine) in [
+        (0, 256, true),
+        (0, 512, false),
+        (0, 0, false),
+        (0, 100, false),
+        (0, 0x1_0010, false),
+        (1, 64, true),
+        (1, 128, false),
+        (2, 1, false),
+        (u32::MAX, 1, false),
+    ] {
+        write(&mut registers, at::QUEUE_SELECT, queue);
+        write(&mut registers, at::QUEUE_SIZE, size);
+        write(&mut registers, at::QUEUE_READY, 1);
+        let ready = read(&registers, at::QUEUE_READY) == 1;
+        assert_eq!(ready, fine, "queue {queue} with {size}");
+    }
+    assert_eq!(read(&registers, at::QUEUE_SIZE_MAX), 0);
+}
+
+#[test]
+fn queues_that_cannot_be_need_a_reset() {
+    let log = Log {
+        refuse: true,
+        ..Log::default()
+    };
+    let mut registers = slot(&log);
+    drive(&mut registers, FEATURES);
+    assert!(!registers.is_running());
+    let needs_reset = 11 | status::NEEDS_RESET;
+    assert_eq!(read(&registers, at::STATUS), needs_reset);
+    write(&mut registers, at::STATUS, 0);
+    assert_eq!(read(&registers, at::STATUS), 0);
+}
+
+#[test]
+fn the_configuration_is_read_in_any_way_and_ends_where_it_ends() {
+    let registers = slot(&Log::default());
+    let mut data = [9; 8];
+    registers.read(at::CONFIG + 1, &mut data);
+    assert_eq!(data, [2, 3, 4, 5, 0, 0, 0, 0]);
+    for offset in [at::CONFIG + 5, at::CONFIG + 4000, u64::MAX] {
+        registers.read(offset, &mut data);
+        assert_eq!(data, [0; 8]);
+    }
+}
+
+#[test]
+fn an_empty_slot_says_that_it_is_empty() {
+    let log = Log::default();
+    let mut registers = Registers::default();
+    drive(&mut registers, FEATURES);
+    assert_eq!(read(&registers, at::MAGIC), 0x7472_6976);
+    assert_eq!(read(&registers, at::DEVICE_ID), 0);
+    registers = slot(&log);
+    drive(&mut registers, FEATURES);
+    registers.remove();
+    assert!(registers.is_empty());
+    assert_eq!(read(&registers, at::DEVICE_ID), 0);
+    assert_eq!(log.events.lock().unwrap().last(), Some(&Event::Stop));
+}
+
+/// Starts and stops alternate, whatever is written where.
+#[test]
+fn no_sequence_of_writes_breaks_the_order_of_things() {
+    let log = Log::default();
+    let mut registers = slot(&log);
+    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    for _ in 0..200_000 {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let offset = random >> 8 & 0x1ff;
+        let value = match random & 3 {
+            0 => RUNNING,
+            1 => (random >> 40) as u32 & 0xff,
+            _ => (random >> 32) as u32,
+        };
+        match random >> 5 & 7 {
+            0 => write(&mut registers, at::STATUS, value),
+            1 => drive(&mut registers, u64::from(value & 1) | 1 << 32),
+            2 => registers.write(offset, &value.to_le_bytes()[..(random & 3) as usize]),
+            3 => drop(read(&registers, offset)),
+            _ => write(&mut registers, offset, value),
+        }
+    }
+    let events = log.events.lock().unwrap();
+    assert!(events.len() > 1000);
+    for pair in events.chunks_exact(2) {
+        let [Event::Start(features, queues), Event::Stop] = pair else {
+            panic!("{pair:?}");
+        };
+        assert_eq!(features & !FEATURES, 0);
+        for (queue, max) in queues.iter().zip([256, 64]) {
+            assert!(queue.size <= max && (!queue.ready || queue.size.is_power_of_two()));
+        }
+    }
+}
