@@ -61,8 +61,8 @@ case_ctr_exec_kill() {
 
 case_ctr_kill_and_wait() {
   ctr_up
-  c tasks kill -s SIGTERM "$C"
-  eventually 20 eval "ctr -n $CTR_NAMESPACE tasks ls | grep \"^$C .*STOPPED\""
+  # A shell that has not set its trap yet is process 1, which ignores the signal.
+  eventually 20 eval "ctr -n $CTR_NAMESPACE tasks kill -s SIGTERM $C; sleep 0.5; ctr -n $CTR_NAMESPACE tasks ls | grep \"^$C .*STOPPED\""
   c tasks rm "$C"
 }
 

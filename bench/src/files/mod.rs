@@ -3,7 +3,7 @@
 //! Both guests are the same QEMU machine with the same kernel and run the same
 //! program ([`workload`]): one as a container's process on its rootfs, one as the
 //! init of a machine that mounts virtiofsd's directory. They are told what to do by
-//! files of the directory itself, in turn.
+//! files of the directory itself, in turn, and both are in the container's cgroups.
 //!
 //! Files are made anew for each round, so that neither guest has seen them before:
 //! what is compared is the file servers and not how long a guest trusts its cache,

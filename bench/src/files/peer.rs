@@ -37,8 +37,22 @@ impl Peer {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let machine = spawn(&mut command);
+        join_cgroups(world, machine);
         Peer {
             processes: vec![machine, server],
+        }
+    }
+}
+
+/// Puts the machine and its file server where the container's are: on a busy host the
+/// scheduler shares processor time between cgroups first.
+fn join_cgroups(world: &World, machine: i32) {
+    let servers = leaks::processes(world.name()).into_iter();
+    let servers = servers.filter(|p| p.comm.starts_with("virtiofsd"));
+    for pid in servers.map(|p| p.pid).chain([machine]) {
+        for cgroup in leaks::cgroups(world.name()) {
+            let joined = fs::write(cgroup.join("cgroup.procs"), pid.to_string());
+            joined.unwrap_or_else(|e| panic!("{}: {e}", cgroup.display()));
         }
     }
 }
