@@ -152,9 +152,16 @@ struct Given<'a> {
 /// See [`Error`].
 pub fn resolve(root: &Root, id: &str, spec: &Spec) -> Result<Membership, Error> {
     let named = annotations::read(spec.annotations().as_ref())?;
-    let pod = match &named {
-        Some(named) if !named.is_sandbox => Some(pod_of(root, id, named)?),
-        _ => None,
+    let mut unknown = None;
+    let pod = match named.as_ref().filter(|named| !named.is_sandbox) {
+        None => None,
+        Some(named) => match pod_of(root, id, named) {
+            Err(e @ Error::UnknownSandbox { .. }) if named.may_name_no_container => {
+                unknown = Some(e);
+                None
+            }
+            pod => Some(pod?),
+        },
     };
     let mut found = Membership::default();
     let mut owners: Vec<(Owner, Pod)> = Vec::new();
@@ -178,6 +185,9 @@ pub fn resolve(root: &Root, id: &str, spec: &Spec) -> Result<Membership, Error> 
         }
     }
     let by_path = owners.into_iter().next().map(|(_, pod)| pod);
+    if let Some(unknown) = unknown.filter(|_| by_path.is_some()) {
+        return Err(unknown);
+    }
     found.pod = pod.or(by_path);
     Ok(found)
 }

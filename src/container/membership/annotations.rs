@@ -9,6 +9,7 @@ use super::Error;
 struct Family {
     type_annotation: &'static str,
     id_annotation: &'static str,
+    may_name_no_container: bool,
 }
 
 const FAMILIES: [Family; 2] = [
@@ -16,11 +17,14 @@ const FAMILIES: [Family; 2] = [
     Family {
         type_annotation: "io.kubernetes.cri.container-type",
         id_annotation: "io.kubernetes.cri.sandbox-id",
+        may_name_no_container: false,
     },
-    // CRI-O, and podman for the members of its pods.
+    // CRI-O, and podman for the members of its pods. A pod of podman that shares
+    // nothing (`--share ''`) has no container of its own: its members name the pod.
     Family {
         type_annotation: "io.kubernetes.cri-o.ContainerType",
         id_annotation: "io.kubernetes.cri-o.SandboxID",
+        may_name_no_container: true,
     },
 ];
 
@@ -33,6 +37,8 @@ pub struct Named<'a> {
     pub is_sandbox: bool,
     /// The id of the pod's sandbox; of a sandbox it may be empty.
     pub sandbox: &'a str,
+    /// A container that joins nobody's namespaces may name what is no container.
+    pub may_name_no_container: bool,
 }
 
 /// Reads the annotations of the first family that says anything.
@@ -45,6 +51,7 @@ pub fn read(annotations: Option<&HashMap<String, String>>) -> Result<Option<Name
         let Family {
             type_annotation,
             id_annotation,
+            may_name_no_container,
         } = family;
         let Some(kind) = get(type_annotation) else {
             continue;
@@ -71,6 +78,7 @@ pub fn read(annotations: Option<&HashMap<String, String>>) -> Result<Option<Name
             id_annotation,
             is_sandbox,
             sandbox,
+            may_name_no_container,
         }));
     }
     Ok(None)

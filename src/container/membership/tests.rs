@@ -103,6 +103,24 @@ fn annotations_that_name_no_living_pod_are_refused() {
     }
 }
 
+#[test]
+fn members_of_a_pod_of_podman_that_shares_nothing_have_machines_of_their_own() {
+    let fixture = Fixture::new();
+    fixture.container("other", "other", true);
+    let podman = json!({
+        "io.kubernetes.cri-o.ContainerType": "container",
+        "io.kubernetes.cri-o.SandboxID": "0123abcd",
+    });
+    let found = fixture.resolve(podman.clone(), json!([{"type": "ipc"}]));
+    assert!(found.unwrap().pod.is_none());
+    let namespaces = json!([{"type": "ipc", "path": "/proc/self/ns/ipc"}]);
+    let message = fixture.resolve(podman, namespaces).unwrap_err();
+    assert!(
+        message.contains("names 0123abcd, which does not exist"),
+        "{message}"
+    );
+}
+
 /// This process is no stand-in, so only the namespaces that are found by what they
 /// are can be its own; the others are found by the tests with real ones.
 #[test]

@@ -104,7 +104,7 @@ fn a_driver_starts_and_resets_a_device() {
         used: 0x3000,
     };
     let start = Event::Start(1 << 32 | 1, vec![set_up, QueueSetup::default()]);
-    assert_eq!(*log.events.lock().unwrap(), [start.clone()]);
+    assert_eq!(*log.events.lock().unwrap(), std::slice::from_ref(&start));
 
     write(&mut registers, at::STATUS, 0);
     assert_eq!(read(&registers, at::STATUS), 0);
