@@ -182,6 +182,8 @@ run_inside_case() {
   trap 'status=$?; printf "why: line %s of %s: \"%s\" ended with %s\n" "$LINENO" "${BASH_SOURCE[0]##*/}" "$BASH_COMMAND" "$status" >&2' ERR
   trap 'rm -rf "$W"' EXIT
   export C W
+  # conmon leaves a file in the directory it is started in when memory was short.
+  cd "$W"
   "case_$INSIDE_CASE"
 }
 
