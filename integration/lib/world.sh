@@ -82,10 +82,10 @@ mount_sys() {
 }
 
 # Fresh directories where engines keep configuration and state. OUTPUT is a
-# directory of the machine that stays visible, as $OUTPUT.
+# directory of the machine that stays visible, as $OUTPUT; so does the checkout.
 furnish_world() {
   local output=$1
-  exec {output_fd}<"$output"
+  exec {output_fd}<"$output" {top_fd}<"$TOP"
   mount_sys
   mount -t tmpfs -o mode=1777 tmp /tmp
   mkdir /tmp/etc /tmp/output
@@ -98,7 +98,12 @@ furnish_world() {
   mount -t tmpfs -o mode=755 lib /var/lib
   mount -t tmpfs -o mode=1777 tmp /var/tmp
   mount --bind "/proc/self/fd/$output_fd" /tmp/output
-  exec {output_fd}<&-
+  # It may be in one of the directories that have just been covered.
+  if [[ ! -e $TOP/integration ]]; then
+    mkdir -p "$TOP"
+    mount --bind "/proc/self/fd/$top_fd" "$TOP"
+  fi
+  exec {output_fd}<&- {top_fd}<&-
   export OUTPUT=/tmp/output
   # Rootless engines need what udev makes of it: a device for everybody.
   mknod -m 666 /run/tun c 10 200
