@@ -119,12 +119,12 @@ fn wrong_values_are_reported_with_line_and_key() {
         (
             "hypervisor = \"firecracker\"",
             "config.toml:1: hypervisor: \"firecracker\" is not built into this version, it has \
-             \"auto\", \"qemu\"",
+             \"auto\", \"builtin\", \"qemu\"",
         ),
         (
             "\nhypervisor = \"xen\"",
             "config.toml:2: hypervisor: no hypervisor is called \"xen\", there are \"auto\", \
-             \"qemu\"",
+             \"builtin\", \"qemu\"",
         ),
         (
             "[qemu]\naccel = \"hvf\"",
