@@ -271,6 +271,7 @@ run_inside() {
   furnish_world "$INSIDE_OUTPUT"
   configure_runtime
   mapfile -t cases < <(select_cases)
+  [[ $timed ]] || ((${#cases[@]} > 0)) || die "there are no cases to run"
   : >"$OUTPUT/report"
   engine_start >"$OUTPUT/engine.log" 2>&1 || {
     tail -n 20 "$OUTPUT/engine.log" >&2
