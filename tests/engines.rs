@@ -15,7 +15,7 @@ fn run(engine: &str) {
     let top = Path::new(env!("CARGO_MANIFEST_DIR"));
     let runtime = std::env::var("RUNTIME").unwrap_or(env!("CARGO_BIN_EXE_kuasar-runv").into());
     let status = Command::new(top.join("integration").join(engine))
-        .args(["--representative", "--jobs", "1"])
+        .args(["--representative", "--jobs", "1", "--limit", "300"])
         .env("RUNTIME", runtime)
         .stdin(Stdio::null())
         .status()
