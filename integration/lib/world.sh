@@ -101,7 +101,8 @@ furnish_world() {
   # It may be in one of the directories that have just been covered.
   if [[ ! -e $TOP/integration ]]; then
     mkdir -p "$TOP"
-    mount --bind "/proc/self/fd/$top_fd" "$TOP"
+    # As it is: spelled out, the name of the descriptor is that of the new directory.
+    mount --no-canonicalize --bind "/proc/self/fd/$top_fd" "$TOP"
   fi
   exec {output_fd}<&- {top_fd}<&-
   export OUTPUT=/tmp/output
