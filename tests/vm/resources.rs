@@ -168,7 +168,9 @@ fn memory_that_is_free_again_goes_back_to_the_host() {
     let full = shared_kib();
     assert!(full > 1024 << 10, "{full} KiB");
     let _ = container.kill("USR1").ok();
-    container.wait_for_output("empty");
+    wait_until("an empty file", LONG, || {
+        container.stdout().contains("empty")
+    });
     wait_until("less memory of the host", LONG, || {
         shared_kib() < full - (900 << 10)
     });

@@ -184,13 +184,13 @@ impl Streams {
                 drop(sender.send(connection));
                 None
             }
-            Some(arrived @ Slot::Arrived(..)) => {
-                log::warn!("second {:?} of {}", id.kind, id.container_id);
-                inner.waiting -= 1;
-                inner.slots.insert(id.clone(), arrived);
-                None
-            }
-            None => {
+            arrived => {
+                // One that waits already is of a command that was killed before it
+                // asked for the process: the newest is that of the process.
+                if let Some(Slot::Arrived(..)) = arrived {
+                    log::warn!("second {:?} of {}", id.kind, id.container_id);
+                    inner.waiting -= 1;
+                }
                 inner.sequence += 1;
                 let number = inner.sequence;
                 inner
