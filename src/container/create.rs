@@ -89,18 +89,26 @@ impl Created {
     /// # Errors
     /// When its processes have ended meanwhile, or this one was interrupted.
     pub fn keep(self) -> Result<(), Error> {
+        self.check_interrupted()?;
         self.keep_attached().map(drop)
     }
 
-    /// Lets the container outlive this process; a stand-in with a terminal ends
-    /// its use of this process's terminal when the value is dropped.
+    /// # Errors
+    /// When a signal asked this process to give up.
+    pub fn check_interrupted(&self) -> Result<(), Error> {
+        match self.interrupt.has_come() {
+            true => Err(Error::Interrupted),
+            false => Ok(()),
+        }
+    }
+
+    /// Lets the container outlive this process, even when a signal has come: once
+    /// the program runs, the signals are meant for it. A stand-in with a terminal
+    /// ends its use of this process's terminal when the value is dropped.
     ///
     /// # Errors
-    /// As [`keep`](Self::keep).
+    /// When its processes have ended meanwhile.
     pub fn keep_attached(self) -> Result<StandIn, Error> {
-        if self.interrupt.has_come() {
-            return Err(Error::Interrupted);
-        }
         self.sandbox.commit()?;
         self.standin.commit()?;
         self.undo.disarm();

@@ -50,6 +50,8 @@ pub fn run(root: &Root, options: &Options, keep: bool) -> Result<Outcome, Error>
     };
     created.connect_network()?;
     trace("network");
+    created.check_interrupted()?;
+    // From here on, `wait` passes on what has come meanwhile.
     start_in_guest(&created.agent, &options.id)?;
     trace("started");
     created.record_phase(Phase::Started)?;

@@ -87,3 +87,25 @@ fn run_in_the_foreground_passes_signals_on() {
     assert_eq!(rest, "got TERM\n");
     let _ = running.wait().exits_with(42);
 }
+
+/// Between the start of the program and the moment `run` begins to wait for it.
+#[test]
+fn a_signal_that_comes_early_is_the_programs() {
+    let world = World::new();
+    let bundle = world
+        .bundle()
+        .sh("trap 'echo got TERM; exit 42' TERM; echo ready; while :; do sleep 0.1; done")
+        .with(|c| {
+            c["hooks"] = serde_json::json!({
+                "poststart": [{"path": "/bin/sleep", "args": ["sleep", "2"]}],
+            });
+        });
+    let mut running = world.run_call(&bundle, "c").stdout_pipe().spawn();
+    let mut stdout = running.stdout.take().unwrap();
+    stdout.read_exact(&mut [0; 6]).unwrap();
+    process::signal(running.pid, libc::SIGTERM).unwrap();
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "got TERM\n");
+    let _ = running.wait().exits_with(42);
+}
