@@ -17,6 +17,7 @@
 //! rest of the agent's life.
 
 pub mod boot;
+pub mod bpf;
 pub mod cgroup;
 pub mod clock;
 pub mod containers;
@@ -25,6 +26,7 @@ pub mod events;
 pub mod helper;
 pub mod ipc;
 pub mod logging;
+pub mod loopback;
 pub mod machine;
 pub mod network;
 pub mod pci;

@@ -22,6 +22,7 @@ mod hostile_image;
 mod kill;
 mod list;
 mod log;
+mod loopback;
 mod mount_options;
 mod mounts;
 mod namespaces;

@@ -16,6 +16,7 @@ mod faults_in_between;
 mod flavours;
 mod guest;
 mod limits;
+mod loopback;
 mod network;
 mod pods;
 mod pods_end;

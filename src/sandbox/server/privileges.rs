@@ -15,7 +15,8 @@ use crate::vm::devices::fs;
 /// keep only what that takes (`sandbox::network::watch`).
 const RUNNING: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::NET_ADMIN);
+    .union(CapabilitySet::NET_ADMIN)
+    .union(CapabilitySet::NET_BIND_SERVICE);
 
 /// To make namespaces, confine the file server, and leave nothing to the hypervisor.
 const STARTING: CapabilitySet = RUNNING
