@@ -39,7 +39,7 @@ pub use generated::{
 };
 
 /// Bumped with every incompatible change of anything in this crate.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The guest's context id. Each VM has a vsock device of its own, so all can
 /// use the same.

@@ -29,6 +29,7 @@ mod namespaces;
 mod network;
 mod parallel;
 mod pause;
+mod preserve_fds;
 mod process;
 mod ps;
 mod resources;
