@@ -18,6 +18,7 @@ mod exec_process;
 mod exec_tty;
 mod features;
 mod hooks;
+mod host_sockets;
 mod hostile_image;
 mod kill;
 mod lack_of_memory;
