@@ -8,6 +8,7 @@
 
 pub mod control;
 mod guest_volumes;
+pub mod host_oom;
 pub mod network;
 pub mod record;
 pub mod server;
@@ -325,6 +326,22 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
+    /// Takes `<container>/<name>` out of the shared directory again. What the guest has
+    /// open there stays usable.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn withdraw(&self, container: &str, name: &str) -> Result<(), Error> {
+        let request = Request::Withdraw {
+            container: container.to_owned(),
+            name: name.to_owned(),
+        };
+        self.connection
+            .call(&request, &[], REQUEST_DEADLINE)
+            .map(drop)
+            .map_err(|e| self.control_error(e))
+    }
+
     /// Makes the VM large enough for a container: it has at least the size that all
     /// containers together ask for when this returns.
     ///
@@ -517,6 +534,7 @@ pub fn end(root: &Root, id: &str) -> Result<(), Error> {
     match SandboxRecord::read(root, id) {
         Ok(record) => {
             end_processes(&record).map_err(io_error)?;
+            cgroup::remove(&aside(&record)).map_err(io_error)?;
             cgroup::remove(&record.cgroups).map_err(io_error)?;
         }
         // Without a readable record there is nothing to end but files: the
@@ -526,6 +544,15 @@ pub fn end(root: &Root, id: &str) -> Result<(), Error> {
     }
     network::give_hardware_back(&root.sandbox(id)).map_err(io_error)?;
     root::remove_private_dir(&root.sandbox(id)).map_err(io_error)
+}
+
+/// Where its processes may have been when they ended.
+fn aside(record: &SandboxRecord) -> Vec<PathBuf> {
+    let Some(sandboxer) = record.sandboxer else {
+        return Vec::new();
+    };
+    let beside = |dir: &PathBuf| host_oom::aside_of(dir, sandboxer.pid);
+    record.cgroups.iter().map(beside).collect()
 }
 
 fn end_processes(record: &SandboxRecord) -> io::Result<()> {

@@ -21,9 +21,12 @@ fn running(world: &World) -> Container<'_> {
 #[test]
 fn no_process_has_privileges_it_does_not_need() {
     const DAC_OVERRIDE: u64 = 1 << 1;
+    const SETGID: u64 = 1 << 6;
+    const SETUID: u64 = 1 << 7;
     const NET_BIND_SERVICE: u64 = 1 << 10;
     const NET_ADMIN: u64 = 1 << 12;
     const SYS_ADMIN: u64 = 1 << 21;
+    const SYS_NICE: u64 = 1 << 23;
     // chown, dac_override, fowner, fsetid, setgid, setuid, mknod, setfcap
     const FILES: u64 = 0x8800_00db;
     let world = World::new();
@@ -46,7 +49,10 @@ fn no_process_has_privileges_it_does_not_need() {
             "network" => NET_ADMIN | NET_BIND_SERVICE,
             "loopback" => NET_BIND_SERVICE,
             "resolver" => 0,
-            _ => DAC_OVERRIDE | SYS_ADMIN | NET_ADMIN | NET_BIND_SERVICE,
+            _ => {
+                let sockets = SETGID | SETUID | SYS_NICE;
+                DAC_OVERRIDE | SYS_ADMIN | NET_ADMIN | NET_BIND_SERVICE | sockets
+            }
         };
         assert_eq!(capabilities & !allowed, 0, "{name}: {capabilities:x}");
     }

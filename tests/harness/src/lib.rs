@@ -27,10 +27,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::exit)]
 
 pub mod bundle;
+pub mod cgroup;
 pub mod container;
 pub mod data;
 pub mod invocation;
 pub mod leaks;
+pub mod listener;
 pub mod network;
 pub mod probe;
 pub mod process;
