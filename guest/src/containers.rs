@@ -50,9 +50,10 @@ pub const STATE_DIR: &str = "/run/kuasar/containers";
 /// How long processes may take to be gone after SIGKILL.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 const KILL_POLL: Duration = Duration::from_millis(2);
-/// Capacity of stdio pipes, in bytes; the default of the kernel is 64 KiB. What is
-/// in them is charged to the container.
-const PIPE_SIZE: libc::c_int = 1024 * 1024;
+/// Capacity of stdio pipes, in bytes; the default of the kernel is 64 KiB. For who
+/// writes much at a time it is eight times as much in our kernel (pipe-large-buffers.patch),
+/// and what is in them is charged to the container.
+const PIPE_SIZE: libc::c_int = 512 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
