@@ -93,15 +93,11 @@ configure() {
 # track of the macros that they would name. Neither changes the code.
 compiler_flags='-w -ftrack-macro-expansion=0'
 
-# objtool goes through the whole kernel once, as it does with CONFIG_X86_KERNEL_IBT,
-# and not through each file as well.
-make_variables=(delay-objtool=y)
-
 # kernel_make TREE ARGUMENT...
 kernel_make() {
   local tree=$1
   shift
-  nice -n 5 make -C "$tree" "-j${KUASAR_JOBS:-$(nproc)}" CC="$compiler" KCFLAGS="$compiler_flags" "${make_variables[@]}" "$@"
+  nice -n 5 make -C "$tree" "-j${KUASAR_JOBS:-$(nproc)}" CC="$compiler" KCFLAGS="$compiler_flags" "$@"
 }
 
 # prepare_headers TREE: sets up the cc wrapper. Its options are those with which
