@@ -107,7 +107,7 @@ pub trait Vm {
 
     /// Adds a device to the running machine under an id of the caller's, which is
     /// one of [`valid_device_id`]. The guest does not notice: its agent has to look
-    /// for it (`guest/src/pci.rs`).
+    /// for it (`guest/src/hotplug.rs`).
     ///
     /// # Errors
     /// As [`Vm::pause`], [`Error::Unsupported`], [`Error::NoSlot`],
