@@ -473,7 +473,8 @@ impl Vm for BuiltinVm {
             return Err(Error::NotRunning { operation });
         };
         self.slots.detach(machine, id)?;
-        self.events.push_back(VmEvent::Detached { id: id.to_owned() });
+        self.events
+            .push_back(VmEvent::Detached { id: id.to_owned() });
         // The event descriptor is to become readable. Fails only when it is.
         let _ = self.reported.write(1);
         Ok(())

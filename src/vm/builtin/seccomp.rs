@@ -186,12 +186,7 @@ mod tests {
 
     #[test]
     fn no_kind_can_open_files_or_make_processes() {
-        for kind in [
-            Kind::Processor,
-            Kind::Device,
-            Kind::Network,
-            Kind::Sockets,
-        ] {
+        for kind in [Kind::Processor, Kind::Device, Kind::Network, Kind::Sockets] {
             assert!(confined(kind, open_is_refused), "{kind:?}");
             // SAFETY: the call is refused; if it were not, the child would end at once.
             let forked = confined(kind, || unsafe {

@@ -12,12 +12,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::BuiltinVm;
 use super::devices::plugged::{BackEnd, Plugged};
 use super::devices::{block, net};
 use super::layout::{BOOT_SLOTS, VIRTIO_SLOTS};
 use super::setup::Machine;
 use super::virtio::rings::Events;
-use super::BuiltinVm;
 use crate::vm::devices::vhost_user::Handle;
 use crate::vm::{Device, Error, valid_device_id};
 
@@ -76,9 +76,10 @@ impl Slots {
             source,
         })?;
         let events = planned.events;
-        let wired = machine
-            .board
-            .insert(&machine.vm, slot, planned.identity, planned.rings, &events);
+        let wired =
+            machine
+                .board
+                .insert(&machine.vm, slot, planned.identity, planned.rings, &events);
         wired.map_err(|e| Error::Kvm {
             operation: "wiring a device",
             source: std::io::Error::from_raw_os_error(e.errno()),
@@ -90,7 +91,7 @@ impl Slots {
             handles,
             back_end,
         };
-        Ok(&self.taken.entry(slot).insert_entry(taken).into_mut().handles)
+        Ok(&self.taken.entry(slot).or_insert(taken).handles)
     }
 
     fn free(&self) -> Option<usize> {

@@ -84,11 +84,7 @@ const TAG_LEN: usize = 36;
 ///
 /// # Errors
 /// No thread or descriptor is to be had.
-pub fn start(
-    file: &MemoryFile,
-    config: &VmConfig,
-    back_ends: BackEnds,
-) -> Result<Started, Error> {
+pub fn start(file: &MemoryFile, config: &VmConfig, back_ends: BackEnds) -> Result<Started, Error> {
     let more = MoreMemory::new(file);
     let mut devices = vec![
         sockets(file, back_ends.sockets, back_ends.guest_cid),

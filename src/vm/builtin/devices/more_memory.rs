@@ -293,7 +293,10 @@ mod tests {
         assert_eq!(driver.request(PLUG, start + 4 * BLOCK, 1), (ERROR, 0));
         assert_eq!(driver.request(STATE, start, 3), (ACK, PLUGGED));
         assert_eq!(driver.request(STATE, start, 4), (ACK, MIXED));
-        assert_eq!(driver.request(STATE, start + 3 * BLOCK, 1), (ACK, UNPLUGGED));
+        assert_eq!(
+            driver.request(STATE, start + 3 * BLOCK, 1),
+            (ACK, UNPLUGGED)
+        );
         driver.offer(8 * BLOCK);
         assert_eq!(driver.request(PLUG, start + 3 * BLOCK, 5), (ACK, 0));
         driver.ring.write(start + BLOCK, b"data");

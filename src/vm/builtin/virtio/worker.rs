@@ -83,10 +83,7 @@ pub fn run<S: Service>(
             if number == CANCEL {
                 return Ok(());
             }
-            if let Some(kick) = usize::try_from(number)
-                .ok()
-                .and_then(|n| kicks.get(n))
-            {
+            if let Some(kick) = usize::try_from(number).ok().and_then(|n| kicks.get(n)) {
                 // Fails only when it was not set.
                 let _ = kick.read();
             }

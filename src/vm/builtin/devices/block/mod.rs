@@ -104,7 +104,14 @@ pub fn plug(
         };
         let ring = vec![rings.rings()[queue].clone()];
         let queues = queue..queue + 1;
-        handles.push(worker_thread("disk", Kind::Device, worker, ring, &events, queues)?);
+        handles.push(worker_thread(
+            "disk",
+            Kind::Device,
+            worker,
+            ring,
+            &events,
+            queues,
+        )?);
     }
     Ok(Plugged {
         planned: Planned {

@@ -84,7 +84,10 @@ fn execute(
             let Some(offset) = place(disk, sector, len as u64) else {
                 return (IO_ERROR, 0);
             };
-            (outcome(disk.transfer(Transfer::Read, writable, offset)), len)
+            (
+                outcome(disk.transfer(Transfer::Read, writable, offset)),
+                len,
+            )
         }
         OUT => {
             let Some(offset) = place(disk, sector, readable.len() as u64) else {
@@ -112,8 +115,8 @@ fn execute(
 /// Where a range of sectors is, if it is on the disk.
 fn place(disk: &Disk, sector: u64, len: u64) -> Option<u64> {
     let offset = sector.checked_mul(SECTOR)?;
-    let whole = len.is_multiple_of(disk.block_size.into())
-        && offset.is_multiple_of(disk.block_size.into());
+    let whole =
+        len.is_multiple_of(disk.block_size.into()) && offset.is_multiple_of(disk.block_size.into());
     let end = offset.checked_add(len)?;
     (whole && len > 0 && end <= disk.size).then_some(offset)
 }

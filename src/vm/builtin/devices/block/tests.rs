@@ -116,7 +116,10 @@ fn sectors_are_read_and_written_in_pieces_of_any_size() {
     driver.work();
     assert_eq!(driver.ring.used().last(), Some(&1025));
     assert_eq!(driver.ring.read(STATUS, 1), [0]);
-    assert_eq!(driver.ring.read(DATA, 101), [vec![7; 100], vec![9]].concat());
+    assert_eq!(
+        driver.ring.read(DATA, 101),
+        [vec![7; 100], vec![9]].concat()
+    );
     assert_eq!(driver.ring.read(DATA + 0x1000, 412), [7; 412]);
     assert_eq!(driver.ring.read(DATA + 0x2000, 512), [9; 512]);
 }
@@ -126,7 +129,10 @@ fn space_is_given_back_and_zeroed() {
     let file = image(SIZE);
     let mut driver = Driver::new(&file, false);
     assert_eq!(driver.request(GET_ID, 0, 20), 0);
-    assert_eq!(&driver.ring.read(DATA, 20), b"disk-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    assert_eq!(
+        &driver.ring.read(DATA, 20),
+        b"disk-1\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
+    );
     let before = file.metadata().unwrap().blocks();
     assert_eq!(driver.ranges(DISCARD, &[(0, 16, 0), (64, 16, 0)]), 0);
     assert!(file.metadata().unwrap().blocks() < before);
@@ -161,7 +167,11 @@ fn what_is_beyond_the_end_is_an_error() {
             (0, 100),
             (0, 0),
         ] {
-            assert_eq!(driver.request(kind, sector, len), 1, "{kind} {sector} {len}");
+            assert_eq!(
+                driver.request(kind, sector, len),
+                1,
+                "{kind} {sector} {len}"
+            );
         }
     }
     assert_eq!(driver.request(GET_ID, 0, 19), 1);
@@ -196,9 +206,17 @@ fn malformed_requests_harm_nobody() {
         &[(HEADER, 16, false), (DATA, 512, false)],
         // Not memory, or partly.
         &[(1 << 40, 16, false), (STATUS, 1, true)],
-        &[(HEADER, 16, false), (TestRing::SIZE - 8, 512, false), (STATUS, 1, true)],
+        &[
+            (HEADER, 16, false),
+            (TestRing::SIZE - 8, 512, false),
+            (STATUS, 1, true),
+        ],
         &[(HEADER, 16, false), (DATA, 512, false), (1 << 40, 1, true)],
-        &[(HEADER, 16, false), (DATA, u32::MAX, false), (STATUS, 1, true)],
+        &[
+            (HEADER, 16, false),
+            (DATA, u32::MAX, false),
+            (STATUS, 1, true),
+        ],
         // A header that is too short, and none.
         &[(HEADER, 15, false), (STATUS, 1, true)],
         &[(STATUS, 1, true)],

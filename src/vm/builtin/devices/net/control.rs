@@ -107,11 +107,7 @@ impl Control {
     }
 
     /// The number of bytes written.
-    fn command(
-        &self,
-        memory: &GuestMemoryMmap,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-    ) -> u32 {
+    fn command(&self, memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> u32 {
         let Some((mut readable, writable)) = buffers::of_chain(memory, chain) else {
             return 0;
         };

@@ -202,7 +202,9 @@ pub fn plug(memory: &GuestMemoryMmap, device: &NetDevice) -> io::Result<Plugged>
 /// What the interface can leave to the guest. That the guest can leave something to
 /// the host is a matter of the header alone.
 fn offered_by(taps: &[TapQueue]) -> io::Result<u64> {
-    let can_offload = taps.iter().all(|tap| tap.set_offloads(feature::OF_GUEST).is_ok());
+    let can_offload = taps
+        .iter()
+        .all(|tap| tap.set_offloads(feature::OF_GUEST).is_ok());
     for tap in taps {
         // Until a driver asks for it.
         tap.set_offloads(0)?;

@@ -40,7 +40,9 @@ struct Frame {
 enum Delivery {
     Done,
     /// There are too few buffers, or there were: `more` have come meanwhile.
-    Waits { more: bool },
+    Waits {
+        more: bool,
+    },
 }
 
 impl Pair {
@@ -154,7 +156,11 @@ fn send(tap: &File, frame: &buffers::Buffers<'_>) {
     loop {
         // SAFETY: the vectors are memory of the guest, which stays mapped. At most 1024.
         let sent = unsafe {
-            libc::writev(tap.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int)
+            libc::writev(
+                tap.as_raw_fd(),
+                iovecs.as_ptr(),
+                iovecs.len() as libc::c_int,
+            )
         };
         if sent >= 0 {
             return;

@@ -50,7 +50,10 @@ impl Bench {
 
     fn start(&mut self, features: u64) -> bool {
         let setup: Vec<_> = self.queues.iter().map(TestQueue::setup).collect();
-        self.device.planned.rings.start(VERSION_1 | features, &setup)
+        self.device
+            .planned
+            .rings
+            .start(VERSION_1 | features, &setup)
     }
 
     fn kick(&self, queue: usize) {
@@ -108,14 +111,7 @@ fn packets(index: u32) -> OwnedFd {
 
 fn send(socket: &OwnedFd, frame: &[u8]) {
     // SAFETY: pointer and length are those of the slice.
-    let sent = unsafe {
-        libc::send(
-            socket.as_raw_fd(),
-            frame.as_ptr().cast(),
-            frame.len(),
-            0,
-        )
-    };
+    let sent = unsafe { libc::send(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
     assert_eq!(usize::try_from(sent).unwrap(), frame.len());
 }
 
@@ -256,7 +252,10 @@ fn pairs_of_queues_are_switched_on_by_the_driver() {
     assert_eq!(bench.queues.len(), 5);
     let identity = bench.device.planned.identity.clone();
     assert_eq!(identity.config.bytes(), [2, 0, 0, 0, 0, 7, 1, 0, 2, 0]);
-    assert!(!bench.start(feature::CTRL_VQ), "the control queue would be elsewhere");
+    assert!(
+        !bench.start(feature::CTRL_VQ),
+        "the control queue would be elsewhere"
+    );
     assert!(bench.start(feature::CTRL_VQ | feature::MQ | feature::MRG_RXBUF));
     let mut command = |bytes: &[u8]| {
         let count = bench.queues[4].used().len();
