@@ -21,6 +21,9 @@ fn main() -> ExitCode {
     let code = match std::env::args_os().nth(1) {
         Some(name) if name == standin::COMMAND => standin::main(),
         Some(name) if name == sandbox::server::COMMAND => sandbox::server::main(),
+        Some(name) if name == sandbox::host_oom::victim::COMMAND => {
+            sandbox::host_oom::victim::main()
+        }
         _ => cmd::run(),
     };
     ExitCode::from(code)

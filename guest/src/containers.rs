@@ -462,7 +462,7 @@ impl Containers {
         let oom = Arc::clone(oom);
         sys::spawn(async move {
             let status = of.ended().await;
-            oom.before_the_end(status).await;
+            oom.before_the_end().await;
             log::debug!("{id}: {status:?}");
             events.exited(&id, "", status, 0);
         });

@@ -30,7 +30,7 @@ pub const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// How long the host may take to note that a container ran out of memory. It has
 /// the engine told before the container's end is known.
-const NOTE_DEADLINE: Duration = Duration::from_secs(3);
+const NOTE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Sends events to the host.
 #[derive(Clone)]
@@ -142,9 +142,9 @@ impl Events {
         self.send_oom(container_id, kills, false);
     }
 
-    /// Reports that a container's own process was killed for lack of memory and
-    /// waits until the host has noted it.
-    pub async fn fatal_oom(&self, container_id: &str, kills: u64) {
+    /// Reports that processes of a container, whose own has ended, were killed for lack
+    /// of memory and waits until the host has noted it.
+    pub async fn last_oom(&self, container_id: &str, kills: u64) {
         let (noted, waits) = oneshot::channel();
         drop(lock(&self.waiting).insert(container_id.to_owned(), noted));
         if self.send_oom(container_id, kills, true) && timeout(NOTE_DEADLINE, waits).await.is_err()
@@ -154,12 +154,12 @@ impl Events {
         drop(lock(&self.waiting).remove(container_id));
     }
 
-    fn send_oom(&self, container_id: &str, kills: u64, fatal: bool) -> bool {
+    fn send_oom(&self, container_id: &str, kills: u64, awaited: bool) -> bool {
         let mut event = Event::new();
         event.set_oom(Oom {
             container_id: container_id.to_owned(),
             kills,
-            fatal,
+            awaited,
             ..Oom::new()
         });
         let sent = self.queue.try_send(event).is_ok();

@@ -94,6 +94,15 @@ case_ctr_memory_limit_is_exceeded() {
   code 137 ctr_run --rm --memory-limit 33554432 "$IMAGE:latest" "$C" sh -c 'tail /dev/zero; exit $?'
 }
 
+case_ctr_lack_of_memory_is_an_event() {
+  local events
+  c events >"$W/events" &
+  events=$!
+  code 137 ctr_run --rm --memory-limit 33554432 "$IMAGE:latest" "$C" tail /dev/zero
+  eventually 10 grep "/tasks/oom.*$C" "$W/events"
+  kill "$events"
+}
+
 case_ctr_run_cni() {
   contains "$(ctr_run --rm --cni "$IMAGE:latest" "$C" ip -4 addr show eth0)" 'inet 10.66.'
 }

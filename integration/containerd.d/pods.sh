@@ -259,6 +259,7 @@ case_pod_memory_limit_is_exceeded() {
   id=$(container_up one '.linux.resources = {memory_limit_in_bytes: "33554432"}' sh -c 'tail /dev/zero; exit $?')
   eventually 60 output_is CONTAINER_EXITED container_status "$id" state
   equal 137 "$(container_status "$id" exit_code)"
+  eventually 20 output_is OOMKilled container_status "$id" reason
 }
 
 case_pod_update() {

@@ -77,3 +77,8 @@ case_limits() {
 case_limits_memory_is_exceeded() {
   code 137 once --memory 32m --memory-swap 32m "$IMAGE" sh -c 'tail /dev/zero; exit $?'
 }
+
+case_run_lack_of_memory_is_reported() {
+  code 137 d_run --name "$C" --network none --memory 32m --memory-swap 32m "$IMAGE" tail /dev/zero
+  equal '137 true' "$(d inspect -f '{{.State.ExitCode}} {{.State.OOMKilled}}' "$C")"
+}

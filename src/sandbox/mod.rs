@@ -8,6 +8,7 @@
 
 pub mod control;
 mod guest_volumes;
+pub mod host_oom;
 pub mod network;
 pub mod record;
 pub mod server;
@@ -493,6 +494,7 @@ pub fn end(root: &Root, id: &str) -> Result<(), Error> {
     match SandboxRecord::read(root, id) {
         Ok(record) => {
             end_processes(&record).map_err(io_error)?;
+            cgroup::remove(&aside(&record)).map_err(io_error)?;
             cgroup::remove(&record.cgroups).map_err(io_error)?;
         }
         // Without a readable record there is nothing to end but files: the
@@ -502,6 +504,15 @@ pub fn end(root: &Root, id: &str) -> Result<(), Error> {
     }
     network::give_hardware_back(&root.sandbox(id)).map_err(io_error)?;
     root::remove_private_dir(&root.sandbox(id)).map_err(io_error)
+}
+
+/// Where its processes may have been when they ended.
+fn aside(record: &SandboxRecord) -> Vec<PathBuf> {
+    let Some(sandboxer) = record.sandboxer else {
+        return Vec::new();
+    };
+    let beside = |dir: &PathBuf| host_oom::aside_of(dir, sandboxer.pid);
+    record.cgroups.iter().map(beside).collect()
 }
 
 fn end_processes(record: &SandboxRecord) -> io::Result<()> {

@@ -20,6 +20,7 @@ mod features;
 mod hooks;
 mod hostile_image;
 mod kill;
+mod lack_of_memory;
 mod list;
 mod log;
 mod mount_options;

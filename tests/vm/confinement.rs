@@ -50,6 +50,7 @@ fn no_process_has_privileges_it_does_not_need() {
     const DAC_OVERRIDE: u64 = 1 << 1;
     const NET_ADMIN: u64 = 1 << 12;
     const SYS_ADMIN: u64 = 1 << 21;
+    const SYS_NICE: u64 = 1 << 23;
     // chown, dac_override, fowner, fsetid, setgid, setuid, mknod, setfcap
     const FILES: u64 = 0x8800_00db;
     let world = World::new();
@@ -70,7 +71,7 @@ fn no_process_has_privileges_it_does_not_need() {
             "vsock" | "vsock-control" => 0,
             "fs" | "fs-control" | "vring_worker" => FILES,
             "network" => NET_ADMIN,
-            _ => DAC_OVERRIDE | SYS_ADMIN | NET_ADMIN,
+            _ => DAC_OVERRIDE | SYS_ADMIN | NET_ADMIN | SYS_NICE,
         };
         assert_eq!(capabilities & !allowed, 0, "{name}: {capabilities:x}");
     }

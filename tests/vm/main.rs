@@ -15,6 +15,7 @@ mod faults;
 mod faults_in_between;
 mod flavours;
 mod guest;
+mod lack_of_memory;
 mod limits;
 mod network;
 mod pods;

@@ -2,11 +2,10 @@
 //! the cgroup it is in there.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use kuasar_runv_test_harness::{Container, SHORT, World, json, process, wait_until};
+use kuasar_runv_test_harness::{Container, SHORT, World, cgroup, json, process, wait_until};
 
 use crate::victims::{self, Victim};
 
@@ -38,35 +37,6 @@ fn size(container: &Container<'_>) -> (u64, u64) {
     (number("cpus"), number("mib"))
 }
 
-/// The host's cgroup file of a process, of v1 or v2, if there is one.
-fn cgroup_file(pid: i32, controller: &str, names: [&str; 2]) -> Option<PathBuf> {
-    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    cgroups.lines().find_map(|line| {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (fields.next()?, fields.next()?);
-        let is_v2 = controllers.is_empty();
-        if !is_v2 && !controllers.split(',').any(|c| c == controller) {
-            return None;
-        }
-        let mount = mounts.lines().find_map(|mount| {
-            let (left, right) = mount.split_once(" - ")?;
-            let options = right.split(' ').nth(2)?;
-            let is_it = match is_v2 {
-                true => right.starts_with("cgroup2 "),
-                false => {
-                    right.starts_with("cgroup ") && options.split(',').any(|o| o == controller)
-                }
-            };
-            is_it.then(|| left.split(' ').nth(4))?
-        })?;
-        let file = Path::new(mount)
-            .join(path.trim_start_matches('/'))
-            .join(names[usize::from(is_v2)]);
-        file.exists().then_some(file)
-    })
-}
-
 #[test]
 fn the_machine_is_as_large_as_the_limits_ask_for_and_grows_with_them() {
     let world = world(2, 1600);
@@ -95,11 +65,11 @@ fn the_machine_is_as_large_as_the_limits_ask_for_and_grows_with_them() {
     // controlled.
     let pid = i32::try_from(container.state()["pid"].as_i64().unwrap()).unwrap();
     let names = ["memory.limit_in_bytes", "memory.max"];
-    if let Some(file) = cgroup_file(pid, "memory", names) {
+    if let Some(file) = cgroup::file(pid, "memory", names) {
         let limit: u64 = fs::read_to_string(file).unwrap().trim().parse().unwrap();
         assert_eq!(limit, (1152 + 512) * MIB);
     }
-    if let Some(file) = cgroup_file(pid, "cpuset", ["cpuset.cpus", "cpuset.cpus"]) {
+    if let Some(file) = cgroup::file(pid, "cpuset", ["cpuset.cpus", "cpuset.cpus"]) {
         assert_eq!(fs::read_to_string(file).unwrap().trim(), "0-1");
     }
 }

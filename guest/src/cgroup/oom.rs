@@ -1,10 +1,9 @@
 //! Reporting kills for lack of memory (`oom_kill` of `memory.events`).
 //!
 //! Nothing is watched before somebody asks: most containers are never asked
-//! about. Only when a container's own process was killed, the count is looked at in
-//! any case. The kernel announces changes a little late (it limits their rate), so
-//! the end of the container's process looks once more and the report of its kill
-//! is sent before the report of its end.
+//! about. When a container's own process has ended, the count is looked at in any
+//! case: engines ask then whether there was memory enough. The kernel announces changes
+//! a little late (it limits their rate), so that look is needed for the last kills, too.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +15,6 @@ use super::Cgroup;
 use super::watch::{Watch, value_of};
 use crate::events::Events;
 use crate::process::Process;
-use crate::reaper::ExitStatus;
 use crate::sys;
 
 const KILLS: &str = "oom_kill";
@@ -72,29 +70,23 @@ impl OomWatch {
     }
 
     /// To be called before the end of a container's own process is reported,
-    /// wherever that is done. If it was killed and the cgroup has run out of memory,
-    /// that is reported whether anybody asked for it or not, and the host has noted
-    /// it when this returns.
-    pub async fn before_the_end(&self, status: ExitStatus) {
-        self.end.get_or_init(|| self.report_end(status)).await;
+    /// wherever that is done. If processes of the container were killed for lack of
+    /// memory, that is reported whether anybody asked for it or not, and the host has
+    /// noted it when this returns.
+    pub async fn before_the_end(&self) {
+        self.end.get_or_init(|| self.report_end()).await;
     }
 
-    async fn report_end(&self, status: ExitStatus) {
-        if status != ExitStatus::Killed(libc::SIGKILL.unsigned_abs()) {
-            return self.report();
-        }
+    async fn report_end(&self) {
         let kills = match self.file.get() {
             Some(file) => file.value(KILLS).ok(),
             None => self.kills_now().ok(),
         };
-        match kills {
-            Some(kills @ 1..) => {
-                let before = self.reported.swap(kills, Ordering::Relaxed);
-                self.events
-                    .fatal_oom(&self.container_id, kills.saturating_sub(before))
-                    .await;
-            }
-            _ => self.report(),
+        if let Some(kills @ 1..) = kills {
+            let before = self.reported.swap(kills, Ordering::Relaxed);
+            self.events
+                .last_oom(&self.container_id, kills.saturating_sub(before))
+                .await;
         }
     }
 

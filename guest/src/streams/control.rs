@@ -36,7 +36,7 @@ pub async fn serve(connection: Connection, process: Arc<Process>, oom: Option<Ar
                 ExitStatus::Killed(signal) => Frame::Killed(signal),
             };
             if let Some(oom) = oom {
-                oom.before_the_end(status).await;
+                oom.before_the_end().await;
             }
             // A stand-in that is gone does not need it.
             drop(connection.write_all(frame.encode().as_bytes()).await);

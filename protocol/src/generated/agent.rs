@@ -3569,8 +3569,8 @@ pub struct Oom {
     pub container_id: ::std::string::String,
     // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Oom.kills)
     pub kills: u64,
-    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Oom.fatal)
-    pub fatal: bool,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Oom.awaited)
+    pub awaited: bool,
     // special fields
     // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.Oom.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -3601,9 +3601,9 @@ impl Oom {
             |m: &mut Oom| { &mut m.kills },
         ));
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
-            "fatal",
-            |m: &Oom| { &m.fatal },
-            |m: &mut Oom| { &mut m.fatal },
+            "awaited",
+            |m: &Oom| { &m.awaited },
+            |m: &mut Oom| { &mut m.awaited },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Oom>(
             "Oom",
@@ -3630,7 +3630,7 @@ impl ::protobuf::Message for Oom {
                     self.kills = is.read_uint64()?;
                 },
                 24 => {
-                    self.fatal = is.read_bool()?;
+                    self.awaited = is.read_bool()?;
                 },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
@@ -3650,7 +3650,7 @@ impl ::protobuf::Message for Oom {
         if self.kills != 0 {
             my_size += ::protobuf::rt::uint64_size(2, self.kills);
         }
-        if self.fatal != false {
+        if self.awaited != false {
             my_size += 1 + 1;
         }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
@@ -3665,8 +3665,8 @@ impl ::protobuf::Message for Oom {
         if self.kills != 0 {
             os.write_uint64(2, self.kills)?;
         }
-        if self.fatal != false {
-            os.write_bool(3, self.fatal)?;
+        if self.awaited != false {
+            os.write_bool(3, self.awaited)?;
         }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
@@ -3687,7 +3687,7 @@ impl ::protobuf::Message for Oom {
     fn clear(&mut self) {
         self.container_id.clear();
         self.kills = 0;
-        self.fatal = false;
+        self.awaited = false;
         self.special_fields.clear();
     }
 
@@ -3695,7 +3695,7 @@ impl ::protobuf::Message for Oom {
         static instance: Oom = Oom {
             container_id: ::std::string::String::new(),
             kills: 0,
-            fatal: false,
+            awaited: false,
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -5880,68 +5880,68 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     flags\x18\x15\x20\x01(\rR\x05flags\x12\x16\n\x06policy\x18\x16\x20\x01(\
     \rR\x06policy\x12\x1f\n\x0brt_priority\x18\x17\x20\x01(\rR\nrtPriority\
     \x12\x1c\n\tprocessor\x18\x18\x20\x01(\rR\tprocessor\x12\x16\n\x06locked\
-    \x18\x19\x20\x01(\x08R\x06locked\"T\n\x03Oom\x12!\n\x0ccontainer_id\x18\
+    \x18\x19\x20\x01(\x08R\x06locked\"X\n\x03Oom\x12!\n\x0ccontainer_id\x18\
     \x01\x20\x01(\tR\x0bcontainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\
-    \x05kills\x12\x14\n\x05fatal\x18\x03\x20\x01(\x08R\x05fatal\":\n\x15Paus\
-    eContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontaine\
-    rId\";\n\x16ResumeContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\
-    \x01(\tR\x0bcontainerId\"|\n\x16UpdateContainerRequest\x12!\n\x0ccontain\
-    er_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12?\n\x08settings\x18\x02\x20\
-    \x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettingR\x08settings\"r\n\rCgroup\
-    Setting\x12E\n\x0calternatives\x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.\
-    v1.CgroupWriteR\x0calternatives\x12\x1a\n\x08optional\x18\x02\x20\x01(\
-    \x08R\x08optional\"7\n\x0bCgroupWrite\x12\x12\n\x04file\x18\x01\x20\x01(\
-    \tR\x04file\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05value\"4\n\x0fGetS\
-    tatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"\
-    \xc9\x02\n\x10GetStatsResponse\x120\n\x03cpu\x18\x01\x20\x01(\x0b2\x1e.k\
-    uasar.runv.agent.v1.CpuStatsR\x03cpu\x129\n\x06memory\x18\x02\x20\x01(\
-    \x0b2!.kuasar.runv.agent.v1.MemoryStatsR\x06memory\x123\n\x04pids\x18\
-    \x03\x20\x01(\x0b2\x1f.kuasar.runv.agent.v1.PidsStatsR\x04pids\x12-\n\
-    \x02io\x18\x04\x20\x03(\x0b2\x1d.kuasar.runv.agent.v1.IoStatsR\x02io\x12\
-    <\n\x07hugetlb\x18\x05\x20\x03(\x0b2\".kuasar.runv.agent.v1.HugetlbStats\
-    R\x07hugetlb\x12\x12\n\x04cpus\x18\x06\x20\x01(\tR\x04cpus\x12\x12\n\x04\
-    mems\x18\x07\x20\x01(\tR\x04mems\"\xc5\x01\n\x08CpuStats\x12\x19\n\x08us\
-    age_us\x18\x01\x20\x01(\x04R\x07usageUs\x12\x17\n\x07user_us\x18\x02\x20\
-    \x01(\x04R\x06userUs\x12\x1b\n\tsystem_us\x18\x03\x20\x01(\x04R\x08syste\
-    mUs\x12\x18\n\x07periods\x18\x04\x20\x01(\x04R\x07periods\x12+\n\x11thro\
-    ttled_periods\x18\x05\x20\x01(\x04R\x10throttledPeriods\x12!\n\x0cthrott\
-    led_us\x18\x06\x20\x01(\x04R\x0bthrottledUs\"\x99\x02\n\x0bMemoryStats\
-    \x12\x14\n\x05usage\x18\x01\x20\x01(\x04R\x05usage\x12\x14\n\x05limit\
-    \x18\x02\x20\x01(\x04R\x05limit\x12\x12\n\x04peak\x18\x03\x20\x01(\x04R\
-    \x04peak\x12\"\n\nswap_usage\x18\x04\x20\x01(\x04H\0R\tswapUsage\x88\x01\
-    \x01\x12\x1d\n\nswap_limit\x18\x05\x20\x01(\x04R\tswapLimit\x12?\n\x04st\
-    at\x18\x06\x20\x03(\x0b2+.kuasar.runv.agent.v1.MemoryStats.StatEntryR\
-    \x04stat\x1a7\n\tStatEntry\x12\x10\n\x03key\x18\x01\x20\x01(\tR\x03key\
-    \x12\x14\n\x05value\x18\x02\x20\x01(\x04R\x05value:\x028\x01B\r\n\x0b_sw\
-    ap_usage\";\n\tPidsStats\x12\x18\n\x07current\x18\x01\x20\x01(\x04R\x07c\
-    urrent\x12\x14\n\x05limit\x18\x02\x20\x01(\x04R\x05limit\"\xa3\x01\n\x07\
-    IoStats\x12\x14\n\x05major\x18\x01\x20\x01(\rR\x05major\x12\x14\n\x05min\
-    or\x18\x02\x20\x01(\rR\x05minor\x12\x1d\n\nread_bytes\x18\x03\x20\x01(\
-    \x04R\treadBytes\x12\x1f\n\x0bwrite_bytes\x18\x04\x20\x01(\x04R\nwriteBy\
-    tes\x12\x14\n\x05reads\x18\x05\x20\x01(\x04R\x05reads\x12\x16\n\x06write\
-    s\x18\x06\x20\x01(\x04R\x06writes\"]\n\x0cHugetlbStats\x12\x1b\n\tpage_s\
-    ize\x18\x01\x20\x01(\tR\x08pageSize\x12\x14\n\x05usage\x18\x02\x20\x01(\
-    \x04R\x05usage\x12\x1a\n\x08failures\x18\x03\x20\x01(\x04R\x08failures\"\
-    4\n\x0fWatchOomRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcon\
-    tainerId2\xeb\x08\n\x05Agent\x12n\n\x0fCreateContainer\x12,.kuasar.runv.\
-    agent.v1.CreateContainerRequest\x1a-.kuasar.runv.agent.v1.CreateContaine\
-    rResponse\x12Z\n\x0eStartContainer\x12+.kuasar.runv.agent.v1.StartContai\
-    nerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12X\n\rSignalProcess\x12*\
-    .kuasar.runv.agent.v1.SignalProcessRequest\x1a\x1b.kuasar.runv.agent.v1.\
-    Empty\x12\\\n\x0fDeleteContainer\x12,.kuasar.runv.agent.v1.DeleteContain\
-    erRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12M\n\x07GetInfo\x12\x1b.k\
-    uasar.runv.agent.v1.Empty\x1a%.kuasar.runv.agent.v1.GetInfoResponse\x12b\
-    \n\x0bExecProcess\x12(.kuasar.runv.agent.v1.ExecProcessRequest\x1a).kuas\
-    ar.runv.agent.v1.ExecProcessResponse\x12h\n\rListProcesses\x12*.kuasar.r\
-    unv.agent.v1.ListProcessesRequest\x1a+.kuasar.runv.agent.v1.ListProcesse\
-    sResponse\x12Z\n\x0ePauseContainer\x12+.kuasar.runv.agent.v1.PauseContai\
-    nerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fResumeContainer\
-    \x12,.kuasar.runv.agent.v1.ResumeContainerRequest\x1a\x1b.kuasar.runv.ag\
-    ent.v1.Empty\x12\\\n\x0fUpdateContainer\x12,.kuasar.runv.agent.v1.Update\
-    ContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12Y\n\x08GetStats\
-    \x12%.kuasar.runv.agent.v1.GetStatsRequest\x1a&.kuasar.runv.agent.v1.Get\
-    StatsResponse\x12N\n\x08WatchOom\x12%.kuasar.runv.agent.v1.WatchOomReque\
-    st\x1a\x1b.kuasar.runv.agent.v1.Emptyb\x06proto3\
+    \x05kills\x12\x18\n\x07awaited\x18\x03\x20\x01(\x08R\x07awaited\":\n\x15\
+    PauseContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcont\
+    ainerId\";\n\x16ResumeContainerRequest\x12!\n\x0ccontainer_id\x18\x01\
+    \x20\x01(\tR\x0bcontainerId\"|\n\x16UpdateContainerRequest\x12!\n\x0ccon\
+    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12?\n\x08settings\x18\x02\
+    \x20\x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettingR\x08settings\"r\n\rCg\
+    roupSetting\x12E\n\x0calternatives\x18\x01\x20\x03(\x0b2!.kuasar.runv.ag\
+    ent.v1.CgroupWriteR\x0calternatives\x12\x1a\n\x08optional\x18\x02\x20\
+    \x01(\x08R\x08optional\"7\n\x0bCgroupWrite\x12\x12\n\x04file\x18\x01\x20\
+    \x01(\tR\x04file\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05value\"4\n\
+    \x0fGetStatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontai\
+    nerId\"\xc9\x02\n\x10GetStatsResponse\x120\n\x03cpu\x18\x01\x20\x01(\x0b\
+    2\x1e.kuasar.runv.agent.v1.CpuStatsR\x03cpu\x129\n\x06memory\x18\x02\x20\
+    \x01(\x0b2!.kuasar.runv.agent.v1.MemoryStatsR\x06memory\x123\n\x04pids\
+    \x18\x03\x20\x01(\x0b2\x1f.kuasar.runv.agent.v1.PidsStatsR\x04pids\x12-\
+    \n\x02io\x18\x04\x20\x03(\x0b2\x1d.kuasar.runv.agent.v1.IoStatsR\x02io\
+    \x12<\n\x07hugetlb\x18\x05\x20\x03(\x0b2\".kuasar.runv.agent.v1.HugetlbS\
+    tatsR\x07hugetlb\x12\x12\n\x04cpus\x18\x06\x20\x01(\tR\x04cpus\x12\x12\n\
+    \x04mems\x18\x07\x20\x01(\tR\x04mems\"\xc5\x01\n\x08CpuStats\x12\x19\n\
+    \x08usage_us\x18\x01\x20\x01(\x04R\x07usageUs\x12\x17\n\x07user_us\x18\
+    \x02\x20\x01(\x04R\x06userUs\x12\x1b\n\tsystem_us\x18\x03\x20\x01(\x04R\
+    \x08systemUs\x12\x18\n\x07periods\x18\x04\x20\x01(\x04R\x07periods\x12+\
+    \n\x11throttled_periods\x18\x05\x20\x01(\x04R\x10throttledPeriods\x12!\n\
+    \x0cthrottled_us\x18\x06\x20\x01(\x04R\x0bthrottledUs\"\x99\x02\n\x0bMem\
+    oryStats\x12\x14\n\x05usage\x18\x01\x20\x01(\x04R\x05usage\x12\x14\n\x05\
+    limit\x18\x02\x20\x01(\x04R\x05limit\x12\x12\n\x04peak\x18\x03\x20\x01(\
+    \x04R\x04peak\x12\"\n\nswap_usage\x18\x04\x20\x01(\x04H\0R\tswapUsage\
+    \x88\x01\x01\x12\x1d\n\nswap_limit\x18\x05\x20\x01(\x04R\tswapLimit\x12?\
+    \n\x04stat\x18\x06\x20\x03(\x0b2+.kuasar.runv.agent.v1.MemoryStats.StatE\
+    ntryR\x04stat\x1a7\n\tStatEntry\x12\x10\n\x03key\x18\x01\x20\x01(\tR\x03\
+    key\x12\x14\n\x05value\x18\x02\x20\x01(\x04R\x05value:\x028\x01B\r\n\x0b\
+    _swap_usage\";\n\tPidsStats\x12\x18\n\x07current\x18\x01\x20\x01(\x04R\
+    \x07current\x12\x14\n\x05limit\x18\x02\x20\x01(\x04R\x05limit\"\xa3\x01\
+    \n\x07IoStats\x12\x14\n\x05major\x18\x01\x20\x01(\rR\x05major\x12\x14\n\
+    \x05minor\x18\x02\x20\x01(\rR\x05minor\x12\x1d\n\nread_bytes\x18\x03\x20\
+    \x01(\x04R\treadBytes\x12\x1f\n\x0bwrite_bytes\x18\x04\x20\x01(\x04R\nwr\
+    iteBytes\x12\x14\n\x05reads\x18\x05\x20\x01(\x04R\x05reads\x12\x16\n\x06\
+    writes\x18\x06\x20\x01(\x04R\x06writes\"]\n\x0cHugetlbStats\x12\x1b\n\tp\
+    age_size\x18\x01\x20\x01(\tR\x08pageSize\x12\x14\n\x05usage\x18\x02\x20\
+    \x01(\x04R\x05usage\x12\x1a\n\x08failures\x18\x03\x20\x01(\x04R\x08failu\
+    res\"4\n\x0fWatchOomRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
+    \x0bcontainerId2\xeb\x08\n\x05Agent\x12n\n\x0fCreateContainer\x12,.kuasa\
+    r.runv.agent.v1.CreateContainerRequest\x1a-.kuasar.runv.agent.v1.CreateC\
+    ontainerResponse\x12Z\n\x0eStartContainer\x12+.kuasar.runv.agent.v1.Star\
+    tContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12X\n\rSignalProce\
+    ss\x12*.kuasar.runv.agent.v1.SignalProcessRequest\x1a\x1b.kuasar.runv.ag\
+    ent.v1.Empty\x12\\\n\x0fDeleteContainer\x12,.kuasar.runv.agent.v1.Delete\
+    ContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12M\n\x07GetInfo\
+    \x12\x1b.kuasar.runv.agent.v1.Empty\x1a%.kuasar.runv.agent.v1.GetInfoRes\
+    ponse\x12b\n\x0bExecProcess\x12(.kuasar.runv.agent.v1.ExecProcessRequest\
+    \x1a).kuasar.runv.agent.v1.ExecProcessResponse\x12h\n\rListProcesses\x12\
+    *.kuasar.runv.agent.v1.ListProcessesRequest\x1a+.kuasar.runv.agent.v1.Li\
+    stProcessesResponse\x12Z\n\x0ePauseContainer\x12+.kuasar.runv.agent.v1.P\
+    auseContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fResum\
+    eContainer\x12,.kuasar.runv.agent.v1.ResumeContainerRequest\x1a\x1b.kuas\
+    ar.runv.agent.v1.Empty\x12\\\n\x0fUpdateContainer\x12,.kuasar.runv.agent\
+    .v1.UpdateContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12Y\n\x08\
+    GetStats\x12%.kuasar.runv.agent.v1.GetStatsRequest\x1a&.kuasar.runv.agen\
+    t.v1.GetStatsResponse\x12N\n\x08WatchOom\x12%.kuasar.runv.agent.v1.Watch\
+    OomRequest\x1a\x1b.kuasar.runv.agent.v1.Emptyb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file

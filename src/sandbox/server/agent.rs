@@ -3,9 +3,9 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 
-use kuasar_runv_protocol::agent::{Event, Oom, Ready};
+use kuasar_runv_protocol::agent::{Event, Ready};
 use kuasar_runv_protocol::event::{MAX_EVENT_LEN, encode_from_host};
-use kuasar_runv_protocol::resources::{FromHost, OomNoted};
+use kuasar_runv_protocol::resources::FromHost;
 use kuasar_runv_protocol::{EVENT_PORT, PROTOCOL_VERSION};
 
 use super::{Boot, End, Sandboxer, clock};
@@ -48,15 +48,6 @@ impl AgentEvents {
         }
         Ok(events)
     }
-}
-
-fn noted(oom: &Oom) -> FromHost {
-    let mut message = FromHost::new();
-    message.set_oom_noted(OomNoted {
-        container_id: oom.container_id.clone(),
-        ..OomNoted::new()
-    });
-    message
 }
 
 impl Sandboxer {
@@ -104,10 +95,7 @@ impl Sandboxer {
             } else if event.has_clock() {
                 self.tell_agent(&clock::answer(event.clock()));
             } else if event.has_oom() {
-                self.notify(&event.oom().container_id, Notice::Oom);
-                if event.oom().fatal {
-                    self.tell_agent(&noted(event.oom()));
-                }
+                self.out_of_memory(event.oom());
             } else if event.has_exited() && event.exited().exec_id.is_empty() {
                 self.notify(&event.exited().container_id, Notice::Ended);
             } else if event.has_exited() {

@@ -13,6 +13,7 @@ mod clients;
 mod clock;
 mod machine;
 mod network;
+mod oom;
 mod privileges;
 mod spawn;
 mod subscribers;
@@ -31,6 +32,7 @@ use self::agent::AgentEvents;
 use self::clients::Client;
 use self::clock::ClockWatch;
 use self::network::Network;
+use self::oom::OomReports;
 use super::control::{self, Listener, ReadyInfo, Reply, Resized, SandboxerConfig, monotonic_us};
 use super::guest_volumes::GuestVolumes;
 use super::record::SandboxRecord;
@@ -137,6 +139,7 @@ struct Sandboxer {
     vmm_start_us: u64,
     clients: Vec<Client>,
     network: Network,
+    oom: OomReports,
     dir: PathBuf,
     stop_deadline: Duration,
     /// Those that still have something to say.
@@ -203,6 +206,7 @@ impl Sandboxer {
             vmm_start_us,
             clients: Vec::new(),
             network,
+            oom: OomReports::new(config).map_err(context("an event descriptor"))?,
             dir,
             stop_deadline: config.config.timeouts.stop(),
             devices,
@@ -250,6 +254,9 @@ impl Sandboxer {
         }
         if ready.network {
             self.network_messages();
+        }
+        if ready.oom {
+            self.oom_reports();
         }
         if ready.event_listener {
             self.accept_agent();
@@ -308,6 +315,7 @@ impl Sandboxer {
             PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.network.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.clock.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.oom.as_fd(), PollFlags::IN),
         ];
         let event_listener = self.event_listener.as_ref().map(|l| {
             fds.push(PollFd::from_borrowed_fd(l.as_fd(), PollFlags::IN));
@@ -340,8 +348,9 @@ impl Sandboxer {
         Ok(ReadyFds {
             vm: is_ready(0),
             listener: is_ready(1),
-            clock: is_ready(3),
             network: is_ready(2),
+            clock: is_ready(3),
+            oom: is_ready(4),
             event_listener: event_listener.is_some_and(is_ready),
             agent: agent.is_some_and(is_ready),
             clients: (0..self.clients.len())
@@ -365,6 +374,7 @@ struct ReadyFds {
     listener: bool,
     network: bool,
     clock: bool,
+    oom: bool,
     event_listener: bool,
     agent: bool,
     clients: Vec<usize>,

@@ -12,8 +12,11 @@ use crate::vm::devices::fs;
 
 /// To attach what is shared later to the shared directory, which is the guest's to
 /// set modes in, and to enter network namespaces and set them up, by threads that
-/// keep only what that takes (`sandbox::network::watch`).
+/// keep only what that takes (`sandbox::network::watch`). To move itself to another
+/// cgroup (`sandbox::host_oom`): with v2, cpusets ask for `SYS_NICE` where a thread has
+/// capabilities that the mover has not, as the file server's have.
 const RUNNING: CapabilitySet = CapabilitySet::SYS_ADMIN
+    .union(CapabilitySet::SYS_NICE)
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::NET_ADMIN);
 

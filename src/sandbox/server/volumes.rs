@@ -47,6 +47,7 @@ impl Sandboxer {
     }
 
     pub(super) fn unshare(&mut self, container: &str) -> Reply {
+        self.oom.forget(container);
         Reply {
             unused: Some(Unused {
                 paths: self.share.release(container),

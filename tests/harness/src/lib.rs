@@ -27,6 +27,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::exit)]
 
 pub mod bundle;
+pub mod cgroup;
 pub mod container;
 pub mod data;
 pub mod invocation;
