@@ -89,7 +89,7 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
     let service = create_agent(Arc::new(AgentService::new(containers)));
     let machine = Machine::booted().map_err(ServeError::Runtime)?;
     let resources = create_resources(Arc::new(ResourcesService::new(machine)));
-    let storage = create_storage(Arc::new(StorageService::default()));
+    let storage = create_storage(Arc::new(StorageService::new(transport.clone())));
     let mut server = server
         .register_service(service)
         .register_service(network)

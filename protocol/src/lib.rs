@@ -1,6 +1,6 @@
 //! What the host and the guest agent of kuasar-runv say to each other.
 //!
-//! Four kinds of connection cross the VM's vsock device. On the host each one
+//! Five kinds of connection cross the VM's vsock device. On the host each one
 //! is a unix stream socket of the sandbox directory:
 //!
 //! | port | opened by | carries |
@@ -9,6 +9,7 @@
 //! | [`DEBUG_CONSOLE_PORT`] | host | a shell, only when enabled in the configuration |
 //! | [`STREAM_PORT`] | host (stand-in) | one stdio stream or the control channel of one guest process, see [`stream`] |
 //! | [`EVENT_PORT`] | guest | length-prefixed `Event` messages, the first is `Ready`, see [`event`]; the other way `FromHost` messages |
+//! | [`SOCKET_PORT`] | guest | what a process of a container says to a socket of the host, see [`socket`] |
 //!
 //! Both sides are built from one commit; [`PROTOCOL_VERSION`] is checked in
 //! `Ready` so that a stale guest image is reported instead of misunderstood.
@@ -19,6 +20,7 @@ pub mod event;
 pub mod hook;
 pub mod namespace;
 pub mod rtnetlink;
+pub mod socket;
 pub mod stream;
 pub mod words;
 
@@ -39,7 +41,7 @@ pub use generated::{
 };
 
 /// Bumped with every incompatible change of anything in this crate.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The guest's context id. Each VM has a vsock device of its own, so all can
 /// use the same.
@@ -50,6 +52,7 @@ pub const AGENT_PORT: u32 = 1024;
 pub const DEBUG_CONSOLE_PORT: u32 = 1025;
 pub const STREAM_PORT: u32 = 1026;
 pub const EVENT_PORT: u32 = 1027;
+pub const SOCKET_PORT: u32 = 1028;
 
 /// Annotation of a config.json on its way to the guest: the bundle's path on the
 /// host, which the state of `startContainer` hooks names. The guest takes it out.

@@ -13,7 +13,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use serde_json::{Value, json};
 
 use super::bundle::Bundle;
-use super::guest_volumes::{self as volume, GuestVolume, Place, disk, huge_pages};
+use super::guest_volumes::{self as volume, GuestVolume, Place, disk, huge_pages, socket};
 use super::mount_options::{self, Depth};
 use super::network::Sysctl;
 use super::{devices, labels, shared_memory, validate, volume_name};
@@ -59,7 +59,8 @@ pub struct Bind {
     pub private: bool,
     /// With the mounts below the source.
     pub recursive: bool,
-    /// It is part of the shared directory. If not, the guest has memory there.
+    /// It is part of the shared directory. If not, the guest has memory or a socket
+    /// there.
     pub is_shared: bool,
     /// The guest's options.
     options: Vec<String>,
@@ -111,6 +112,13 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
                 guest["type"] = json!("bind");
                 guest["options"] = json!(bind.options);
                 binds.push(bind);
+            }
+            Translated::Socket(bind, socket) => {
+                guest["type"] = json!("bind");
+                guest["options"] = json!(bind.options);
+                binds.push(bind);
+                let (place, kind) = (Place::Mount(index), volume::Kind::Socket(socket));
+                guest_volumes.push(GuestVolume { place, kind });
             }
             Translated::InGuest(kind, options) => {
                 guest["type"] = json!("bind");
@@ -221,6 +229,8 @@ enum Translated {
     /// A file system that needs nothing from the host.
     Guests,
     Shared(Bind),
+    /// A socket of the host, which the guest makes one for.
+    Socket(Bind, socket::Socket),
     /// A volume that the guest makes, and the options of the bind mount of it.
     InGuest(volume::Kind, Vec<String>),
 }
@@ -286,16 +296,21 @@ fn translate_mount(
         let kind = volume::Kind::HugePages(pages);
         return Ok(Translated::InGuest(kind, parsed.guest));
     }
-    Ok(Translated::Shared(Bind {
+    let socket = socket::of_bind(&source, &bundle.spec)?;
+    let bind = Bind {
         volume,
         source,
         destination,
         read_only: parsed.read_only,
         private: parsed.private,
         recursive: parsed.recursive,
-        is_shared: true,
+        is_shared: socket.is_none(),
         options: parsed.guest,
-    }))
+    };
+    Ok(match socket {
+        Some(socket) => Translated::Socket(bind, socket),
+        None => Translated::Shared(bind),
+    })
 }
 
 /// File systems that need nothing from the host, or a disk.

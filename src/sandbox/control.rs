@@ -14,6 +14,8 @@ use nix::sys::socket::{
 };
 use serde::{Deserialize, Serialize};
 
+use kuasar_runv_protocol::socket::Token;
+
 use crate::config::Config;
 use crate::root::Root;
 use crate::sandbox::size::{Demand, Demands};
@@ -68,6 +70,9 @@ pub enum Request {
     /// Attach the mount tree that comes with this message at
     /// `<container>/<name>` of the shared directory.
     Share { container: String, name: String },
+    /// Take `<container>/<name>` out of the shared directory again. What the guest has
+    /// open stays usable.
+    Withdraw { container: String, name: String },
     /// Let the container use the volume `name`; a mount tree of its source comes
     /// with this message.
     ShareVolume {
@@ -84,6 +89,13 @@ pub enum Request {
     },
     /// Let the container use the volume `key`, which the guest makes by itself.
     UseVolume { container: String, key: String },
+    /// Let the container use the socket of the host that comes with this message
+    /// (`O_PATH`), which `key` names.
+    UseSocket {
+        container: String,
+        key: String,
+        identities: Identities,
+    },
     /// Take away what is shared for the container alone.
     Unshare { container: String },
     /// Take away a volume of the guest that nobody uses; answered when it is gone.
@@ -115,6 +127,14 @@ pub struct DiskMode {
     pub read_only: bool,
     /// A block device, not a file.
     pub is_device: bool,
+}
+
+/// Who a container's processes can be on the host, if not everybody: ranges of ids,
+/// first and number.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identities {
+    pub uids: Option<Vec<(u32, u32)>>,
+    pub gids: Option<Vec<(u32, u32)>>,
 }
 
 /// What was a container's alone.
@@ -171,6 +191,9 @@ pub struct Reply {
     /// Name of a volume in the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub volume: Option<String>,
+    /// What the guest needs to use it, of a socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<Token>,
 }
 
 /// The commands' end.

@@ -302,6 +302,22 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
+    /// Takes `<container>/<name>` out of the shared directory again. What the guest has
+    /// open there stays usable.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn withdraw(&self, container: &str, name: &str) -> Result<(), Error> {
+        let request = Request::Withdraw {
+            container: container.to_owned(),
+            name: name.to_owned(),
+        };
+        self.connection
+            .call(&request, &[], REQUEST_DEADLINE)
+            .map(drop)
+            .map_err(|e| self.control_error(e))
+    }
+
     /// Makes the VM large enough for a container: it has at least the size that all
     /// containers together ask for when this returns.
     ///

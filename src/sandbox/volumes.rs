@@ -2,7 +2,9 @@
 
 use std::os::fd::BorrowedFd;
 
-use super::control::{DiskMode, Request, Unused};
+use kuasar_runv_protocol::socket::Token;
+
+use super::control::{DiskMode, Identities, Request, Unused};
 use super::{Error, REQUEST_DEADLINE, Sandbox};
 
 impl Sandbox {
@@ -61,6 +63,31 @@ impl Sandbox {
         };
         self.volume(&request, &[])?
             .ok_or_else(|| Error::Refused("the sandboxer's answer has no volume".into()))
+    }
+
+    /// Lets a container use a socket of the host; returns its name in the guest and
+    /// what the guest shows to use it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn use_socket(
+        &self,
+        container: &str,
+        key: &str,
+        identities: &Identities,
+        socket: BorrowedFd<'_>,
+    ) -> Result<(String, Token), Error> {
+        let request = Request::UseSocket {
+            container: container.to_owned(),
+            key: key.to_owned(),
+            identities: identities.clone(),
+        };
+        let reply = self
+            .connection
+            .call(&request, &[socket], REQUEST_DEADLINE)
+            .map_err(|e| self.control_error(e))?;
+        let nothing = || Error::Refused("the sandboxer's answer has no socket".into());
+        reply.volume.zip(reply.token).ok_or_else(nothing)
     }
 
     fn volume(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Option<String>, Error> {

@@ -62,13 +62,16 @@ pub fn bind(dir: impl AsFd, name: &str) -> io::Result<UnixListener> {
 /// `NotFound` or `ConnectionRefused` when nobody listens, `WouldBlock` when the
 /// listener accepted nobody for ten seconds, `InvalidInput` for a bad name.
 pub fn connect(dir: impl AsFd, name: &str) -> io::Result<UnixStream> {
+    connect_at(&Address::new(&dir, name)?)
+}
+
+fn connect_at(address: &Address) -> io::Result<UnixStream> {
     let stream = UnixStream::from(socket(0)?);
     // connect(2) on a unix socket only ever waits for room in the backlog, and
     // that wait is bounded by the send time-out.
     stream.set_write_timeout(Some(CONNECT_TIMEOUT))?;
-    let address = Address::new(&dir, name)?;
     loop {
-        match connect_once(&stream, &address) {
+        match connect_once(&stream, address) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             done => {
                 done?;
@@ -78,6 +81,15 @@ pub fn connect(dir: impl AsFd, name: &str) -> io::Result<UnixStream> {
     }
     stream.set_write_timeout(None)?;
     Ok(stream)
+}
+
+/// Connects to a socket that was opened with `O_PATH`; the stream is in blocking mode.
+///
+/// # Errors
+/// As [`connect`].
+pub fn connect_to(socket_file: &impl AsFd) -> io::Result<UnixStream> {
+    let path = format!("/proc/self/fd/{}", socket_file.as_fd().as_raw_fd());
+    connect_at(&Address::of_path(Path::new(&path))?)
 }
 
 /// Connects to the socket `name` in `dir` without ever waiting; the stream is in
@@ -90,6 +102,18 @@ pub fn connect_nonblocking(dir: impl AsFd, name: &str) -> io::Result<UnixStream>
     let socket = socket(libc::SOCK_NONBLOCK)?;
     connect_once(&socket, &address)?;
     Ok(UnixStream::from(socket))
+}
+
+/// Whether a socket that was opened with `O_PATH` takes datagrams. Whoever listens on
+/// another kind does not notice; one that nobody listens on does not say.
+///
+/// # Errors
+/// As socket(2).
+pub fn takes_datagrams(socket_file: &impl AsFd) -> io::Result<bool> {
+    let path = format!("/proc/self/fd/{}", socket_file.as_fd().as_raw_fd());
+    Ok(std::os::unix::net::UnixDatagram::unbound()?
+        .connect(path)
+        .is_ok())
 }
 
 fn connect_once(socket: &impl AsRawFd, address: &Address) -> io::Result<()> {
@@ -125,7 +149,11 @@ impl Address {
         if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
             return Err(invalid("socket name is not a plain file name"));
         }
-        let path = short_path(dir, name);
+        Address::of_path(&short_path(dir, name))
+    }
+
+    fn of_path(path: &Path) -> io::Result<Self> {
+        let invalid = |why| io::Error::new(io::ErrorKind::InvalidInput, why);
         let path = path.as_os_str().as_encoded_bytes();
         // SAFETY: all-zero bytes are a valid sockaddr_un.
         let mut raw: libc::sockaddr_un = unsafe { std::mem::zeroed() };

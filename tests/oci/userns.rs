@@ -1,10 +1,10 @@
 //! User namespaces: ids in the container, on its files, and on the host behind them.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, chown, lchown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown};
 use std::path::Path;
 
-use kuasar_runv_test_harness::{Bundle, World, json};
+use kuasar_runv_test_harness::{Bundle, World, json, listener};
 
 /// First id of the host that the container's ids are mapped to.
 const BASE: u32 = 100_000;
@@ -87,4 +87,17 @@ fn an_ordinary_user_in_a_user_namespace() {
     assert_eq!(out.fact("groups"), "1001 5");
     let made = fs::metadata(bundle.rootfs().join("tmp/x")).unwrap();
     assert_eq!((made.uid(), made.gid()), (BASE + 1000, BASE + 1001));
+}
+
+/// Who is not root on the host is not root to a service of it either.
+#[test]
+fn a_service_of_the_host_sees_who_connects() {
+    let world = World::new();
+    let socket = world.path("service.sock");
+    listener::echo(&socket);
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
+    let bundle = world.bundle().probe("socket /service.sock");
+    let bundle = mapped(bundle.bind(&socket, "/service.sock"));
+    let out = world.run(&bundle, "c").ok();
+    assert_eq!(out.fact("answer"), format!("{BASE}:{BASE} question"));
 }

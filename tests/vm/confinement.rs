@@ -48,6 +48,8 @@ fn threads(pid: i32) -> Vec<(String, u64)> {
 #[test]
 fn no_process_has_privileges_it_does_not_need() {
     const DAC_OVERRIDE: u64 = 1 << 1;
+    const SETGID: u64 = 1 << 6;
+    const SETUID: u64 = 1 << 7;
     const NET_ADMIN: u64 = 1 << 12;
     const SYS_ADMIN: u64 = 1 << 21;
     const SYS_NICE: u64 = 1 << 23;
@@ -71,7 +73,7 @@ fn no_process_has_privileges_it_does_not_need() {
             "vsock" | "vsock-control" => 0,
             "fs" | "fs-control" | "vring_worker" => FILES,
             "network" => NET_ADMIN,
-            _ => DAC_OVERRIDE | SYS_ADMIN | NET_ADMIN | SYS_NICE,
+            _ => DAC_OVERRIDE | SETGID | SETUID | SYS_ADMIN | NET_ADMIN | SYS_NICE,
         };
         assert_eq!(capabilities & !allowed, 0, "{name}: {capabilities:x}");
     }

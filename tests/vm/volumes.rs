@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use kuasar_runv_test_harness::{SHORT, World, json, wait_until};
+use kuasar_runv_test_harness::{SHORT, World, json, listener, wait_until};
 
 use crate::pods;
 use crate::victims::{self, Victim};
@@ -139,4 +139,24 @@ fn a_volume_of_a_pod_is_one_for_all_its_containers() {
     let bundle = pods::member(&world, &first.id, "ls /other").bind(&other, "/other");
     let _ = world.run(&bundle, "m").ok();
     assert_eq!(volumes_on_the_host(&world).len(), 1);
+}
+
+/// All of a pod use one, it ends with the last of them, and nobody else in the
+/// machine reaches it.
+#[test]
+fn a_socket_of_the_host_belongs_to_those_who_have_it() {
+    let world = World::new();
+    let socket = world.path("service.sock");
+    listener::echo(&socket);
+    let pod = world.bundle().sh("echo up; sleep 1000");
+    let pod = world.start(&pod.bind(&socket, "/service.sock"), "s");
+    pod.wait_for_output("up");
+    let member = |check: &str| pods::member(&world, &pod.id, "").probe(check);
+    let out = world.run(&member("socket /other").bind(&socket, "/other"), "with");
+    assert_eq!(out.ok().fact("answer"), "0:0 question");
+    // It has the port, as everybody has, and no token.
+    let out = world.run(&member("vsock 1028"), "without").ok();
+    assert_eq!(out.fact("back"), "0");
+    let out = world.run(&member("socket /other").bind(&socket, "/other"), "again");
+    assert_eq!(out.ok().fact("many"), "20");
 }

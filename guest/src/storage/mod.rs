@@ -1,5 +1,5 @@
-//! The pod's volumes that live in the guest: disks that the host attaches, and huge
-//! pages. The service of `storage.proto`.
+//! The pod's volumes that live in the guest: disks that the host attaches, huge
+//! pages, and what stands for sockets of the host. The service of `storage.proto`.
 //!
 //! A volume is mounted below [`GUEST_VOLUMES_DIR`] in the agent's mount namespace,
 //! once for all containers, which bind it from there; a disk without a file system
@@ -8,6 +8,7 @@
 
 mod disk;
 mod huge_pages;
+mod socket;
 mod uevents;
 
 use std::collections::HashMap;
@@ -29,6 +30,8 @@ use ttrpc::{Code, get_status};
 
 use self::disk::Disk;
 use self::huge_pages::HugePages;
+use self::socket::Socket;
+use crate::transport::Transport;
 
 /// Most volumes of a pod; a machine has fewer places for disks.
 const MAX_VOLUMES: usize = 256;
@@ -58,14 +61,18 @@ type Result<T> = std::result::Result<T, Error>;
 enum Volume {
     Disk(Disk),
     HugePages(HugePages),
+    Socket(Socket),
 }
 
 impl Volume {
-    fn make(name: &str, kind: Option<Kind>) -> Result<Volume> {
+    fn make(name: &str, kind: Option<Kind>, transport: &Transport) -> Result<Volume> {
         match kind {
             Some(Kind::Disk(wanted)) => Disk::find(name, &wanted).map(Volume::Disk),
             Some(Kind::HugePages(wanted)) => {
                 HugePages::reserve(name, &wanted).map(Volume::HugePages)
+            }
+            Some(Kind::Socket(wanted)) => {
+                Socket::listen(name, &wanted, transport).map(Volume::Socket)
             }
             _ => Err(Error::Invalid("a volume of an unknown kind".into())),
         }
@@ -75,6 +82,7 @@ impl Volume {
         let (path, (major, minor)) = match self {
             Volume::Disk(disk) => (disk.path(), disk.number()),
             Volume::HugePages(pages) => (pages.path(), (0, 0)),
+            Volume::Socket(socket) => (socket.path(), (0, 0)),
         };
         AddVolumeResponse {
             path: path.to_string_lossy().into_owned(),
@@ -88,18 +96,28 @@ impl Volume {
         match self {
             Volume::Disk(disk) => disk.remove(),
             Volume::HugePages(pages) => pages.remove(),
+            Volume::Socket(socket) => socket.remove(),
         }
     }
 }
 
 /// The service.
-#[derive(Default)]
 pub struct StorageService {
+    transport: Transport,
     /// Held while one is made or removed: there is one at a time.
     volumes: Arc<Mutex<HashMap<String, Volume>>>,
 }
 
 impl StorageService {
+    /// The transport is for sockets of the host.
+    #[must_use]
+    pub fn new(transport: Transport) -> StorageService {
+        StorageService {
+            transport,
+            volumes: Arc::default(),
+        }
+    }
+
     async fn in_thread<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut HashMap<String, Volume>) -> Result<T> + Send + 'static,
@@ -131,6 +149,7 @@ impl Storage for StorageService {
         _: &TtrpcContext,
         request: AddVolumeRequest,
     ) -> ttrpc::Result<AddVolumeResponse> {
+        let transport = self.transport.clone();
         self.in_thread(move |volumes| {
             let name = request.name;
             if let Some(volume) = volumes.get(&name) {
@@ -139,7 +158,7 @@ impl Storage for StorageService {
             if volumes.len() >= MAX_VOLUMES {
                 return Err(Error::Invalid(format!("more than {MAX_VOLUMES} volumes")));
             }
-            let volume = Volume::make(plain(&name)?, request.kind)?;
+            let volume = Volume::make(plain(&name)?, request.kind, &transport)?;
             let answer = volume.answer();
             volumes.insert(name, volume);
             Ok(answer)

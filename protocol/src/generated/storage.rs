@@ -146,8 +146,57 @@ impl AddVolumeRequest {
         }
     }
 
+    // .kuasar.runv.storage.v1.Socket socket = 4;
+
+    pub fn socket(&self) -> &Socket {
+        match self.kind {
+            ::std::option::Option::Some(add_volume_request::Kind::Socket(ref v)) => v,
+            _ => <Socket as ::protobuf::Message>::default_instance(),
+        }
+    }
+
+    pub fn clear_socket(&mut self) {
+        self.kind = ::std::option::Option::None;
+    }
+
+    pub fn has_socket(&self) -> bool {
+        match self.kind {
+            ::std::option::Option::Some(add_volume_request::Kind::Socket(..)) => true,
+            _ => false,
+        }
+    }
+
+    // Param is passed by value, moved
+    pub fn set_socket(&mut self, v: Socket) {
+        self.kind = ::std::option::Option::Some(add_volume_request::Kind::Socket(v))
+    }
+
+    // Mutable pointer to the field.
+    pub fn mut_socket(&mut self) -> &mut Socket {
+        if let ::std::option::Option::Some(add_volume_request::Kind::Socket(_)) = self.kind {
+        } else {
+            self.kind = ::std::option::Option::Some(add_volume_request::Kind::Socket(Socket::new()));
+        }
+        match self.kind {
+            ::std::option::Option::Some(add_volume_request::Kind::Socket(ref mut v)) => v,
+            _ => panic!(),
+        }
+    }
+
+    // Take field
+    pub fn take_socket(&mut self) -> Socket {
+        if self.has_socket() {
+            match self.kind.take() {
+                ::std::option::Option::Some(add_volume_request::Kind::Socket(v)) => v,
+                _ => panic!(),
+            }
+        } else {
+            Socket::new()
+        }
+    }
+
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(3);
+        let mut fields = ::std::vec::Vec::with_capacity(4);
         let mut oneofs = ::std::vec::Vec::with_capacity(1);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "name",
@@ -167,6 +216,13 @@ impl AddVolumeRequest {
             AddVolumeRequest::huge_pages,
             AddVolumeRequest::mut_huge_pages,
             AddVolumeRequest::set_huge_pages,
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_oneof_message_has_get_mut_set_accessor::<_, Socket>(
+            "socket",
+            AddVolumeRequest::has_socket,
+            AddVolumeRequest::socket,
+            AddVolumeRequest::mut_socket,
+            AddVolumeRequest::set_socket,
         ));
         oneofs.push(add_volume_request::Kind::generated_oneof_descriptor_data());
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<AddVolumeRequest>(
@@ -196,6 +252,9 @@ impl ::protobuf::Message for AddVolumeRequest {
                 26 => {
                     self.kind = ::std::option::Option::Some(add_volume_request::Kind::HugePages(is.read_message()?));
                 },
+                34 => {
+                    self.kind = ::std::option::Option::Some(add_volume_request::Kind::Socket(is.read_message()?));
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -221,6 +280,10 @@ impl ::protobuf::Message for AddVolumeRequest {
                     let len = v.compute_size();
                     my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
                 },
+                &add_volume_request::Kind::Socket(ref v) => {
+                    let len = v.compute_size();
+                    my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+                },
             };
         }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
@@ -239,6 +302,9 @@ impl ::protobuf::Message for AddVolumeRequest {
                 },
                 &add_volume_request::Kind::HugePages(ref v) => {
                     ::protobuf::rt::write_message_field_with_cached_size(3, v, os)?;
+                },
+                &add_volume_request::Kind::Socket(ref v) => {
+                    ::protobuf::rt::write_message_field_with_cached_size(4, v, os)?;
                 },
             };
         }
@@ -260,6 +326,7 @@ impl ::protobuf::Message for AddVolumeRequest {
 
     fn clear(&mut self) {
         self.name.clear();
+        self.kind = ::std::option::Option::None;
         self.kind = ::std::option::Option::None;
         self.kind = ::std::option::Option::None;
         self.special_fields.clear();
@@ -303,6 +370,8 @@ pub mod add_volume_request {
         Disk(super::Disk),
         // @@protoc_insertion_point(oneof_field:kuasar.runv.storage.v1.AddVolumeRequest.huge_pages)
         HugePages(super::HugePages),
+        // @@protoc_insertion_point(oneof_field:kuasar.runv.storage.v1.AddVolumeRequest.socket)
+        Socket(super::Socket),
     }
 
     impl ::protobuf::Oneof for Kind {
@@ -671,6 +740,182 @@ impl ::std::fmt::Display for HugePages {
 }
 
 impl ::protobuf::reflect::ProtobufValue for HugePages {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.storage.v1.Socket)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct Socket {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.storage.v1.Socket.token)
+    pub token: ::std::vec::Vec<u8>,
+    // @@protoc_insertion_point(field:kuasar.runv.storage.v1.Socket.mode)
+    pub mode: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.storage.v1.Socket.uid)
+    pub uid: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.storage.v1.Socket.gid)
+    pub gid: u32,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.storage.v1.Socket.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a Socket {
+    fn default() -> &'a Socket {
+        <Socket as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl Socket {
+    pub fn new() -> Socket {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(4);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "token",
+            |m: &Socket| { &m.token },
+            |m: &mut Socket| { &mut m.token },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "mode",
+            |m: &Socket| { &m.mode },
+            |m: &mut Socket| { &mut m.mode },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "uid",
+            |m: &Socket| { &m.uid },
+            |m: &mut Socket| { &mut m.uid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "gid",
+            |m: &Socket| { &m.gid },
+            |m: &mut Socket| { &mut m.gid },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Socket>(
+            "Socket",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for Socket {
+    const NAME: &'static str = "Socket";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.token = is.read_bytes()?;
+                },
+                16 => {
+                    self.mode = is.read_uint32()?;
+                },
+                24 => {
+                    self.uid = is.read_uint32()?;
+                },
+                32 => {
+                    self.gid = is.read_uint32()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.token.is_empty() {
+            my_size += ::protobuf::rt::bytes_size(1, &self.token);
+        }
+        if self.mode != 0 {
+            my_size += ::protobuf::rt::uint32_size(2, self.mode);
+        }
+        if self.uid != 0 {
+            my_size += ::protobuf::rt::uint32_size(3, self.uid);
+        }
+        if self.gid != 0 {
+            my_size += ::protobuf::rt::uint32_size(4, self.gid);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.token.is_empty() {
+            os.write_bytes(1, &self.token)?;
+        }
+        if self.mode != 0 {
+            os.write_uint32(2, self.mode)?;
+        }
+        if self.uid != 0 {
+            os.write_uint32(3, self.uid)?;
+        }
+        if self.gid != 0 {
+            os.write_uint32(4, self.gid)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> Socket {
+        Socket::new()
+    }
+
+    fn clear(&mut self) {
+        self.token.clear();
+        self.mode = 0;
+        self.uid = 0;
+        self.gid = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static Socket {
+        static instance: Socket = Socket {
+            token: ::std::vec::Vec::new(),
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for Socket {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("Socket").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for Socket {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for Socket {
     type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
 }
 
@@ -1283,27 +1528,31 @@ impl ::protobuf::reflect::ProtobufValue for ForgetResponse {
 }
 
 static file_descriptor_proto_data: &'static [u8] = b"\
-    \n\rstorage.proto\x12\x16kuasar.runv.storage.v1\"\xa6\x01\n\x10AddVolume\
+    \n\rstorage.proto\x12\x16kuasar.runv.storage.v1\"\xe0\x01\n\x10AddVolume\
     Request\x12\x12\n\x04name\x18\x01\x20\x01(\tR\x04name\x122\n\x04disk\x18\
     \x02\x20\x01(\x0b2\x1c.kuasar.runv.storage.v1.DiskH\0R\x04disk\x12B\n\nh\
     uge_pages\x18\x03\x20\x01(\x0b2!.kuasar.runv.storage.v1.HugePagesH\0R\th\
-    ugePagesB\x06\n\x04kind\"\x8e\x01\n\x04Disk\x12\x17\n\x07fs_type\x18\x01\
-    \x20\x01(\tR\x06fsType\x12\x18\n\x07options\x18\x02\x20\x01(\tR\x07optio\
-    ns\x12\x1b\n\tread_only\x18\x03\x20\x01(\x08R\x08readOnly\x12\x12\n\x04m\
-    ode\x18\x04\x20\x01(\rR\x04mode\x12\x10\n\x03uid\x18\x05\x20\x01(\rR\x03\
-    uid\x12\x10\n\x03gid\x18\x06\x20\x01(\rR\x03gid\"<\n\tHugePages\x12\x1b\
-    \n\tpage_size\x18\x01\x20\x01(\x04R\x08pageSize\x12\x12\n\x04size\x18\
-    \x02\x20\x01(\x04R\x04size\"S\n\x11AddVolumeResponse\x12\x12\n\x04path\
-    \x18\x01\x20\x01(\tR\x04path\x12\x14\n\x05major\x18\x02\x20\x01(\rR\x05m\
-    ajor\x12\x14\n\x05minor\x18\x03\x20\x01(\rR\x05minor\")\n\x13RemoveVolum\
-    eRequest\x12\x12\n\x04name\x18\x01\x20\x01(\tR\x04name\"\x16\n\x14Remove\
-    VolumeResponse\"%\n\rForgetRequest\x12\x14\n\x05paths\x18\x01\x20\x03(\t\
-    R\x05paths\"\x10\n\x0eForgetResponse2\xaf\x02\n\x07Storage\x12`\n\tAddVo\
-    lume\x12(.kuasar.runv.storage.v1.AddVolumeRequest\x1a).kuasar.runv.stora\
-    ge.v1.AddVolumeResponse\x12i\n\x0cRemoveVolume\x12+.kuasar.runv.storage.\
-    v1.RemoveVolumeRequest\x1a,.kuasar.runv.storage.v1.RemoveVolumeResponse\
-    \x12W\n\x06Forget\x12%.kuasar.runv.storage.v1.ForgetRequest\x1a&.kuasar.\
-    runv.storage.v1.ForgetResponseb\x06proto3\
+    ugePages\x128\n\x06socket\x18\x04\x20\x01(\x0b2\x1e.kuasar.runv.storage.\
+    v1.SocketH\0R\x06socketB\x06\n\x04kind\"\x8e\x01\n\x04Disk\x12\x17\n\x07\
+    fs_type\x18\x01\x20\x01(\tR\x06fsType\x12\x18\n\x07options\x18\x02\x20\
+    \x01(\tR\x07options\x12\x1b\n\tread_only\x18\x03\x20\x01(\x08R\x08readOn\
+    ly\x12\x12\n\x04mode\x18\x04\x20\x01(\rR\x04mode\x12\x10\n\x03uid\x18\
+    \x05\x20\x01(\rR\x03uid\x12\x10\n\x03gid\x18\x06\x20\x01(\rR\x03gid\"<\n\
+    \tHugePages\x12\x1b\n\tpage_size\x18\x01\x20\x01(\x04R\x08pageSize\x12\
+    \x12\n\x04size\x18\x02\x20\x01(\x04R\x04size\"V\n\x06Socket\x12\x14\n\
+    \x05token\x18\x01\x20\x01(\x0cR\x05token\x12\x12\n\x04mode\x18\x02\x20\
+    \x01(\rR\x04mode\x12\x10\n\x03uid\x18\x03\x20\x01(\rR\x03uid\x12\x10\n\
+    \x03gid\x18\x04\x20\x01(\rR\x03gid\"S\n\x11AddVolumeResponse\x12\x12\n\
+    \x04path\x18\x01\x20\x01(\tR\x04path\x12\x14\n\x05major\x18\x02\x20\x01(\
+    \rR\x05major\x12\x14\n\x05minor\x18\x03\x20\x01(\rR\x05minor\")\n\x13Rem\
+    oveVolumeRequest\x12\x12\n\x04name\x18\x01\x20\x01(\tR\x04name\"\x16\n\
+    \x14RemoveVolumeResponse\"%\n\rForgetRequest\x12\x14\n\x05paths\x18\x01\
+    \x20\x03(\tR\x05paths\"\x10\n\x0eForgetResponse2\xaf\x02\n\x07Storage\
+    \x12`\n\tAddVolume\x12(.kuasar.runv.storage.v1.AddVolumeRequest\x1a).kua\
+    sar.runv.storage.v1.AddVolumeResponse\x12i\n\x0cRemoveVolume\x12+.kuasar\
+    .runv.storage.v1.RemoveVolumeRequest\x1a,.kuasar.runv.storage.v1.RemoveV\
+    olumeResponse\x12W\n\x06Forget\x12%.kuasar.runv.storage.v1.ForgetRequest\
+    \x1a&.kuasar.runv.storage.v1.ForgetResponseb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file
@@ -1321,10 +1570,11 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
     file_descriptor.get(|| {
         let generated_file_descriptor = generated_file_descriptor_lazy.get(|| {
             let mut deps = ::std::vec::Vec::with_capacity(0);
-            let mut messages = ::std::vec::Vec::with_capacity(8);
+            let mut messages = ::std::vec::Vec::with_capacity(9);
             messages.push(AddVolumeRequest::generated_message_descriptor_data());
             messages.push(Disk::generated_message_descriptor_data());
             messages.push(HugePages::generated_message_descriptor_data());
+            messages.push(Socket::generated_message_descriptor_data());
             messages.push(AddVolumeResponse::generated_message_descriptor_data());
             messages.push(RemoveVolumeRequest::generated_message_descriptor_data());
             messages.push(RemoveVolumeResponse::generated_message_descriptor_data());

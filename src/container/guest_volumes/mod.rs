@@ -1,4 +1,5 @@
-//! Volumes that live in the guest: disks of the host, and huge pages.
+//! Volumes that live in the guest: disks of the host, huge pages, and sockets that
+//! stand for those of the host.
 //!
 //! What they need of config.json is taken from it before anything is made
 //! ([`disk`], [`huge_pages`]); when the virtual machine runs they are attached,
@@ -7,10 +8,12 @@
 
 pub mod disk;
 pub mod huge_pages;
+pub mod socket;
 
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::path::Path;
 
 use kuasar_runv_protocol::storage::{AddVolumeRequest, AddVolumeResponse, add_volume_request};
 use serde_json::{Value, json};
@@ -24,6 +27,7 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::control::{DiskMode, Unused};
 use disk::Disk;
 use huge_pages::HugePages;
+use socket::Socket;
 
 /// Where in config.json what the guest says is to be filled in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +49,7 @@ pub struct GuestVolume {
 pub enum Kind {
     Disk(Disk),
     HugePages(HugePages),
+    Socket(Socket),
 }
 
 impl GuestVolume {
@@ -59,6 +64,16 @@ impl GuestVolume {
                 let name = sandbox.use_volume(id, &pages.key)?;
                 (name, add_volume_request::Kind::HugePages(pages.request()))
             }
+            Kind::Socket(socket) => {
+                let file = socket.file.as_fd();
+                let (name, token) = sandbox
+                    .use_socket(id, &socket.key(), &socket.identities, file)
+                    .map_err(|e| about(&socket.source, e))?;
+                (
+                    name,
+                    add_volume_request::Kind::Socket(socket.request(token)),
+                )
+            }
         };
         let request = AddVolumeRequest {
             name,
@@ -66,7 +81,8 @@ impl GuestVolume {
             ..AddVolumeRequest::new()
         };
         agent.add_volume(&request).map_err(|e| match &self.kind {
-            Kind::Disk(disk) => about(disk, e.into()),
+            Kind::Disk(disk) => about(&disk.source, e.into()),
+            Kind::Socket(socket) => about(&socket.source, e.into()),
             Kind::HugePages(_) => Error::Agent(e),
         })
     }
@@ -82,7 +98,7 @@ fn attach(disk: &Disk, sandbox: &Sandbox, id: &str) -> Result<String, Error> {
     let use_it = |file| {
         sandbox
             .use_disk(id, &disk.key(), &mode, file)
-            .map_err(|e| about(disk, e))
+            .map_err(|e| about(&disk.source, e))
     };
     if let Some(name) = use_it(None)? {
         return Ok(name);
@@ -90,12 +106,12 @@ fn attach(disk: &Disk, sandbox: &Sandbox, id: &str) -> Result<String, Error> {
     // It is nobody's: opening it anew would fail if it were this pod's.
     let file = disk.open()?;
     let nameless = || crate::sandbox::Error::Refused("the sandboxer did not attach it".into());
-    use_it(Some(file.as_fd()))?.ok_or_else(|| about(disk, nameless()))
+    use_it(Some(file.as_fd()))?.ok_or_else(|| about(&disk.source, nameless()))
 }
 
-fn about(disk: &Disk, error: crate::sandbox::Error) -> Error {
+fn about(source: &Path, error: crate::sandbox::Error) -> Error {
     Error::Volume {
-        path: disk.source.clone(),
+        path: source.to_owned(),
         source: Box::new(error),
     }
 }
@@ -217,7 +233,7 @@ fn write_back_all(root: &Root, sandbox: &Sandbox, sandbox_id: &str) -> Result<()
 }
 
 /// Errors of files are about the path.
-fn at(path: &std::path::Path) -> impl Fn(std::io::Error) -> SpecError {
+fn at(path: &Path) -> impl Fn(std::io::Error) -> SpecError {
     move |source| SpecError::Volume {
         path: path.to_owned(),
         source,

@@ -89,6 +89,10 @@ impl Sandboxer {
                 self.share.attach(&container, &name, tree)?;
                 Ok(Some(Reply::default()))
             }
+            Request::Withdraw { container, name } => {
+                self.share.withdraw(&container, &name);
+                Ok(Some(Reply::default()))
+            }
             Request::ShareVolume {
                 container,
                 name,
@@ -107,6 +111,15 @@ impl Sandboxer {
                 self.use_disk(&container, &key, mode, file).map(Some)
             }
             Request::UseVolume { container, key } => self.use_volume(&container, &key).map(Some),
+            Request::UseSocket {
+                container,
+                key,
+                identities,
+            } => {
+                let socket = taken(message)?;
+                self.use_socket(&container, &key, identities, socket)
+                    .map(Some)
+            }
             Request::Unshare { container } => Ok(Some(self.unshare(&container))),
             Request::RemoveVolume { name } => self.remove_volume(index, name),
             Request::WaitReady => match &self.boot {

@@ -15,6 +15,7 @@ mod machine;
 mod network;
 mod oom;
 mod privileges;
+mod sockets;
 mod spawn;
 mod subscribers;
 mod volumes;
@@ -33,6 +34,7 @@ use self::clients::Client;
 use self::clock::ClockWatch;
 use self::network::Network;
 use self::oom::OomReports;
+use self::sockets::HostSockets;
 use super::control::{self, Listener, ReadyInfo, Reply, Resized, SandboxerConfig, monotonic_us};
 use super::guest_volumes::GuestVolumes;
 use super::record::SandboxRecord;
@@ -129,6 +131,7 @@ struct Sandboxer {
     demands: Demands,
     share: Share,
     volumes: GuestVolumes,
+    sockets: HostSockets,
     listener: Listener,
     /// Takes the agent's one connection, before any container runs.
     event_listener: Option<UnixListener>,
@@ -177,6 +180,7 @@ impl Sandboxer {
         let shared = unix_socket::open_dir(share.dir()).map_err(context("the shared directory"))?;
         let listener =
             Listener::bind(dir_fd.as_fd(), CONTROL_SOCKET).map_err(context("making a socket"))?;
+        let sockets = HostSockets::new(dir_fd.try_clone().map_err(context("a descriptor"))?);
         let devices = machine.serve(BackEnds {
             sockets: dir_fd,
             guest_cid: GUEST_CID.into(),
@@ -195,6 +199,7 @@ impl Sandboxer {
             demands,
             share,
             volumes: GuestVolumes::default(),
+            sockets,
             listener,
             event_listener: Some(event_listener),
             agent: None,

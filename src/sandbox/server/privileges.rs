@@ -15,7 +15,11 @@ use crate::vm::devices::fs;
 /// keep only what that takes (`sandbox::network::watch`). To move itself to another
 /// cgroup (`sandbox::host_oom`): with v2, cpusets ask for `SYS_NICE` where a thread has
 /// capabilities that the mover has not, as the file server's have.
+/// To connect to sockets of the host as who the container's process is
+/// (`server::sockets`), `SETUID` and `SETGID`.
 const RUNNING: CapabilitySet = CapabilitySet::SYS_ADMIN
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SYS_NICE)
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::NET_ADMIN);

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use super::Sandboxer;
-use crate::sandbox::control::{self, DiskMode, Reply, Unused};
+use crate::sandbox::control::{self, DiskMode, Identities, Reply, Unused};
 use crate::sandbox::guest_volumes::Found;
 use crate::vm::{BlockDevice, Device};
 
@@ -46,6 +46,25 @@ impl Sandboxer {
         Ok(named(name))
     }
 
+    /// Has connections of the guest with the token in the answer go to the socket.
+    pub(super) fn use_socket(
+        &mut self,
+        container: &str,
+        key: &str,
+        identities: Identities,
+        socket: OwnedFd,
+    ) -> io::Result<Reply> {
+        let (Found::Known(name) | Found::New(name)) = self.volumes.add(key, None, container)?;
+        let token = self
+            .sockets
+            .offer(&name, identities, socket)
+            .inspect_err(|_| self.volumes.forget(&name))?;
+        Ok(Reply {
+            token: Some(token),
+            ..named(name)
+        })
+    }
+
     pub(super) fn unshare(&mut self, container: &str) -> Reply {
         self.oom.forget(container);
         Reply {
@@ -64,6 +83,7 @@ impl Sandboxer {
         name: String,
     ) -> io::Result<Option<Reply>> {
         if !self.volumes.is_unused_disk(&name)? {
+            self.sockets.withdraw(&name);
             return Ok(Some(Reply::default()));
         }
         self.vm.detach(&name).map_err(io::Error::other)?;

@@ -32,6 +32,7 @@ pub mod container;
 pub mod data;
 pub mod invocation;
 pub mod leaks;
+pub mod listener;
 pub mod network;
 pub mod probe;
 pub mod process;

@@ -6,6 +6,7 @@
 //! one test with the name of the check in the environment. A check prints facts
 //! (`key=value`); the test on the host compares them.
 
+mod sockets;
 mod volumes;
 
 use std::ffi::CString;
@@ -42,6 +43,8 @@ pub fn main() {
         "one-in-two-places" => volumes::one_in_two_places(argument),
         "huge-pages" => volumes::huge_pages(Path::new(argument)),
         "particular-files" => volumes::particular(Path::new(argument)),
+        "socket" => sockets::connect(Path::new(argument)),
+        "vsock" => sockets::vsock(argument.parse().unwrap()),
         "shared-word" => shared_word(Path::new(argument)),
         other => panic!("no probe {other:?}"),
     }
