@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use kuasar_runv_test_harness::process::{self, Process};
+use kuasar_runv_test_harness::world::hypervisor;
 use kuasar_runv_test_harness::{SHORT, World, leaks, wait_until};
 
 /// A kind of process that may die at any moment.
@@ -20,10 +21,18 @@ impl Victim {
 
     fn is(self, process: &Process) -> bool {
         match self {
-            Victim::Vm => process.comm.starts_with("qemu-system"),
+            Victim::Vm => is_machine(process),
             Victim::Sandboxer => has_word(process, "sandboxer"),
             Victim::StandIn => has_word(process, "standin"),
         }
+    }
+}
+
+/// The built-in hypervisor is in the sandboxer.
+fn is_machine(process: &Process) -> bool {
+    match hypervisor().as_str() {
+        "builtin" => has_word(process, "sandboxer"),
+        _ => process.comm.starts_with("qemu-system"),
     }
 }
 
@@ -72,7 +81,9 @@ pub fn kill_vm_of(world: &World, id: &str) {
     let record = world.root.join("sandboxes").join(id).join("sandbox.json");
     let text = std::fs::read(record).unwrap();
     let record: kuasar_runv_test_harness::Value = serde_json::from_slice(&text).unwrap();
-    let pid = record["vm"]["pid"].as_i64().unwrap();
+    let machine = &record["vm"]["pid"];
+    let pid = machine.as_i64().or(record["sandboxer"]["pid"].as_i64());
+    let pid = pid.unwrap();
     kill(&[pid.try_into().unwrap()]);
 }
 
