@@ -6,10 +6,10 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::time::Instant;
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use kuasar_runv_test_harness::{Flavour, Runtime, World};
+use kuasar_runv_test_harness::{Flavour, Runtime, World, reaper};
 
 use crate::floor::Floor;
 use crate::report::{Row, Section, Target, Verdict};
@@ -17,6 +17,9 @@ use crate::sample::Samples;
 
 /// Most a container may take beside runc's, the boot of a bare VM taken off.
 const TARGET: f64 = 1.3;
+
+/// How long an engine's script may take to end it.
+const END: Duration = Duration::from_secs(60);
 
 /// The engine, and what is run.
 const ENGINES: [(&str, &str); 2] = [
@@ -26,7 +29,7 @@ const ENGINES: [(&str, &str); 2] = [
 
 /// One engine's script, waiting for requests.
 struct Engine {
-    script: Child,
+    script: i32,
     requests: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
 }
@@ -34,17 +37,19 @@ struct Engine {
 impl Engine {
     fn start(name: &str) -> Engine {
         let integration = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integration");
-        let mut script = Command::new(integration.join(name))
+        let mut command = Command::new(integration.join(name));
+        command
             .arg("--timed")
             .env("RUNTIME", Runtime::built().binary)
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|e| panic!("integration/{name}: {e}"));
+            .stdout(Stdio::piped());
+        // Whoever boots the floor collects all children.
+        let script =
+            reaper::spawn(&mut command).unwrap_or_else(|e| panic!("integration/{name}: {e}"));
         Engine {
-            requests: script.stdin.take(),
-            answers: BufReader::new(script.stdout.take().expect("it is piped")),
-            script,
+            requests: script.stdin,
+            answers: BufReader::new(script.stdout.expect("it is piped")),
+            script: script.pid,
         }
     }
 
@@ -62,7 +67,7 @@ impl Engine {
 
     fn end(mut self) {
         drop(self.requests.take());
-        let status = self.script.wait().expect("it is our child");
+        let status = reaper::wait(self.script, END).expect("the script cleans up in time");
         assert!(status.success(), "the script ended with {status}");
     }
 }

@@ -63,7 +63,7 @@ case_pod_stop_start_restart() {
   member one sh -c 'trap "exit 0" TERM; while :; do sleep 1000 & wait; done'
   member two sh -c 'trap "exit 0" TERM; while :; do sleep 1000 & wait; done'
   p pod stop -t 10 "$C"
-  equal Exited "$(p pod inspect "$C" | jq -r .State)"
+  equal Exited "$(p pod inspect "$C" | jq -r 'if type == "array" then .[0] else . end | .State')"
   p pod start "$C"
   equal ok "$(p exec "$C-two" echo ok)"
   p pod restart "$C"

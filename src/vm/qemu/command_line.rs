@@ -178,6 +178,10 @@ impl CommandLine<'_> {
             // With one CPU the kernel takes the lock prefix out of 8,000
             // instructions, a tenth of the boot; emulation ignores it anyway.
             params.push_str(" noreplace-smp");
+            // The file server is another process: QEMU does not see it write to the
+            // guest's memory, and would go on executing what it has translated of a page
+            // that was reused for another program's code. It sees the guest clear it.
+            params.push_str(" init_on_alloc=1");
             if self.most.vcpus > self.size.vcpus {
                 params.push_str(&format!(" maxcpus={}", self.size.vcpus));
             }
@@ -405,7 +409,7 @@ mod tests {
             .replace("-cpu host", "-cpu max,erms=off,fsrm=off")
             .replace(
                 "loglevel=4",
-                "loglevel=4 no_timer_check noreplace-smp tsc=reliable tsc_early_khz=2445426",
+                "loglevel=4 no_timer_check noreplace-smp init_on_alloc=1 tsc=reliable tsc_early_khz=2445426",
             );
         assert_eq!(lines(&emulated), expected.lines().collect::<Vec<_>>());
     }
@@ -454,7 +458,7 @@ mod tests {
         };
         let lines = lines(&changed);
         assert!(lines.contains(
-            &"-append console=ttyS0 panic=-1 reboot=t no_timer_check noreplace-smp".into()
+            &"-append console=ttyS0 panic=-1 reboot=t no_timer_check noreplace-smp init_on_alloc=1".into()
         ));
         assert!(!lines.iter().any(|line| line.starts_with("-sandbox")));
         assert_eq!(lines.last().unwrap(), "-device pvpanic");
