@@ -160,3 +160,34 @@ fn secrets_and_parts_of_a_directory() {
     });
     assert_eq!(fs::read_to_string(volume.join("secret")).unwrap(), "s\n");
 }
+
+/// Engines rewrite what they bind when a container is connected to another network.
+#[test]
+fn name_resolution_that_the_host_rewrites() {
+    let world = World::new();
+    let files = ["resolv.conf", "hosts"].map(|name| (name, world.path(name)));
+    let mut bundle = world.bundle().sh("for f in resolv.conf hosts; do
+            cat /etc/$f; until grep -q second /etc/$f; do sleep 0.05; done; cat /etc/$f
+        done; wc -c </etc/hosts");
+    for (name, path) in &files {
+        fs::write(path, format!("# first and longer than what comes {name}\n")).unwrap();
+        bundle = bundle.mount(json!({
+            "destination": format!("/etc/{name}"), "type": "bind", "source": path,
+            "options": ["rbind", "ro"],
+        }));
+    }
+    let container = world.start(&bundle, "c");
+    container.wait_for_output("resolv.conf");
+    for (_, path) in &files {
+        fs::write(path, "# second\n").unwrap();
+    }
+    assert_eq!(container.exit_code(), 0);
+    let first = |name: &str| format!("# first and longer than what comes {name}\n");
+    // The second file was rewritten before it was read.
+    let said = container.stdout();
+    let expected = format!("{}# second\n", first("resolv.conf"));
+    assert!(
+        said.starts_with(&expected) && said.ends_with("# second\n9\n"),
+        "{said}"
+    );
+}

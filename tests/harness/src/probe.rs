@@ -42,6 +42,8 @@ pub fn main() {
         "echo" => crate::network::echo(),
         "one-in-two-places" => volumes::one_in_two_places(argument),
         "huge-pages" => volumes::huge_pages(Path::new(argument)),
+        "hold-locks" => volumes::hold_locks(Path::new(argument)),
+        "want-locks" => volumes::want_locks(Path::new(argument)),
         "particular-files" => volumes::particular(Path::new(argument)),
         "socket" => sockets::connect(Path::new(argument)),
         "vsock" => sockets::vsock(argument.parse().unwrap()),
