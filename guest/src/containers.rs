@@ -11,20 +11,24 @@
 mod exec;
 mod list;
 mod namespaces;
+mod preserved;
 mod resources;
 mod shared_memory;
+mod stdio;
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kuasar_runv_protocol::agent::{NamespaceJoin, SharedMemory as WantedMemory};
-use kuasar_runv_protocol::stream::{Kind, MAX_ID_LEN};
+use kuasar_runv_protocol::agent::{
+    NamespaceJoin, Preserved as WantedDescriptor, SharedMemory as WantedMemory,
+};
+use kuasar_runv_protocol::stream::MAX_ID_LEN;
 use kuasar_runv_protocol::{GUEST_SHARE_DIR, GUEST_SHM_DIR};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -35,14 +39,13 @@ use crate::events::Events;
 use crate::helper::{NOTIFY_SOCKET, SPEC_FILE};
 use crate::process::{Process, SignalError};
 use crate::reaper::Reaper;
-use crate::streams::{
-    Connection, StreamId, Streams, relay_input, relay_output, relay_terminal_input,
-    relay_terminal_output, serve_control,
-};
+use crate::streams::{Connection, Streams};
 use crate::sys;
 use crate::zygote::{CreateRequest, Created, FailureKind, Request, Zygote, ZygoteError};
 use namespaces::Namespaces;
+use preserved::Preserved;
 use shared_memory::{Pool, SharedMemory};
+use stdio::{Pipes, Stdio};
 
 /// Where the containers' private directories are; on the agent's tmpfs.
 pub const STATE_DIR: &str = "/run/kuasar/containers";
@@ -50,9 +53,6 @@ pub const STATE_DIR: &str = "/run/kuasar/containers";
 /// How long processes may take to be gone after SIGKILL.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 const KILL_POLL: Duration = Duration::from_millis(2);
-/// Capacity of stdio pipes, in bytes; the default of the kernel is 64 KiB. What is
-/// in them is charged to the container.
-const PIPE_SIZE: libc::c_int = 1024 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
@@ -84,6 +84,8 @@ pub enum ContainerError {
     Paused,
     #[error("another operation on the container is in progress")]
     Busy,
+    #[error("opening preserved descriptor {number}: {source}")]
+    Preserved { number: i32, source: io::Error },
     #[error("the container's processes did not end after SIGKILL")]
     Unkillable,
     #[error("the container's processes could not be frozen within {0:?}")]
@@ -120,6 +122,8 @@ pub struct NewContainer {
     pub stderr: bool,
     pub no_pivot: bool,
     pub no_new_keyring: bool,
+    pub plain_newlines: bool,
+    pub preserved: Vec<WantedDescriptor>,
     pub joins: Vec<NamespaceJoin>,
     pub shared_memory: Vec<WantedMemory>,
 }
@@ -154,14 +158,6 @@ pub struct Containers {
     streams: Arc<Streams>,
     events: Events,
     memory: Pool,
-}
-
-/// The agent's ends of a container's stdio pipes.
-#[derive(Default)]
-struct Pipes {
-    stdin: Option<OwnedFd>,
-    stdout: Option<OwnedFd>,
-    stderr: Option<OwnedFd>,
 }
 
 impl Containers {
@@ -340,18 +336,22 @@ impl Containers {
         let joins = self.find_joins(&new.joins)?;
         let memory = self.memory.take_all(&new.shared_memory)?;
         let announced = [new.stdin, new.stdout, new.stderr];
-        let (pipes, theirs) = make_pipes(announced).map_err(ContainerError::io("making pipes"))?;
+        let (pipes, theirs) = Pipes::make(announced).map_err(ContainerError::io("making pipes"))?;
+        let preserved = Preserved::make(&new.preserved).await?;
         let request = Request::Create(CreateRequest {
             container_id: new.id.clone(),
             dir: dir.to_owned(),
             stdio: announced,
             no_pivot: new.no_pivot,
             no_new_keyring: new.no_new_keyring,
+            plain_newlines: new.plain_newlines,
+            preserved: preserved.count(),
             joins: joins.set(),
         });
         let with: Vec<_> = theirs
             .iter()
             .chain(joins.descriptors())
+            .chain(preserved.theirs())
             .map(AsFd::as_fd)
             .collect();
         let created = self.zygote.submit(&request, &with).await?;
@@ -361,7 +361,13 @@ impl Containers {
         let namespaces =
             namespaces.map_err(ContainerError::io("opening the container's namespaces"))?;
         let oom = OomWatch::new(&new.id, cgroup, &self.events);
-        self.attach_streams(&new.id, "", &process, pipes, Some(Arc::clone(&oom)));
+        let stdio = Stdio {
+            pipes,
+            preserved: preserved.into_ours(),
+            oom: Some(Arc::clone(&oom)),
+            outlives_process: false,
+        };
+        self.attach_streams(&new.id, "", &process, stdio);
         self.report_end(&new.id, &process, &oom);
         Ok(Arc::new(Container {
             dir: dir.to_owned(),
@@ -388,72 +394,6 @@ impl Containers {
             .map_err(ContainerError::io("opening the process"))?;
         drop(created.hold);
         Ok(process)
-    }
-
-    /// Starts the tasks that connect a process with its stand-in.
-    fn attach_streams(
-        &self,
-        id: &str,
-        exec_id: &str,
-        process: &Arc<Process>,
-        pipes: Pipes,
-        oom: Option<Arc<OomWatch>>,
-    ) {
-        // Whether there is a terminal is in the spec, which the helper reads.
-        let pipes = match process.terminal() {
-            Some(_) => Pipes::default(),
-            None => pipes,
-        };
-        let stream = |kind| {
-            let streams = Arc::clone(&self.streams);
-            let (container_id, exec_id) = (id.to_owned(), exec_id.to_owned());
-            async move {
-                let id = StreamId {
-                    container_id,
-                    exec_id,
-                    kind,
-                };
-                streams.claim(id).await
-            }
-        };
-        let exit = || process.exit();
-        if let Some(pipe) = pipes.stdin {
-            let (connection, exit) = (stream(Kind::Stdin), exit());
-            sys::spawn(async move {
-                if let Some(connection) = connection.await {
-                    relay_input(connection, pipe, exit).await;
-                }
-            });
-        }
-        for (pipe, kind) in [(pipes.stdout, Kind::Stdout), (pipes.stderr, Kind::Stderr)] {
-            let Some(pipe) = pipe else { continue };
-            let (connection, exit) = (stream(kind), exit());
-            sys::spawn(async move {
-                if let Some(connection) = connection.await {
-                    relay_output(pipe, connection, exit).await;
-                }
-            });
-        }
-        if let Some(terminal) = process.terminal() {
-            let (input, exit_in, to) = (stream(Kind::Stdin), exit(), terminal.clone());
-            sys::spawn(async move {
-                if let Some(connection) = input.await {
-                    relay_terminal_input(connection, to, exit_in).await;
-                }
-            });
-            let (output, exit_out, from) = (stream(Kind::Stdout), exit(), terminal.clone());
-            sys::spawn(async move {
-                if let Some(connection) = output.await {
-                    relay_terminal_output(from, connection, exit_out).await;
-                }
-            });
-        }
-        let (control, of) = (stream(Kind::Control), Arc::clone(process));
-        sys::spawn(async move {
-            if let Some(connection) = control.await {
-                serve_control(connection, of, oom).await;
-            }
-        });
     }
 
     /// Reports the end of a container's own process when it comes.
@@ -500,29 +440,6 @@ fn check_id(id: &str) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-fn make_pipes(announced: [bool; 3]) -> io::Result<(Pipes, Vec<OwnedFd>)> {
-    let mut ours = Pipes::default();
-    let mut theirs = Vec::new();
-    for (number, announced) in announced.into_iter().enumerate() {
-        if !announced {
-            continue;
-        }
-        let (read, write) = sys::pipe()?;
-        sys::set_pipe_size(&read, PIPE_SIZE);
-        let (mine, other) = match number {
-            0 => (write, read),
-            _ => (read, write),
-        };
-        theirs.push(other);
-        match number {
-            0 => ours.stdin = Some(mine),
-            1 => ours.stdout = Some(mine),
-            _ => ours.stderr = Some(mine),
-        }
-    }
-    Ok((ours, theirs))
 }
 
 /// Looks for a container's part of the shared directory, which the host has removed

@@ -7,6 +7,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use kuasar_runv_protocol::namespace::Kind;
+use kuasar_runv_protocol::stream::MAX_PRESERVED;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
     sendmsg, socketpair,
@@ -14,9 +15,9 @@ use nix::sys::socket::{
 
 /// Longest body, in bytes. Specs do not travel here, they are files.
 pub const MAX_BODY: usize = 16 * 1024;
-/// The answer socket, three streams, and what an exec needs besides or the
-/// namespaces that a container joins.
-pub const MAX_FDS: usize = 4 + Kind::ALL.len();
+/// The answer socket, three streams, what an exec needs besides or the namespaces
+/// that a container joins, and preserved descriptors.
+pub const MAX_FDS: usize = 4 + Kind::ALL.len() + MAX_PRESERVED as usize;
 
 /// A connected pair, close-on-exec and blocking.
 ///

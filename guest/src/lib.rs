@@ -17,15 +17,19 @@
 //! rest of the agent's life.
 
 pub mod boot;
+pub mod bpf;
 pub mod cgroup;
 pub mod clock;
 pub mod containers;
 pub mod debug_console;
 pub mod events;
 pub mod helper;
+pub mod hotplug;
 pub mod ipc;
 pub mod logging;
+pub mod loopback;
 pub mod machine;
+pub mod mmio;
 pub mod network;
 pub mod pci;
 pub mod process;

@@ -12,8 +12,13 @@ use std::io::Write;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use kuasar_runv_protocol::stream::{FIRST_PRESERVED, MAX_PRESERVED};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::sys;
+
+/// Above every number of a preserved descriptor.
+const ABOVE_PRESERVED: i32 = FIRST_PRESERVED + MAX_PRESERVED as i32;
 /// Longest record /dev/kmsg takes in one write is a little under 1 KiB.
 const MAX_RECORD: usize = 900;
 
@@ -68,9 +73,11 @@ fn write_record(priority: u8, message: &str) {
 
 /// Starts logging to the kernel log.
 pub fn init(level: LevelFilter) {
-    if let Ok(kmsg) = OpenOptions::new().write(true).open("/dev/kmsg") {
+    let kmsg = OpenOptions::new().write(true).open("/dev/kmsg");
+    // Helpers put what a process is to have at low numbers, whatever is there.
+    if let Ok(kmsg) = kmsg.and_then(|file| sys::move_above(file.into(), ABOVE_PRESERVED)) {
         // A second call keeps the first file, which is as good.
-        drop(KMSG.set(kmsg));
+        drop(KMSG.set(kmsg.into()));
     }
     if level >= LevelFilter::Debug {
         // The kernel drops more than a few records per second otherwise. Only a

@@ -1,5 +1,4 @@
-//! Devices that come and go. The guest has no driver for hot-plug: the host says
-//! when there is something new, and the kernel is told to look
+//! PCI devices that come and go: the kernel is told to look for them
 //! (Documentation/ABI/testing/sysfs-bus-pci).
 
 use std::fs;
@@ -13,10 +12,16 @@ const DEVICES: &str = "/sys/bus/pci/devices";
 /// slots may be in use again.
 ///
 /// # Errors
-/// When sysfs is not mounted.
+/// As read(2) and write(2) of sysfs.
 pub fn rescan() -> io::Result<()> {
     let mut bridges = Vec::new();
-    for device in fs::read_dir(DEVICES)? {
+    let devices = match fs::read_dir(DEVICES) {
+        Ok(devices) => devices,
+        // A machine without PCI.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for device in devices {
         let path = device?.path();
         if path.join("pci_bus").exists() {
             bridges.push(path);
@@ -38,28 +43,13 @@ fn is_gone(device: &Path) -> bool {
     read.is_ok() && ids == [0xff; 4]
 }
 
-fn forget(device: &Path) -> io::Result<()> {
+/// Has the kernel let go of a device.
+///
+/// # Errors
+/// As write(2).
+pub fn forget(device: &Path) -> io::Result<()> {
     match fs::write(device.join("remove"), "1") {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
-}
-
-/// Lets go of the PCI device that a device of a class belongs to, such as
-/// `/sys/class/net/eth0`. One that is gone already is no error.
-///
-/// # Errors
-/// As write(2).
-pub fn remove(class_device: &Path) -> io::Result<()> {
-    let mut device = match fs::canonicalize(class_device.join("device")) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
-    // From the virtio device up to that of its transport.
-    while !device.join("remove").exists() {
-        if !device.pop() {
-            return Ok(());
-        }
-    }
-    forget(&device)
 }

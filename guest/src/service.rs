@@ -90,6 +90,8 @@ impl Agent for AgentService {
             stderr: request.stderr,
             no_pivot: request.no_pivot,
             no_new_keyring: request.no_new_keyring,
+            plain_newlines: request.plain_newlines,
+            preserved: request.preserved,
             joins: request.joins,
             shared_memory: request.shared_memory,
         };
@@ -164,6 +166,9 @@ impl Agent for AgentService {
             ignore_paused: request.ignore_paused,
             cgroup: request.cgroup,
             umask: request.umask,
+            plain_newlines: request.plain_newlines,
+            preserved: request.preserved,
+            output_outlives_process: request.output_outlives_process,
         };
         let pid = to_the_end(Arc::clone(&self.containers).exec(new)).await?;
         Ok(ExecProcessResponse {

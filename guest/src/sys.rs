@@ -217,6 +217,20 @@ pub fn dup2(from: &impl AsFd, to: RawFd) -> io::Result<()> {
     Ok(())
 }
 
+/// The same open file at a number that is not below `first`, close-on-exec.
+///
+/// # Errors
+/// `EMFILE`.
+pub fn move_above(fd: OwnedFd, first: RawFd) -> io::Result<OwnedFd> {
+    if fd.as_raw_fd() >= first {
+        return Ok(fd);
+    }
+    // SAFETY: plain integers.
+    let moved = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, first) }.into())?;
+    // SAFETY: just made for us; descriptors fit RawFd.
+    Ok(unsafe { OwnedFd::from_raw_fd(moved as RawFd) })
+}
+
 /// Registers a descriptor with the current runtime.
 ///
 /// # Errors

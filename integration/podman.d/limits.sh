@@ -52,7 +52,7 @@ case_limits_memory_is_exceeded() {
 case_limits_oom_is_reported() {
   # What conmon does when it hears of it: versions from 2.1 on leave a file where they
   # were started, which podman 4.3 does not look for there, so it says false.
-  cd "$W"
+  cd "$W" || exit
   p run --name "$C" --network none --memory 32m --memory-swap 32m "$IMAGE" tail /dev/zero || true
   equal 137 "$(p inspect -f '{{.State.ExitCode}}' "$C")"
   [[ -e $W/oom || $(p inspect -f '{{.State.OOMKilled}}' "$C") == true ]] || fail 'conmon has not heard of it'

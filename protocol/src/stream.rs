@@ -4,7 +4,8 @@
 //! a [`Header`]; after that stdin, stdout and stderr connections carry plain
 //! bytes in one direction, and shutting down the writing side is the end of the
 //! stream. With a terminal, `Stdin` carries the keyboard, `Stdout` the screen,
-//! and there is no `Stderr`.
+//! and there is no `Stderr`. A `Preserved` connection is another descriptor of the
+//! process: a pipe in either direction, or a socket in both.
 //!
 //! The control connection carries [`Frame`]s: signals, window sizes and the
 //! hang-up of the terminal towards the guest, the exit status back. When the host's end of it goes away before
@@ -25,14 +26,49 @@ pub const MAGIC: [u8; 4] = *b"RVS1";
 /// part of file names, which have 255, on both sides.
 pub const MAX_ID_LEN: usize = 240;
 
+/// Most descriptors that a process gets besides stdio.
+pub const MAX_PRESERVED: u8 = 64;
+/// The first of their numbers in the process.
+pub const FIRST_PRESERVED: i32 = 3;
+
 /// What a connection carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[repr(u8)]
 pub enum Kind {
-    Control = 0,
-    Stdin = 1,
-    Stdout = 2,
-    Stderr = 3,
+    Control,
+    Stdin,
+    Stdout,
+    Stderr,
+    /// The so many-th descriptor from [`FIRST_PRESERVED`] on, counted from 0, below
+    /// [`MAX_PRESERVED`].
+    Preserved(u8),
+}
+
+/// Set in the byte of a [`Kind::Preserved`].
+const PRESERVED: u8 = 0x80;
+
+impl Kind {
+    fn to_byte(self) -> u8 {
+        match self {
+            Kind::Control => 0,
+            Kind::Stdin => 1,
+            Kind::Stdout => 2,
+            Kind::Stderr => 3,
+            Kind::Preserved(index) => PRESERVED | index,
+        }
+    }
+
+    fn from_byte(byte: u8) -> Option<Kind> {
+        match byte {
+            0 => Some(Kind::Control),
+            1 => Some(Kind::Stdin),
+            2 => Some(Kind::Stdout),
+            3 => Some(Kind::Stderr),
+            _ if byte & PRESERVED != 0 && byte & !PRESERVED < MAX_PRESERVED => {
+                Some(Kind::Preserved(byte & !PRESERVED))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Which stream of which process a connection is.
@@ -70,7 +106,7 @@ impl Header {
             _ => Err(Malformed("id too long")),
         };
         let mut wire = MAGIC.to_vec();
-        wire.push(self.kind as u8);
+        wire.push(self.kind.to_byte());
         wire.push(len(&self.container_id)?);
         wire.push(len(&self.exec_id)?);
         wire.extend_from_slice(self.container_id.as_bytes());
@@ -87,13 +123,7 @@ impl Header {
         if [m0, m1, m2, m3] != MAGIC {
             return Err(Malformed("wrong magic"));
         }
-        let kind = match kind {
-            0 => Kind::Control,
-            1 => Kind::Stdin,
-            2 => Kind::Stdout,
-            3 => Kind::Stderr,
-            _ => return Err(Malformed("unknown stream kind")),
-        };
+        let kind = Kind::from_byte(kind).ok_or(Malformed("unknown stream kind"))?;
         if container == 0 {
             return Err(Malformed("empty container id"));
         }
@@ -215,7 +245,12 @@ mod tests {
 
     #[test]
     fn a_header_survives_the_round_trip() {
-        for (kind, exec) in [(Kind::Control, ""), (Kind::Stderr, "exec-1")] {
+        for (kind, exec) in [
+            (Kind::Control, ""),
+            (Kind::Stderr, "exec-1"),
+            (Kind::Preserved(0), ""),
+            (Kind::Preserved(MAX_PRESERVED - 1), "exec-1"),
+        ] {
             let header = Header {
                 kind,
                 container_id: "c".repeat(MAX_ID_LEN),
@@ -241,9 +276,11 @@ mod tests {
         wrong_magic[0] = b'X';
         let mut unknown_kind = good.clone();
         unknown_kind[4] = 9;
+        let mut too_many = good.clone();
+        too_many[4] = PRESERVED | MAX_PRESERVED;
         let mut no_container = good.clone();
         no_container[5] = 0;
-        for wire in [wrong_magic, unknown_kind, no_container] {
+        for wire in [wrong_magic, unknown_kind, too_many, no_container] {
             assert!(Header::decode_prefix(split(&wire).0).is_err());
         }
         let (prefix, ids) = split(&good);

@@ -5,7 +5,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use kuasar_runv_protocol::STREAM_PORT;
-use kuasar_runv_protocol::stream::{Header, Kind};
+use kuasar_runv_protocol::stream::{Header, Kind, MAX_PRESERVED};
+
+// One bit of `Wanted::preserved` each.
+const _: () = assert!(MAX_PRESERVED as u32 <= u64::BITS);
 
 use super::vsock;
 
@@ -15,9 +18,18 @@ pub struct Wanted {
     pub stdin: bool,
     pub stdout: bool,
     pub stderr: bool,
+    /// One bit per preserved descriptor.
+    pub preserved: u64,
 }
 
 impl Wanted {
+    /// With these preserved descriptors.
+    #[must_use]
+    pub fn with_preserved(self, indices: &[u8]) -> Wanted {
+        let preserved = indices.iter().fold(0, |bits, index| bits | 1 << index);
+        Wanted { preserved, ..self }
+    }
+
     /// The kinds in the order in which the stand-in gets them: control first.
     pub fn kinds(self) -> impl Iterator<Item = Kind> {
         [
@@ -28,6 +40,11 @@ impl Wanted {
         ]
         .into_iter()
         .filter_map(|(wanted, kind)| wanted.then_some(kind))
+        .chain(
+            (0..MAX_PRESERVED)
+                .filter(move |index| self.preserved & (1 << index) != 0)
+                .map(Kind::Preserved),
+        )
     }
 }
 

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::guest::unusable;
-use super::{Finding, Subject};
+use super::{Finding, Level, Subject};
 use crate::config::Accel;
 use crate::root::Root;
 use crate::sys::seqpacket::wait_readable;
@@ -24,9 +24,24 @@ const KVM_REMEDY: &str = "load the module kvm_intel or kvm_amd; in a virtual mac
 
 /// What runs a VM in this configuration, and why.
 pub(super) fn choice(subject: &Subject) -> Finding {
-    match selection::choose(&subject.config) {
+    match chosen(subject) {
         Choice::Builtin => builtin(),
         Choice::Qemu => accelerator(subject),
+    }
+}
+
+fn chosen(subject: &Subject) -> Choice {
+    selection::choose(&subject.config, || detect::kvm(&Root::machine_path()))
+}
+
+/// A finding about something of QEMU's: without importance when QEMU is not used.
+fn of_qemu(subject: &Subject, finding: Finding) -> Finding {
+    match (finding.level, chosen(subject)) {
+        (Level::Ok, _) | (_, Choice::Qemu) => finding,
+        (_, Choice::Builtin) => {
+            let text = format!("not needed by the built-in hypervisor ({})", finding.text);
+            Finding::ok(finding.name, text)
+        }
     }
 }
 
@@ -88,13 +103,18 @@ pub(super) fn kvm(_: &Subject) -> Finding {
 
 pub(super) fn firmware(subject: &Subject) -> Finding {
     let qemu = &subject.config.qemu;
-    match requirements::firmware(qemu) {
+    let finding = match requirements::firmware(qemu) {
         Ok(()) => Finding::ok("firmware", qemu.firmware.display().to_string()),
         Err(e) => unusable("firmware", &e),
-    }
+    };
+    of_qemu(subject, finding)
 }
 
 pub(super) fn qemu(subject: &Subject) -> Finding {
+    of_qemu(subject, program(subject))
+}
+
+fn program(subject: &Subject) -> Finding {
     const NAME: &str = "QEMU";
     const REMEDY: &str =
         "install the package qemu-system-x86, or set qemu.path in config.toml to one that works";
@@ -165,7 +185,6 @@ fn number(line: &str) -> Option<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::Level;
     use crate::config::{Config, Hypervisor};
 
     fn ask(question: fn(&Subject) -> Finding, edit: impl FnOnce(&mut Config)) -> Finding {
@@ -185,13 +204,24 @@ mod tests {
 
     #[test]
     fn a_program_that_is_not_qemu_does_not_pass() {
-        let missing = ask(qemu, |c| c.qemu.path = "/no/such/qemu".into());
+        let emulating = |path: &'static str| {
+            ask(qemu, |c| {
+                c.qemu.accel = Accel::Tcg;
+                c.qemu.path = path.into();
+            })
+        };
+        let missing = emulating("/no/such/qemu");
         assert_eq!(missing.level, Level::Fail);
         assert!(missing.remedy.unwrap().contains("qemu-system-x86"));
-        let silent = ask(qemu, |c| c.qemu.path = "/usr/bin/test".into());
+        let silent = emulating("/usr/bin/test");
         assert_eq!(silent.level, Level::Fail);
-        let other = ask(qemu, |c| c.qemu.path = "/bin/echo".into());
+        let other = emulating("/bin/echo");
         assert_eq!(other.level, Level::Warn, "{other:?}");
+        let unneeded = ask(qemu, |c| {
+            c.hypervisor = Hypervisor::Builtin;
+            c.qemu.path = "/no/such/qemu".into();
+        });
+        assert_eq!(unneeded.level, Level::Ok, "{unneeded:?}");
     }
 
     #[test]

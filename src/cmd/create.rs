@@ -26,9 +26,14 @@ pub struct Common {
     /// Keep the session keyring of the guest's agent
     #[arg(long)]
     pub no_new_keyring: bool,
-    /// Refused unless 0: descriptors cannot be passed into a virtual machine
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub preserve_fds: u32,
+    /// Pass N additional file descriptors to the process (stdio + $LISTEN_FDS + N in total)
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        allow_negative_numbers = true
+    )]
+    pub preserve_fds: i64,
 }
 
 impl Common {
@@ -40,7 +45,8 @@ impl Common {
             console_socket: self.console_socket,
             no_pivot: self.no_pivot,
             no_new_keyring: self.no_new_keyring,
-            preserve_fds: self.preserve_fds,
+            // A negative number is none, as with runc.
+            preserve_fds: u32::try_from(self.preserve_fds.max(0)).unwrap_or(u32::MAX),
             foreground,
             systemd_cgroup: context.systemd_cgroup,
             debug: context.debug,

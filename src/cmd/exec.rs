@@ -64,9 +64,14 @@ pub struct Args {
     /// Add a capability; may be repeated
     #[arg(long, short, value_name = "CAPABILITY", value_delimiter = ',')]
     cap: Vec<String>,
-    /// Refused unless 0: descriptors cannot be passed into a virtual machine
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    preserve_fds: u32,
+    /// Pass N additional file descriptors to the process (stdio + N in total)
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        allow_negative_numbers = true
+    )]
+    preserve_fds: i64,
     /// Run the process in an existing cgroup below the container's
     #[arg(long, value_name = "PATH", value_delimiter = ',')]
     cgroup: Vec<String>,
@@ -107,7 +112,8 @@ pub fn run(context: &Context, args: Args) -> Result<u8, Failure> {
         pid_file: args.pid_file,
         console_socket: args.console_socket,
         detach: args.detach,
-        preserve_fds: args.preserve_fds,
+        // A negative number is none, as with runc.
+        preserve_fds: u32::try_from(args.preserve_fds.max(0)).unwrap_or(u32::MAX),
         cgroups: args.cgroup,
         ignore_paused: args.ignore_paused,
     };

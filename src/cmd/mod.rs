@@ -31,6 +31,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::logging::{self, Format};
 use crate::root::Root;
+use crate::sys::inherited;
 
 /// Version of the runtime specification that is implemented.
 pub const OCI_VERSION: &str = "1.2.0";
@@ -155,6 +156,7 @@ const UNKNOWN_COMMAND: u8 = 3;
 
 /// Runs the command line and returns the exit code.
 pub fn run() -> u8 {
+    inherited::note();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {

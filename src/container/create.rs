@@ -26,6 +26,7 @@ use super::hooks::{self, Hooks};
 use super::membership::{self, Membership};
 use super::mount_options::Depth;
 use super::pod::{self, Unreachable};
+use super::preserved::Preserved;
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
@@ -187,11 +188,11 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("create-begin");
     let interrupt = Interrupt::new().map_err(context("signalfd"))?;
     check_id(&options.id)?;
+    let preserved = Preserved::take(options.preserve_fds, true)?;
     let mut bundle = Bundle::load(&options.bundle)?;
     host_mounts::prepare(&mut bundle)?;
     let mut guest = guest_spec::translate(&bundle, &options.id)?;
     check_streams(
-        options.preserve_fds,
         has_terminal(&bundle),
         !options.foreground,
         options.console_socket.is_some(),
@@ -200,6 +201,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         true => Some(CallersTerminal::take(&mut guest.json["process"])?),
         false => None,
     };
+    preserved.announce(&mut guest.json["process"]);
     let membership = membership::resolve(root, &options.id, &bundle.spec)?;
     let config = Config::load()?;
     let cgroups_path = bundle
@@ -224,13 +226,13 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     trace("sandboxer-spawned");
     let (console, slave) = open_console(options, &bundle)?;
     let parts = Parts {
-        record: &record,
         bundle: &bundle,
         guest: &guest,
         hooks: &hooks,
         membership: &membership,
+        preserved: &preserved,
     };
-    let standin = spawn_standin(&parts, root, slave)?;
+    let standin = spawn_standin(&parts, &record, root, slave)?;
     let standin_ref = ProcessRef::of(standin.pid).map_err(context("the stand-in"))?;
     record.standin = Some(standin_ref);
     record.write(root)?;
@@ -255,7 +257,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         guest_volumes::note(root, &record.sandbox_id).map_err(context("noting volumes"))?;
     }
     let turn = pod::take_turn(root, &record)?;
-    let (agent, streams) = create_in_guest(&sandbox, options, &bundle, &guest, &membership)?;
+    let (agent, streams) = create_in_guest(&sandbox, options, &parts)?;
     drop(turn);
     trace("guest-created");
     // Not before: they are meant for the container, not for the boot.
@@ -264,8 +266,10 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         standin.wait_mounted()?;
         standin.wait_entered(Some(Duration::ZERO), interrupt.as_fd())?;
     }
-    attach(&standin, options, &bundle, &streams)?;
+    attach(&standin, options, &parts, &streams)?;
     drop(streams);
+    // The stand-in has them; their other ends are to see when it closes them.
+    drop(preserved);
     trace("standin-attached");
 
     if let (Some(console), Some(socket)) = (console, &options.console_socket) {
@@ -438,24 +442,25 @@ fn console_size(bundle: &Bundle) -> Option<Winsize> {
 
 /// What a stand-in is made from.
 struct Parts<'a> {
-    record: &'a ContainerRecord,
     bundle: &'a Bundle,
     guest: &'a GuestSpec,
     hooks: &'a Hooks,
     membership: &'a Membership,
+    preserved: &'a Preserved,
 }
 
 fn spawn_standin(
     parts: &Parts<'_>,
+    record: &ContainerRecord,
     root: &Root,
     terminal: Option<OwnedFd>,
 ) -> Result<StandIn, Error> {
     let Parts {
-        record,
         bundle,
         guest,
         hooks,
         membership,
+        preserved: _,
     } = *parts;
     let mut volumes = Vec::new();
     for bind in &guest.binds {
@@ -554,11 +559,17 @@ fn share(
 fn create_in_guest(
     sandbox: &Sandbox,
     options: &Options,
-    bundle: &Bundle,
-    guest: &GuestSpec,
-    membership: &Membership,
+    parts: &Parts<'_>,
 ) -> Result<(Agent, Vec<OwnedFd>), Error> {
-    let wanted = wanted_streams(has_terminal(bundle));
+    let Parts {
+        bundle,
+        guest,
+        membership,
+        preserved,
+        ..
+    } = *parts;
+    let terminal = has_terminal(bundle);
+    let wanted = wanted_streams(terminal).with_preserved(&preserved.relayed());
     let mut config = Cow::Borrowed(&guest.json);
     if !guest.volumes.is_empty() {
         guest_volumes::make(sandbox, &options.id, &guest.volumes, config.to_mut())?;
@@ -571,10 +582,13 @@ fn create_in_guest(
         stderr: wanted.stderr,
         no_pivot: options.no_pivot,
         no_new_keyring: options.no_new_keyring,
+        plain_newlines: terminal && options.foreground,
+        preserved: preserved.wanted(&options.id, ""),
         joins: joins(membership),
         shared_memory: guest.shared_memory.clone(),
         ..Default::default()
     };
+    let _files = preserved.share(sandbox, &options.id, "")?;
     let mut created = ask_to_create(sandbox.guest(), &request, wanted);
     if matches!(&created, Err(Error::Agent(e)) if e.is_already_there()) {
         // Left behind by one that was deleted while the guest did not answer. The
@@ -605,15 +619,15 @@ fn ask_to_create(
 fn attach(
     standin: &StandIn,
     options: &Options,
-    bundle: &Bundle,
+    parts: &Parts<'_>,
     streams: &[OwnedFd],
 ) -> Result<(), Error> {
-    let terminal = has_terminal(bundle);
+    let terminal = has_terminal(parts.bundle);
     let mut flags = stream_flags(wanted_streams(terminal), terminal);
     if options.foreground {
         flags |= ATTACHED;
     }
-    Ok(standin.attach(flags, streams)?)
+    Ok(standin.attach(flags, streams, parts.preserved.relays())?)
 }
 
 fn joins(membership: &Membership) -> Vec<NamespaceJoin> {
@@ -631,12 +645,14 @@ pub(super) fn wanted_streams(terminal: bool) -> Wanted {
             stdin: true,
             stdout: true,
             stderr: false,
+            preserved: 0,
         };
     }
     Wanted {
         stdin: streams::leads_somewhere(rustix::stdio::stdin()),
         stdout: streams::leads_somewhere(rustix::stdio::stdout()),
         stderr: streams::leads_somewhere(rustix::stdio::stderr()),
+        preserved: 0,
     }
 }
 

@@ -26,6 +26,7 @@ pub mod net_devices;
 pub mod network;
 pub mod pause;
 pub mod pod;
+mod preserved;
 pub mod ps;
 pub mod resources;
 pub mod run;
@@ -140,6 +141,8 @@ pub enum Error {
     },
     #[error("cgroup {}: {source}", path.display())]
     Cgroup { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Preserved(#[from] preserved::Error),
     #[error("interrupted")]
     Interrupted,
     #[error("{0}")]

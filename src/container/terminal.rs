@@ -13,7 +13,8 @@ use nix::unistd::{Pid, getpgrp};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::termios::{
-    OptionalActions, Termios, Winsize, isatty, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr,
+    OptionalActions, OutputModes, Termios, Winsize, isatty, tcgetattr, tcgetpgrp, tcgetwinsize,
+    tcsetattr,
 };
 use serde_json::{Value, json};
 
@@ -28,18 +29,8 @@ const FOREGROUND_TRIES: u32 = 100;
 ///
 /// # Errors
 /// [`Error::Unsupported`].
-pub fn check_streams(
-    preserve_fds: u32,
-    terminal: bool,
-    detached: bool,
-    console_socket: bool,
-) -> Result<(), Error> {
+pub fn check_streams(terminal: bool, detached: bool, console_socket: bool) -> Result<(), Error> {
     let unsupported = |text: &str| Err(Error::Unsupported(text.to_owned()));
-    if preserve_fds > 0 {
-        return unsupported(
-            "--preserve-fds cannot be used: file descriptors of the host cannot be passed into a virtual machine",
-        );
-    }
     match (detached && terminal, console_socket) {
         (true, false) => unsupported(
             "cannot allocate tty if kuasar-runv will detach without setting console socket",
@@ -156,6 +147,9 @@ impl RawMode {
     pub fn enter(&self) -> io::Result<()> {
         let mut raw = self.before.clone();
         raw.make_raw();
+        // As runc: what the container writes has plain line feeds, so that they are
+        // plain where its output goes to a file; here they get their carriage return.
+        raw.output_modes |= OutputModes::OPOST;
         Ok(tcsetattr(
             self.terminal.as_fd(),
             OptionalActions::Now,

@@ -71,6 +71,9 @@ pub enum Request {
     /// Attach the mount tree that comes with this message at
     /// `<container>/<name>` of the shared directory.
     Share { container: String, name: String },
+    /// Take `<container>/<name>` out of the shared directory again. What the guest has
+    /// open stays usable.
+    Withdraw { container: String, name: String },
     /// Let the container use the volume `name`; a mount tree of its source comes
     /// with this message.
     ShareVolume {

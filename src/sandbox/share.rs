@@ -98,6 +98,18 @@ impl Share {
         Ok(())
     }
 
+    /// Takes one of a container's away again, if it is there.
+    pub fn withdraw(&mut self, container: &str, name: &str) {
+        let Some(own) = self.own.get_mut(container) else {
+            return;
+        };
+        let Some(index) = own.iter().position(|(own, _)| own == name) else {
+            return;
+        };
+        let (_, mount) = own.swap_remove(index);
+        self.detach(container, name, mount);
+    }
+
     /// Takes away what is a container's, and the volumes that no other uses; returns
     /// the paths of those in the directory. Does what can be done, whatever fails.
     pub fn release(&mut self, container: &str) -> Vec<PathBuf> {

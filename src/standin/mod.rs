@@ -13,7 +13,8 @@
 //! beyond the relay's buffers.
 
 mod end;
-pub mod relay;
+mod pump;
+mod relay;
 mod seccomp;
 pub mod spawn;
 mod terminal;
@@ -43,16 +44,51 @@ pub const TERMINAL: u8 = 8;
 /// channel with it.
 pub const ATTACHED: u8 = 16;
 
+/// What a stand-in connects besides stdio, as a byte of the message that brings it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Relayed {
+    /// A pipe that the process reads from.
+    Input = 1,
+    /// A pipe that it writes to.
+    Output = 2,
+    /// A stream socket.
+    Socket = 3,
+}
+
+impl Relayed {
+    fn from_byte(byte: u8) -> Option<Relayed> {
+        [Relayed::Input, Relayed::Output, Relayed::Socket]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
+    }
+}
+
+/// What a stand-in gets of the command that made it.
+struct Streams {
+    flags: u8,
+    /// The control connection and those that `flags` announces.
+    guest: Vec<OwnedFd>,
+    relayed: Vec<Pair>,
+}
+
+/// Something the stand-in connects besides stdio.
+struct Pair {
+    kind: Relayed,
+    guest: OwnedFd,
+    host: OwnedFd,
+}
+
 /// Runs a stand-in. The return value is the exit code for a process that could
 /// not even start; else it ends as its guest process did.
 pub fn main() -> u8 {
     // SAFETY: `spawn` has put the channel there, and nothing else in this
     // process knows of it.
     let channel = Channel::from(unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) });
-    let Some((flags, streams)) = receive_streams(&channel) else {
+    let Some(streams) = receive_streams(&channel) else {
         return 1;
     };
-    let Ok(relay) = relay::Relay::new(flags, streams) else {
+    let Ok(relay) = relay::Relay::new(streams) else {
         return 1;
     };
     if seccomp::confine().is_err() || channel.send(b"attached", &[]).is_err() {
@@ -65,9 +101,28 @@ pub fn main() -> u8 {
     }
 }
 
-fn receive_streams(channel: &Channel) -> Option<(u8, Vec<OwnedFd>)> {
+/// The message is a byte of flags, and one per further thing to relay; its descriptors
+/// are the streams in the order of the flags, then the two ends of each thing.
+fn receive_streams(channel: &Channel) -> Option<Streams> {
     let message = channel.recv(CREATOR_DEADLINE).ok()??;
-    let flags = *message.bytes.first()?;
-    let expected = 1 + (flags & (HAS_STDIN | HAS_STDOUT | HAS_STDERR)).count_ones();
-    (message.fds.len() == expected as usize).then_some((flags, message.fds))
+    let (&flags, kinds) = message.bytes.split_first()?;
+    let streams = 1 + (flags & (HAS_STDIN | HAS_STDOUT | HAS_STDERR)).count_ones() as usize;
+    if message.fds.len() != streams + 2 * kinds.len() {
+        return None;
+    }
+    let mut fds = message.fds.into_iter();
+    Some(Streams {
+        flags,
+        guest: fds.by_ref().take(streams).collect(),
+        relayed: kinds
+            .iter()
+            .map(|byte| {
+                Some(Pair {
+                    kind: Relayed::from_byte(*byte)?,
+                    guest: fds.next()?,
+                    host: fds.next()?,
+                })
+            })
+            .collect::<Option<_>>()?,
+    })
 }

@@ -6,192 +6,23 @@
 //! non-blocking; writes are sized or flagged so that they cannot block instead.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
-use kuasar_runv_protocol::stream::Frame;
+use kuasar_runv_protocol::stream::{Frame, MAX_PRESERVED};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::FileType;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::end::Ending;
+use super::pump::Pump;
 use super::terminal::Terminal;
-use super::{ATTACHED, HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
+use super::{ATTACHED, HAS_STDERR, HAS_STDIN, HAS_STDOUT, Streams, TERMINAL};
 use crate::sys::seqpacket::Channel;
-
-/// Buffer of one direction, in bytes.
-const BUFFER: usize = 32 * 1024;
-/// What a pipe that poll(2) calls writable takes without blocking (pipe(7)).
-const PIPE_CHUNK: usize = libc::PIPE_BUF;
-/// What a terminal that poll(2) calls writable takes without blocking: fewer
-/// than 256 bytes are queued then, in at least 4096.
-const TTY_CHUNK: usize = 2048;
 
 /// Signals that concern the stand-in itself and not the guest process.
 const NOT_FORWARDED: [Signal; 2] = [Signal::SIGCHLD, Signal::SIGPIPE];
-
-/// One direction of one stream.
-struct Pump {
-    /// `None` once the source has ended.
-    source: Option<Source>,
-    /// `None` once the sink is closed.
-    sink: Option<Sink>,
-    buffer: Vec<u8>,
-    /// The part of `buffer` that still has to be written.
-    pending: std::ops::Range<usize>,
-    /// The sink does not take any more.
-    broken: bool,
-}
-
-enum Source {
-    /// An inherited descriptor of the host.
-    Host(BorrowedFd<'static>),
-    Guest(OwnedFd),
-}
-
-enum Sink {
-    Host(BorrowedFd<'static>, FileType),
-    Guest(OwnedFd),
-}
-
-impl Source {
-    fn fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Source::Host(fd) => *fd,
-            Source::Guest(fd) => fd.as_fd(),
-        }
-    }
-
-    fn read(&self, buffer: &mut [u8]) -> rustix::io::Result<usize> {
-        match self {
-            Source::Host(fd) => rustix::io::read(*fd, buffer),
-            Source::Guest(fd) => recv(fd, buffer, RecvFlags::DONTWAIT).map(|(n, _)| n),
-        }
-    }
-}
-
-impl Sink {
-    fn fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Sink::Host(fd, _) => *fd,
-            Sink::Guest(fd) => fd.as_fd(),
-        }
-    }
-
-    fn write(&self, bytes: &[u8]) -> rustix::io::Result<usize> {
-        match self {
-            Sink::Guest(fd) => send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
-            Sink::Host(fd, FileType::Socket) => {
-                send(fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
-            }
-            Sink::Host(fd, FileType::Fifo) => match write_nowait(*fd, bytes) {
-                // Kernels before 6.4 have no such write for pipes.
-                Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::SPIPE) => {
-                    rustix::io::write(fd, &bytes[..bytes.len().min(PIPE_CHUNK)])
-                }
-                other => other,
-            },
-            Sink::Host(fd, FileType::CharacterDevice) => {
-                rustix::io::write(fd, &bytes[..bytes.len().min(TTY_CHUNK)])
-            }
-            Sink::Host(fd, _) => rustix::io::write(fd, bytes),
-        }
-    }
-}
-
-/// A write that returns `EAGAIN` instead of blocking although the descriptor is
-/// a blocking one.
-fn write_nowait(fd: BorrowedFd<'_>, bytes: &[u8]) -> rustix::io::Result<usize> {
-    let vector = libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    };
-    // SAFETY: the vector describes `bytes`, which outlives the call and is only
-    // read from.
-    let written =
-        unsafe { libc::pwritev2(fd.as_raw_fd(), &raw const vector, 1, -1, libc::RWF_NOWAIT) };
-    usize::try_from(written)
-        .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
-}
-
-impl Pump {
-    fn new(source: Source, sink: Sink) -> Pump {
-        Pump {
-            source: Some(source),
-            sink: Some(sink),
-            buffer: Vec::new(),
-            pending: 0..0,
-            broken: false,
-        }
-    }
-
-    fn is_done(&self) -> bool {
-        self.sink.is_none() || (self.source.is_none() && self.pending.is_empty())
-    }
-
-    /// What to wait for, if anything.
-    fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
-        match (&self.source, &self.sink) {
-            (_, None) => None,
-            (_, Some(sink)) if !self.pending.is_empty() => Some((sink.fd(), PollFlags::OUT)),
-            (Some(source), Some(_)) => Some((source.fd(), PollFlags::IN)),
-            (None, Some(_)) => None,
-        }
-    }
-
-    /// Moves what can be moved without blocking, once.
-    fn advance(&mut self) {
-        if self.pending.is_empty() {
-            self.fill();
-        }
-        if !self.pending.is_empty() {
-            self.drain();
-        }
-        if self.source.is_none() && self.pending.is_empty() {
-            self.end_sink();
-        }
-    }
-
-    fn fill(&mut self) {
-        let Some(source) = &self.source else { return };
-        if self.buffer.is_empty() {
-            self.buffer = vec![0; BUFFER];
-        }
-        match source.read(&mut self.buffer) {
-            Ok(0) => self.source = None,
-            Ok(n) => self.pending = 0..n,
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            // A terminal that hung up, a reset connection: an end like any other.
-            Err(_) => self.source = None,
-        }
-    }
-
-    fn drain(&mut self) {
-        let Some(sink) = &self.sink else { return };
-        match sink.write(&self.buffer[self.pending.clone()]) {
-            Ok(n) => self.pending.start += n,
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            // Nobody reads any more. Closing the source tells the writer, which
-            // then gets its SIGPIPE in the guest.
-            Err(_) => {
-                self.sink = None;
-                self.source = None;
-                self.pending = 0..0;
-                self.broken = true;
-            }
-        }
-    }
-
-    /// Passes the end of the stream on.
-    fn end_sink(&mut self) {
-        if let Some(Sink::Guest(fd)) = self.sink.take() {
-            // The guest may have closed the connection already.
-            let _ = shutdown(&fd, Shutdown::Write);
-        }
-    }
-}
 
 /// See the module's description.
 pub struct Relay {
@@ -201,6 +32,8 @@ pub struct Relay {
     input: Option<Pump>,
     /// stdout and stderr, or the screen.
     outputs: Vec<Pump>,
+    /// Each direction of what is relayed besides stdio.
+    further: Vec<Pump>,
     terminal: Option<Terminal>,
     /// The command stays and keeps its end of the channel open.
     attached: bool,
@@ -209,11 +42,10 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// `streams` are the control connection and those that `flags` announces.
-    ///
     /// # Errors
     /// As signalfd(2).
-    pub fn new(flags: u8, streams: Vec<OwnedFd>) -> io::Result<Relay> {
+    pub fn new(streams: Streams) -> io::Result<Relay> {
+        let flags = streams.flags;
         let mut set = SigSet::all();
         for signal in NOT_FORWARDED {
             set.remove(signal);
@@ -221,34 +53,29 @@ impl Relay {
         SigSet::all().thread_block()?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
 
-        let mut streams = streams.into_iter();
-        let control = streams.next().ok_or(io::ErrorKind::InvalidInput)?;
+        let mut guest = streams.guest.into_iter();
+        let control = guest.next().ok_or(io::ErrorKind::InvalidInput)?;
         let mut next = |flag: u8| {
             if flags & flag == 0 {
                 None
             } else {
-                streams.next()
+                guest.next()
             }
         };
-        let input = next(HAS_STDIN)
-            .map(|fd| Pump::new(Source::Host(rustix::stdio::stdin()), Sink::Guest(fd)));
+        let input = next(HAS_STDIN).map(|fd| Pump::input(rustix::stdio::stdin(), fd));
         let stdout = next(HAS_STDOUT).map(|fd| (fd, rustix::stdio::stdout()));
         let stderr = next(HAS_STDERR).map(|fd| (fd, rustix::stdio::stderr()));
         let outputs = stdout
             .into_iter()
             .chain(stderr)
-            .map(|(guest, host)| {
-                let kind = rustix::fs::fstat(host)
-                    .map(|stat| FileType::from_raw_mode(stat.st_mode))
-                    .unwrap_or(FileType::Unknown);
-                Pump::new(Source::Guest(guest), Sink::Host(host, kind))
-            })
+            .map(|(guest, host)| Pump::output(guest, host))
             .collect();
         Ok(Relay {
             control,
             signals,
             input,
             outputs,
+            further: streams.relayed.into_iter().flat_map(Pump::of).collect(),
             terminal: (flags & TERMINAL != 0).then(Terminal::new),
             attached: flags & ATTACHED != 0,
             frame: [0; Frame::LEN],
@@ -264,7 +91,7 @@ impl Relay {
         let mut ending = None;
         let mut committed = false;
         loop {
-            if ending.is_some() && self.outputs.iter().all(Pump::is_done) {
+            if ending.is_some() && self.outputs.iter().chain(&self.further).all(Pump::is_done) {
                 break;
             }
             let ready = self.wait(creator.as_ref(), ending.is_some());
@@ -287,6 +114,9 @@ impl Relay {
                 ending = self.read_control();
                 if ending.is_some() {
                     self.input = None;
+                    self.further.retain(|pump| !pump.is_towards_guest());
+                    // Their places are others' now.
+                    continue;
                 }
             }
             if ready.input
@@ -300,6 +130,13 @@ impl Relay {
             for (index, output) in self.outputs.iter_mut().enumerate() {
                 if ready.outputs & (1 << index) != 0 {
                     output.advance();
+                }
+            }
+            for (index, pump) in self.further.iter_mut().enumerate() {
+                if ready.broken & (1 << index) != 0 {
+                    pump.break_off();
+                } else if ready.further & (1 << index) != 0 {
+                    pump.advance();
                 }
             }
             self.hang_up_unseen_terminal();
@@ -317,6 +154,8 @@ impl Relay {
             Control,
             Input,
             Output(usize),
+            Further(usize),
+            Sink(usize),
         }
         let mut who = vec![Who::Signals];
         let mut fds = vec![PollFd::from_borrowed_fd(
@@ -341,6 +180,14 @@ impl Relay {
                 add(Who::Output(index), fd, flags);
             }
         }
+        for (index, pump) in self.further.iter().enumerate() {
+            if let Some((fd, flags)) = pump.interest() {
+                add(Who::Further(index), fd, flags);
+            }
+            if let Some(fd) = pump.watched_sink() {
+                add(Who::Sink(index), fd, PollFlags::empty());
+            }
+        }
         let mut ready = Ready::default();
         if poll(&mut fds, None).is_err() {
             // Interrupted: all signals are blocked, so only a debugger does that.
@@ -356,6 +203,8 @@ impl Relay {
                 Who::Control => ready.control = true,
                 Who::Input => ready.input = true,
                 Who::Output(index) => ready.outputs |= 1 << index,
+                Who::Further(index) => ready.further |= 1 << index,
+                Who::Sink(index) => ready.broken |= 1 << index,
             }
         }
         ready
@@ -419,7 +268,7 @@ impl Relay {
     /// A program on a terminal that nobody looks at would wait for ever in its
     /// next write, instead of getting SIGPIPE.
     fn hang_up_unseen_terminal(&mut self) {
-        if self.terminal.is_some() && self.outputs.iter().any(|o| o.broken) {
+        if self.terminal.is_some() && self.outputs.iter().any(Pump::is_broken) {
             self.hang_up();
         }
     }
@@ -450,4 +299,11 @@ struct Ready {
     input: bool,
     /// One bit per output.
     outputs: u8,
+    /// One bit per further pump that can move something.
+    further: u128,
+    /// One bit per further pump whose sink does not take any more.
+    broken: u128,
 }
+
+// Each may be a socket with two directions.
+const _: () = assert!(2 * MAX_PRESERVED as u32 <= u128::BITS);

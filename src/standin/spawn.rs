@@ -24,7 +24,7 @@ use rustix::fs::{Mode, OFlags, mkdirat, openat, readlinkat};
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
-use super::{CHANNEL_FD, COMMAND};
+use super::{CHANNEL_FD, COMMAND, Relayed};
 use crate::container::cgroup;
 use crate::container::network::Sysctl;
 use crate::sys::capabilities;
@@ -236,13 +236,28 @@ impl StandIn {
         }
     }
 
-    /// Hands over the control connection and the streams that `flags` announces.
+    /// Hands over the control connection, the streams that `flags` announces, and what
+    /// is relayed besides, of which the last `streams` are the guest's ends.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn attach(&self, flags: u8, streams: &[OwnedFd]) -> Result<(), Error> {
-        let fds: Vec<BorrowedFd<'_>> = streams.iter().map(AsFd::as_fd).collect();
-        self.channel.send(&[flags], &fds)?;
+    pub fn attach<'a>(
+        &self,
+        flags: u8,
+        streams: &'a [OwnedFd],
+        relayed: impl Iterator<Item = (Relayed, BorrowedFd<'a>)>,
+    ) -> Result<(), Error> {
+        let relayed: Vec<_> = relayed.collect();
+        let (streams, guest) = streams
+            .split_at_checked(streams.len().saturating_sub(relayed.len()))
+            .unwrap_or((streams, &[]));
+        let mut message = vec![flags];
+        let mut fds: Vec<BorrowedFd<'_>> = streams.iter().map(AsFd::as_fd).collect();
+        for (guest, (kind, host)) in guest.iter().zip(relayed) {
+            message.push(kind as u8);
+            fds.extend([guest.as_fd(), host]);
+        }
+        self.channel.send(&message, &fds)?;
         self.expect(b"attached", DEADLINE)
     }
 

@@ -3,6 +3,7 @@
 
 pub mod atomic_file;
 pub mod capabilities;
+pub mod inherited;
 pub mod interrupt;
 pub mod lock;
 pub mod mount;

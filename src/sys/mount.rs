@@ -41,6 +41,19 @@ pub fn clone_read_only(path: &Path) -> io::Result<OwnedFd> {
     Ok(tree)
 }
 
+/// Clones the mount of an open file, with that file as its root.
+///
+/// # Errors
+/// As open_tree(2); `EINVAL` when the file is in no mount of this mount namespace.
+pub fn clone_file(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = open_tree(file, "", flags)?;
+    set_private(tree.as_fd())?;
+    Ok(tree)
+}
+
 /// Attaches a cloned tree at `path` below `dir`; an empty path is `dir` itself.
 ///
 /// # Errors

@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use kuasar_runv_protocol::stream::MAX_PRESERVED;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -15,8 +16,9 @@ use rustix::net::{
 
 /// Longest message, in bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
-/// Most descriptors that come with one message.
-pub const MAX_FDS: usize = 4;
+/// Most descriptors that come with one message: a stand-in's control connection and
+/// standard streams, and both ends of what it relays besides.
+pub const MAX_FDS: usize = 4 + 2 * MAX_PRESERVED as usize;
 
 /// One end of a connection.
 #[derive(Debug)]

@@ -107,7 +107,7 @@ pub trait Vm {
 
     /// Adds a device to the running machine under an id of the caller's, which is
     /// one of [`valid_device_id`]. The guest does not notice: its agent has to look
-    /// for it (`guest/src/pci.rs`).
+    /// for it (`guest/src/hotplug.rs`).
     ///
     /// # Errors
     /// As [`Vm::pause`], [`Error::Unsupported`], [`Error::NoSlot`],
@@ -352,7 +352,7 @@ fn reason(e: &io::Error) -> String {
 /// A missing or unusable binary, firmware, kernel or image; KVM configured where
 /// it does not work.
 pub fn create(config: &Config, vm: VmConfig, cache_dir: &Path) -> Result<Box<dyn Vm>, Error> {
-    match selection::choose(config) {
+    match selection::choose(config, || detect::kvm(cache_dir)) {
         Choice::Builtin => Ok(Box::new(builtin::BuiltinVm::new(config, vm, cache_dir)?)),
         Choice::Qemu => Ok(Box::new(qemu::QemuVm::new(config, vm, cache_dir)?)),
     }

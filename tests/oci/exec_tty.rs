@@ -107,3 +107,18 @@ fn in_the_foreground_the_callers_terminal_is_used() {
     let _ = running.wait().exits_with(8);
     assert!(screen::is_cooked(&slave), "still raw");
 }
+
+#[test]
+fn redirected_output_has_no_carriage_returns() {
+    let world = World::new();
+    let container = sleeping(&world);
+    let (_screen, slave) = Screen::open(33, 99);
+    let script = "tty; read line; echo \"<$line>\"";
+    let call = container.exec_call(["-t"], ["/bin/sh", "-c", script]);
+    // The terminal is found at stderr.
+    let running = screen::spawn_on(&slave, &[2], call.stdin_bytes("x\n"));
+    let out = running.wait().ok().stdout();
+    // The echo comes before or after the first line.
+    let expected = ["x\n/dev/pts/0\n<x>\n", "/dev/pts/0\nx\n<x>\n"];
+    assert!(expected.contains(&out.as_str()), "{out:?}");
+}

@@ -200,3 +200,45 @@ fn stdin_can_be_given_to_a_created_container() {
     writer.join().unwrap().unwrap();
     assert!(fs::read(container.stdout_file()).unwrap() == input);
 }
+
+const BACKGROUND: &str = "(sleep 1; echo late) & echo first; exit 3";
+
+/// Its children end with it, with a pid namespace of its own or without.
+#[test]
+fn a_containers_output_ends_with_its_process() {
+    let world = World::new();
+    let bundle = world.bundle().sh(BACKGROUND);
+    let shared = world.bundle().sh(BACKGROUND).namespace("pid", None);
+    for (bundle, name) in [(bundle, "own"), (shared, "shared")] {
+        let out = world.run(&bundle, name).exits_with(3);
+        assert_eq!(out.stdout(), "first\n", "{name} pid namespace");
+    }
+}
+
+/// Its children belong to the container, and who waits for the output waits for them.
+#[test]
+fn an_execs_output_ends_when_its_children_have_closed_it() {
+    let world = World::new();
+    let container = world.start(&world.bundle().sh("sleep 1000"), "c");
+    let out = container.exec_sh(&[], BACKGROUND).exits_with(3);
+    assert_eq!(out.stdout(), "first\nlate\n");
+    // Who has closed it is not waited for.
+    let script = "sleep 1000 >/dev/null 2>&1 & echo first";
+    let out = container.exec_sh(&[], script).ok();
+    assert_eq!(out.stdout(), "first\n");
+}
+
+#[test]
+fn the_children_of_a_detached_exec_go_on() {
+    let world = World::new();
+    let container = world.start(&world.bundle().sh("sleep 1000"), "c");
+    let script = "(sleep 1; echo late && echo went on >/tmp/told) & echo first";
+    let pid = container.exec_detached(script, "e");
+    let ended = kuasar_runv_test_harness::reaper::wait(pid, SHORT).unwrap();
+    assert_eq!(ended.code(), Some(0));
+    let written = fs::read_to_string(world.path("e.stdout")).unwrap();
+    assert_eq!(written, "first\n");
+    wait_until("the child's end", SHORT, || {
+        container.exec_sh(&[], "cat /tmp/told").stdout() == "went on\n"
+    });
+}

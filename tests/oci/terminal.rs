@@ -182,7 +182,23 @@ fn streams_can_be_redirected_beside_a_terminal() {
     screen.write("typed\r");
     assert_eq!(running.wait().code(), 0);
     let text = std::fs::read_to_string(world.path("redirected")).unwrap();
-    assert!(text.contains("got typed"), "{text:?}");
+    // The keyboard's echo is output too. No carriage returns: it is a file.
+    assert_eq!(text, "typed\ngot typed\n");
+}
+
+/// What comes from a file is typed; the terminal on the host adds the carriage returns.
+#[test]
+fn the_keyboard_can_be_redirected_beside_a_terminal() {
+    let world = World::new();
+    let script = "read line; echo \"got $line\"; mode=$(stty -a 2>/dev/null)
+        for flag in $mode; do case $flag in *onlcr|*opost) echo $flag;; esac; done";
+    let bundle = with_terminal(world.bundle().sh(script));
+    let (mut screen, slave) = Screen::open(33, 101);
+    let call = world.run_call(&bundle, "c").stdin_bytes("from a file\n");
+    let running = spawn_on(&slave, &[1, 2], call);
+    screen.expect("from a file\r\n");
+    screen.expect("got from a file\r\nopost\r\n-onlcr\r\n");
+    assert_eq!(running.wait().code(), 0);
 }
 
 /// A terminal emulator, so that what a person would see can be compared.

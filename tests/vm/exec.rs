@@ -190,11 +190,35 @@ fn a_paused_container_takes_a_process_that_runs_when_it_is_resumed() {
     assert_eq!(reaper::wait(pid, SHORT).unwrap().code(), Some(7));
 }
 
+/// The shared directory does not fill up with what execs have had open.
 #[test]
-fn descriptors_cannot_be_preserved() {
+fn preserved_files_of_an_exec_leave_nothing_in_the_shared_directory() {
     let world = World::new();
     let container = sleeping(&world);
-    let _ = container
-        .exec_sh(&["--preserve-fds", "1"], "exit 0")
-        .fails_with(255, "file descriptors of the host cannot be passed");
+    std::fs::write(world.path("file"), "text\n").unwrap();
+    for _ in 0..2 {
+        let file = std::fs::File::open(world.path("file")).unwrap();
+        let script = "cat <&3; ls -l /proc/self/fd/3";
+        let call = container.exec_call(["--preserve-fds", "1"], ["/bin/sh", "-c", script]);
+        let out = call.descriptors([file.into()]).output().ok().stdout();
+        assert!(out.starts_with("text\n"), "{out}");
+        assert!(out.contains("fd-3"), "{out}");
+    }
+    assert_eq!(shared(&world, &container), ["rootfs"]);
+}
+
+/// What is in the container's part of the pod's shared directory, seen in the
+/// sandboxer's mount namespace.
+fn shared(world: &World, container: &Container<'_>) -> Vec<String> {
+    let sandbox = world.root.join("sandboxes").join(&container.id);
+    let record = std::fs::read(sandbox.join("sandbox.json")).unwrap();
+    let record: Value = serde_json::from_slice(&record).unwrap();
+    let pid = &record["sandboxer"]["pid"];
+    let share = sandbox.join("share").join(&container.id);
+    let path = format!("/proc/{pid}/root{}", share.display());
+    let entries = std::fs::read_dir(path).unwrap();
+    let name = |e: std::io::Result<std::fs::DirEntry>| e.unwrap().file_name();
+    entries
+        .map(|e| name(e).to_string_lossy().into_owned())
+        .collect()
 }

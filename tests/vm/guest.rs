@@ -2,7 +2,8 @@
 
 use std::fs;
 
-use kuasar_runv_test_harness::{World, json};
+use kuasar_runv_test_harness::world::configuration;
+use kuasar_runv_test_harness::{Flavour, World, json};
 
 use crate::pods;
 
@@ -121,4 +122,37 @@ fn sysctls_are_the_pods_or_the_containers() {
         values(&pod.exec_sh(&[], show).ok()),
         ("4097".into(), "5".into())
     );
+}
+
+/// A PC has a hole below 4 GiB, where its devices are: the rest of the memory is above.
+#[test]
+fn several_processors_and_memory_beyond_the_hole_of_a_pc() {
+    let mut world = World::new();
+    let text = configuration(Flavour::Source);
+    world.configure(&format!("{text}[vm]\nvcpus = 3\nmemory_mib = 5120\n"));
+    let out = world
+        .run_script(
+            "echo cpus=$(nproc)
+            while read name kib rest; do
+                if [ $name = MemTotal: ]; then echo mib=$((kib / 1024)); fi
+            done < /proc/meminfo
+            for cpu in 0 1 2; do
+                taskset -c $cpu sh -c 'while read name n rest; do
+                    if [ $name = Cpus_allowed_list: ]; then echo $n; fi
+                done < /proc/self/status' &
+            done
+            wait",
+        )
+        .ok();
+    assert_eq!(out.fact("cpus"), "3");
+    let mib: u32 = out.fact("mib").parse().unwrap();
+    assert!(mib > 4800, "{mib} MiB");
+    let mut ran: Vec<_> = out
+        .stdout()
+        .lines()
+        .filter(|line| !line.contains('='))
+        .map(str::to_owned)
+        .collect();
+    ran.sort();
+    assert_eq!(ran, ["0", "1", "2"]);
 }

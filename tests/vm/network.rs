@@ -2,6 +2,8 @@
 //! refused, other ways than packet filters. `tests/oci/network.rs` has what every
 //! runtime does.
 
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::path::Path;
 
 use kuasar_runv_test_harness::world::configuration;
@@ -262,4 +264,35 @@ fn a_network_outlives_the_container_it_was_made_for() {
     let _ = third.delete_force().ok();
     assert!(!inner.has_filters("eth0"));
     assert_eq!(inner.links(), ["eth0"]);
+}
+
+/// The hypervisor moves frames, or the host's kernel does where it can, for each
+/// processor.
+#[test]
+fn streams_go_both_ways_whoever_moves_the_frames() {
+    const THERE: usize = 3_000_000;
+    const BACK: usize = 2_000_000;
+    for vhost in ["off", "auto"] {
+        let mut world = World::new();
+        let text = configuration(Flavour::Source);
+        world.configure(&format!(
+            "{text}[vm]\nvcpus = 2\n[network]\nvhost = \"{vhost}\"\n"
+        ));
+        let (inner, outer) = wire(&world);
+        let listener = outer.enter(|| TcpListener::bind("10.77.0.1:7777").unwrap());
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(SHORT)).unwrap();
+            let mut data = vec![1; THERE];
+            stream.read_exact(&mut data).unwrap();
+            assert!(data.iter().all(|byte| *byte == 0));
+            stream.write_all(&data[..BACK]).unwrap();
+        });
+        let script = format!(
+            "echo got=$(head -c {THERE} /dev/zero | nc 10.77.0.1 7777 | wc -c); sleep 1000"
+        );
+        let container = world.start(&bundle(&world, &inner, &script), "c");
+        container.wait_for_output(&format!("got={BACK}"));
+        server.join().unwrap();
+    }
 }

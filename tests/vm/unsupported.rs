@@ -1,8 +1,11 @@
 //! What a virtual machine cannot give is refused by `create`, in words that say what.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, pipe};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 
-use kuasar_runv_test_harness::{Bundle, World, json};
+use kuasar_runv_test_harness::{Bundle, Screen, World, json};
 
 #[track_caller]
 fn refused(world: &World, bundle: &Bundle, words: &str) {
@@ -29,13 +32,56 @@ fn namespaces_of_foreign_processes_are_refused() {
 }
 
 #[test]
-fn descriptors_cannot_be_preserved() {
+fn descriptors_without_a_counterpart_in_the_guest_are_refused() {
     let world = World::new();
     let bundle = world.bundle().sh("exit 0");
-    let call = world.call(["create", "--preserve-fds", "2", "--bundle"]);
+    let listener = UnixListener::bind(world.path("socket")).unwrap();
+    let refused = |descriptors: Vec<OwnedFd>, words: &str| {
+        let count = descriptors.len().to_string();
+        let call = world.call(["create", "--preserve-fds", &count, "--bundle"]);
+        let call = call.arg(bundle.path()).arg(world.id("c"));
+        let _ = call.descriptors(descriptors).output().fails_with(1, words);
+        world.assert_clean();
+    };
+    let cannot = "cannot preserve file descriptor";
+    let null = || File::open("/dev/null").unwrap().into();
+    refused(
+        vec![null(), listener.into()],
+        &format!("{cannot} 4: a listening socket cannot be passed into a virtual machine"),
+    );
+    let datagram = UnixDatagram::unbound().unwrap().into();
+    refused(vec![datagram], &format!("{cannot} 3: a datagram socket"));
+    let directory = File::open(world.dir()).unwrap().into();
+    refused(vec![directory], &format!("{cannot} 3: a directory"));
+    let (_screen, terminal) = Screen::open(24, 80);
+    refused(vec![terminal.into()], &format!("{cannot} 3: a terminal"));
+    let deleted = world.output_file("deleted");
+    fs::remove_file(world.path("deleted")).unwrap();
+    refused(vec![deleted.into()], "a file without a name");
+    let many: Vec<OwnedFd> = (0..65).map(|_| null()).collect();
+    refused(many, "cannot preserve 65 file descriptors: at most 64");
+}
+
+#[test]
+fn as_many_descriptors_as_there_may_be_are_preserved() {
+    let world = World::new();
+    let bundle = world
+        .bundle()
+        .sh("for i in $(seq 3 66); do echo $i >&$i || exit 1; done");
+    let (mut readers, mut writers) = (Vec::new(), Vec::new());
+    for _ in 0..64 {
+        let (read, write) = pipe().unwrap();
+        readers.push(read);
+        writers.push(OwnedFd::from(write));
+    }
+    let call = world.call(["run", "--preserve-fds", "64", "--bundle"]);
     let call = call.arg(bundle.path()).arg(world.id("c"));
-    let _ = call.output().fails_with(1, "preserve-fds");
-    world.assert_clean();
+    let _ = call.descriptors(writers).output().ok();
+    for (mut reader, number) in readers.into_iter().zip(3..) {
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, format!("{number}\n"));
+    }
 }
 
 #[test]

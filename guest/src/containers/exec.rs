@@ -8,7 +8,9 @@ use std::sync::{Arc, PoisonError};
 use kuasar_runv_protocol::stream::MAX_ID_LEN;
 use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
 
-use super::{Container, ContainerError, Containers, Result, make_pipes};
+use super::preserved::Preserved;
+use super::stdio::{Pipes, Stdio};
+use super::{Container, ContainerError, Containers, Result, WantedDescriptor};
 use crate::process::{Process, SignalError};
 use crate::sys;
 use crate::zygote::{ExecRequest, Request};
@@ -28,6 +30,9 @@ pub struct NewProcess {
     /// Path below the container's cgroup.
     pub cgroup: String,
     pub umask: u32,
+    pub plain_newlines: bool,
+    pub preserved: Vec<WantedDescriptor>,
+    pub output_outlives_process: bool,
 }
 
 impl Container {
@@ -99,7 +104,8 @@ impl Containers {
         let cgroup = container.cgroup.below(&new.cgroup).ok_or_else(|| {
             ContainerError::Invalid(format!("{} is not a sub cgroup path", new.cgroup))
         })?;
-        let (pipes, theirs) = make_pipes(new.stdio).map_err(ContainerError::io("making pipes"))?;
+        let (pipes, theirs) = Pipes::make(new.stdio).map_err(ContainerError::io("making pipes"))?;
+        let preserved = Preserved::make(&new.preserved).await?;
         let process = in_memory(&new.process).map_err(ContainerError::io("passing the process"))?;
         let init = container
             .process
@@ -111,6 +117,8 @@ impl Containers {
             dir: container.dir.clone(),
             stdio: new.stdio,
             no_new_keyring: container.no_new_keyring,
+            plain_newlines: new.plain_newlines,
+            preserved: preserved.count(),
             late_cgroup: frozen,
             cgroup,
             umask: new.umask,
@@ -119,13 +127,20 @@ impl Containers {
         let with: Vec<_> = [&process, &init]
             .into_iter()
             .chain(&theirs)
+            .chain(preserved.theirs())
             .map(AsFd::as_fd)
             .collect();
         let created = self.zygote.submit(&request, &with).await?;
         let process = self.adopt(created)?;
         // It has no start to wait for.
         process.note_start();
-        self.attach_streams(&new.container_id, &new.exec_id, &process, pipes, None);
+        let stdio = Stdio {
+            pipes,
+            preserved: preserved.into_ours(),
+            oom: None,
+            outlives_process: new.output_outlives_process,
+        };
+        self.attach_streams(&new.container_id, &new.exec_id, &process, stdio);
         Ok(process)
     }
 

@@ -74,7 +74,7 @@ pub fn create(request: &CreateRequest, mut fds: Vec<OwnedFd>) -> Result<NewProce
     let pid = build(request, &spec, program, console.as_ref(), &stdio, &cgroup)?;
     let master = console.map(ConsoleSocket::receive).transpose()?;
     if let (Some(master), Some(process)) = (&master, spec.process()) {
-        terminal::finish(master, process, uid)?;
+        terminal::finish(master, process, uid, request.plain_newlines)?;
     }
     network.bring_up_loopback(pid)?;
     rlimits::raise(pid, &limits)?;
@@ -112,7 +112,7 @@ fn build(
         rootfs: rootfs.unwrap_or_default(),
         console_socket: console.map(ConsoleSocket::container_end),
         notify_listener,
-        preserve_fds: 0,
+        preserve_fds: i32::from(request.preserved),
         container: container(request, spec)?,
         // A new user namespace is joined like one that exists.
         user_ns_config: None,

@@ -28,6 +28,7 @@ mod late_mounts;
 mod lookup;
 mod namespaces;
 mod passwd;
+mod preserved;
 mod resources;
 mod rlimits;
 mod rootfs;
@@ -90,7 +91,7 @@ pub fn run(requests: &OwnedFd) -> io::Result<()> {
     };
     let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
     let request = Request::decode(&request).ok_or_else(|| invalid("not a request"))?;
-    let mut fds = fds.into_iter();
+    let mut fds = preserved::place(request.preserved(), fds)?.into_iter();
     let answers = fds.next().ok_or_else(|| invalid("no answer socket"))?;
     let me = sys::pidfd_open(nix::unistd::getpid().as_raw())?;
     ipc::send(&answers, &Answer::Started.encode(), &[me.as_raw_fd()])?;

@@ -9,7 +9,7 @@
 use std::fmt::Display;
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use kuasar_runv_protocol::words::words;
@@ -26,7 +26,7 @@ use oci_spec::runtime::{ExecCPUAffinity, LinuxPersonalityDomain, LinuxSeccomp, P
 use super::exec::namespaces_of;
 use super::executor::Program;
 use super::failure::chain;
-use super::{spec, terminal};
+use super::{preserved, spec, terminal};
 use crate::zygote::ExecRequest;
 use crate::{ipc, sys};
 
@@ -125,14 +125,15 @@ fn prepare(
     let namespaces = namespaces_of(container);
     setns(&init, namespaces).map_err(at("entering the container's namespaces"))?;
     drop(init);
-    close_all_but(&[Some(report), cgroup]).map_err(at("closing descriptors"))?;
+    close_all_but(preserved::end(request.preserved), &[Some(report), cgroup])
+        .map_err(at("closing descriptors"))?;
     if namespaces.contains(CloneFlags::CLONE_NEWUSER) {
         become_root_of_user_namespace()?;
     }
     if process.terminal() == Some(true) {
         let size = process.console_size().map(|s| (s.height(), s.width()));
-        let master =
-            terminal::make_own(size, process.user().uid()).map_err(at("open /dev/ptmx"))?;
+        let master = terminal::make_own(size, process.user().uid(), request.plain_newlines)
+            .map_err(at("open /dev/ptmx"))?;
         ipc::send(report, &[TERMINAL], &[master.as_raw_fd()])
             .map_err(at("sending the terminal"))?;
     }
@@ -196,15 +197,15 @@ fn redirect(announced: [bool; 3], streams: &[OwnedFd]) -> io::Result<()> {
     Ok(())
 }
 
-/// Closes everything above stdio but these.
-fn close_all_but(kept: &[Option<&OwnedFd>]) -> io::Result<()> {
+/// Closes everything from the number `first` on but these.
+fn close_all_but(first: RawFd, kept: &[Option<&OwnedFd>]) -> io::Result<()> {
     let mut kept: Vec<u32> = kept
         .iter()
         .flatten()
         .map(|fd| fd.as_raw_fd().unsigned_abs())
         .collect();
     kept.sort_unstable();
-    let mut first = 3;
+    let mut first = first.unsigned_abs();
     for last in kept.into_iter().chain([u32::MAX]) {
         if first < last {
             let end = if last == u32::MAX { last } else { last - 1 };

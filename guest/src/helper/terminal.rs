@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
+use nix::sys::termios::{OutputFlags, SetArg, tcgetattr, tcsetattr};
 use oci_spec::runtime::Process;
 
 use super::Failure;
@@ -44,23 +45,26 @@ impl ConsoleSocket {
 }
 
 /// Gives the terminal its size, and its slave to the container's user (`uid` in
-/// the guest), as runc does.
-pub fn finish(master: &OwnedFd, process: &Process, uid: u32) -> Result<(), Failure> {
+/// the guest), as runc does; for `plain`, see `plain_newlines` of agent.proto.
+pub fn finish(master: &OwnedFd, process: &Process, uid: u32, plain: bool) -> Result<(), Failure> {
     if let Some(size) = process.console_size() {
         set_size(master, cells(size.height()), cells(size.width()))
             .map_err(Failure::io("setting the terminal's size"))?;
     }
     let slave = open_slave(master).map_err(Failure::io("opening the terminal"))?;
+    if plain {
+        keep_newlines(&slave).map_err(Failure::io("setting the terminal's mode"))?;
+    }
     give_to(&slave, uid).map_err(Failure::io("giving the terminal to the user"))
 }
 
 /// Makes a terminal in the container this process has entered, and makes it the
 /// terminal and the stdio of this process, the leader of a session. Returns its
-/// master. `uid` is as seen here.
+/// master. `uid` is as seen here; for `plain`, see `plain_newlines` of agent.proto.
 ///
 /// # Errors
 /// `ENODEV` when the container's `/dev/ptmx` is not what it should be.
-pub fn make_own(size: Option<(u64, u64)>, uid: u32) -> io::Result<OwnedFd> {
+pub fn make_own(size: Option<(u64, u64)>, uid: u32, plain: bool) -> io::Result<OwnedFd> {
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
     let master = nix::fcntl::open("/dev/ptmx", flags, Mode::empty())?;
     // SAFETY: just opened by us.
@@ -78,6 +82,9 @@ pub fn make_own(size: Option<(u64, u64)>, uid: u32) -> io::Result<OwnedFd> {
     if let Some((height, width)) = size {
         set_size(&master, cells(height), cells(width))?;
     }
+    if plain {
+        keep_newlines(&slave)?;
+    }
     give_to(&slave, uid)?;
     // SAFETY: plain integers.
     sys::check(unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) }.into())?;
@@ -85,6 +92,13 @@ pub fn make_own(size: Option<(u64, u64)>, uid: u32) -> io::Result<OwnedFd> {
         sys::dup2(&slave, stdio)?;
     }
     Ok(master)
+}
+
+/// Takes ONLCR out of the terminal's mode.
+fn keep_newlines(slave: &OwnedFd) -> io::Result<()> {
+    let mut mode = tcgetattr(slave)?;
+    mode.output_flags.remove(OutputFlags::ONLCR);
+    Ok(tcsetattr(slave, SetArg::TCSANOW, &mode)?)
 }
 
 fn cells(n: u64) -> u16 {

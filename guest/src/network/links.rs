@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{NetworkError, Result};
-use crate::pci;
+use crate::hotplug;
 
 /// How long a device may take to appear.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(20);
@@ -29,7 +29,7 @@ pub fn find_new(interfaces: &[&Interface]) -> Result<Vec<u32>> {
     let failed = || NetworkError::io("looking for new devices");
     let mut netlink = Rtnetlink::new().map_err(failed())?;
     let news = Rtnetlink::subscribed(&[GROUP_LINK]).map_err(failed())?;
-    pci::rescan().map_err(failed())?;
+    hotplug::rescan().map_err(failed())?;
     let end = Instant::now() + DEVICE_DEADLINE;
     let mut found = vec![None; interfaces.len()];
     loop {
@@ -121,7 +121,7 @@ pub fn remove_retired(macs: &[Vec<u8>]) -> io::Result<()> {
     for link in dump(&mut netlink)? {
         let is_retired = address(&link).is_some_and(|mac| macs.iter().any(|m| m == mac));
         if let (true, Some(name)) = (is_retired, name(&link)) {
-            pci::remove(&Path::new("/sys/class/net").join(name))?;
+            hotplug::remove(&Path::new("/sys/class/net").join(name))?;
         }
     }
     Ok(())

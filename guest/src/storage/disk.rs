@@ -13,7 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::uevents::Uevents;
 use super::{Error, Result, make_place};
-use crate::pci;
+use crate::hotplug;
 
 const BLOCK_DEVICES: &str = "/sys/block";
 /// How long an attached device may take to appear.
@@ -126,7 +126,7 @@ impl Disk {
     /// The host takes the device away without asking.
     fn let_go(&self) -> Result<()> {
         let name = self.node.file_name().unwrap_or_default();
-        pci::remove(&Path::new(BLOCK_DEVICES).join(name))
+        hotplug::remove(&Path::new(BLOCK_DEVICES).join(name))
             .map_err(Error::io(format!("letting go of {}", self.node.display())))
     }
 
@@ -151,7 +151,7 @@ fn sync_file_system(place: &Path) -> io::Result<()> {
 fn wait_for(serial: &str) -> Result<String> {
     let deadline = Instant::now() + APPEARS;
     let uevents = Uevents::new().map_err(Error::io("listening for devices"))?;
-    pci::rescan().map_err(Error::io("looking for devices"))?;
+    hotplug::rescan().map_err(Error::io("looking for devices"))?;
     loop {
         let found = find_in(Path::new(BLOCK_DEVICES), serial);
         if let Some(name) = found.map_err(Error::io("reading the block devices"))? {

@@ -8,8 +8,8 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use tokio::io::{Interest, Ready};
 
 use crate::sys;
 
@@ -100,6 +100,23 @@ impl Connection {
     pub async fn broken(&self) {
         // The error of a runtime that shuts down ends the wait as well.
         drop(self.0.ready(Interest::ERROR).await);
+    }
+
+    /// Waits until the other end of a socket is closed altogether, and not just one
+    /// direction of it.
+    ///
+    /// # Errors
+    /// `EMFILE`, or when the runtime shuts down.
+    pub async fn hung_up(&self) -> io::Result<()> {
+        // Of its own: what is cleared here, the others would wait for.
+        let watched = Connection::with_interest(self.fd().try_clone()?, Interest::WRITABLE)?;
+        loop {
+            let mut ready = watched.writable().await?;
+            if ready.ready().is_write_closed() {
+                return Ok(());
+            }
+            ready.clear_ready_matching(Ready::WRITABLE);
+        }
     }
 
     /// Ends one direction of a socket. The peer may be gone, which is as good.

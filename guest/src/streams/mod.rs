@@ -20,7 +20,9 @@ use tokio::time::timeout;
 
 pub use connection::Connection;
 pub use control::serve as serve_control;
-pub use relay::{relay_input, relay_output, relay_terminal_input, relay_terminal_output};
+pub use relay::{
+    OutputEnd, relay_input, relay_output, relay_socket, relay_terminal_input, relay_terminal_output,
+};
 
 use crate::sys;
 use crate::transport::Listener;

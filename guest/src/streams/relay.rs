@@ -5,8 +5,9 @@
 //! write. The end of the stream travels in both directions.
 //!
 //! Output is spliced from the pipe to the socket without passing through this
-//! process, where the kernel does that well. When the process ends, what it had written by then is still sent;
-//! what others, who inherited the pipe, write later is not waited for.
+//! process, where the kernel does that well. When the process ends, what it had written
+//! by then is still sent; what others, who inherited the pipe, write later is thrown
+//! away, unless somebody waits for it ([`OutputEnd`]).
 
 use std::io;
 use std::net::Shutdown;
@@ -38,20 +39,113 @@ async fn ended(exit: &mut ExitReceiver) {
     drop(exit.wait_for(Option::is_some).await);
 }
 
+/// When the output of a process ends: with the process, or when everybody has closed
+/// it.
+pub struct OutputEnd {
+    exit: Option<ExitReceiver>,
+}
+
+impl OutputEnd {
+    #[must_use]
+    pub fn new(exit: ExitReceiver, outlives_process: bool) -> OutputEnd {
+        OutputEnd {
+            exit: (!outlives_process).then_some(exit),
+        }
+    }
+
+    /// Waits for the end of a process that ends its output.
+    async fn reached(&mut self) {
+        match &mut self.exit {
+            Some(exit) => ended(exit).await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// What ended an output.
+#[derive(Debug, PartialEq, Eq)]
+enum Ended {
+    /// Nobody can write to it any more.
+    Closed,
+    /// The process, as told by [`OutputEnd`].
+    WithProcess,
+}
+
 /// From the pipe of stdout or stderr to its connection.
-pub async fn relay_output(pipe: OwnedFd, connection: Connection, exit: ExitReceiver) {
+pub async fn relay_output(pipe: OwnedFd, connection: Connection, end: OutputEnd) {
     sys::set_vsock_buffer(connection.fd(), CHUNK as u64);
-    let result = match Connection::with_interest(pipe, Interest::READABLE) {
-        Ok(pipe) if splice_pays() => splice_all(&pipe, &connection, Output::new(exit)).await,
-        Ok(pipe) => copy_all(&pipe, &connection, Output::new(exit)).await,
-        Err(e) => Err(e),
+    let pipe = match Connection::with_interest(pipe, Interest::READABLE) {
+        Ok(pipe) => pipe,
+        Err(e) => return log::warn!("output stream: {e}"),
     };
-    if let Err(e) = result {
+    let result = match splice_pays() {
+        true => splice_all(&pipe, &connection, Output::new(end)).await,
+        false => copy_all(&pipe, &connection, Output::new(end)).await,
+    };
+    connection.shutdown(Shutdown::Write);
+    drop(connection);
+    match result {
+        Ok(Ended::Closed) => {}
+        // They are not to die of a broken pipe.
+        Ok(Ended::WithProcess) => discard(&pipe).await,
         // The pipe closes with this task: the process gets SIGPIPE, as it would
         // from a reader of its own.
-        log::debug!("output stream: {e}");
+        Err(e) => log::debug!("output stream: {e}"),
     }
-    connection.shutdown(Shutdown::Write);
+}
+
+/// Reads to the end what nobody wants.
+async fn discard(from: &Connection) {
+    let mut buffer = Vec::new();
+    loop {
+        if from.readable().await.is_err() {
+            return;
+        }
+        buffer.resize(COPY_BUFFER, 0);
+        match from.read(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => tokio::task::yield_now().await,
+        }
+    }
+}
+
+/// Between a socket, whose other end a process has, and its connection. Each direction
+/// ends by itself; all of it ends with the process.
+pub async fn relay_socket(socket: OwnedFd, connection: Connection, end: OutputEnd) {
+    let socket = match Connection::new(socket) {
+        Ok(socket) => socket,
+        Err(e) => return log::warn!("socket: {e}"),
+    };
+    let input = async {
+        let copied = tokio::select! {
+            biased;
+            hung_up = socket.hung_up() => hung_up,
+            copied = copy(&connection, &socket, INPUT_BUFFER) => copied,
+        };
+        if let Err(e) = copied {
+            log::debug!("socket, input: {e}");
+        }
+        socket.shutdown(Shutdown::Write);
+        // The stand-in learns that nobody reads any more.
+        connection.shutdown(Shutdown::Read);
+    };
+    let output = async {
+        let ended = copy_all(&socket, &connection, Output::new(end)).await;
+        connection.shutdown(Shutdown::Write);
+        match ended {
+            Ok(Ended::Closed) => {}
+            Ok(Ended::WithProcess) => {
+                // Also for others who have it: nobody is at its other end any more.
+                socket.shutdown(Shutdown::Both);
+                connection.shutdown(Shutdown::Both);
+            }
+            Err(e) => {
+                log::debug!("socket, output: {e}");
+                socket.shutdown(Shutdown::Read);
+            }
+        }
+    };
+    tokio::join!(input, output);
 }
 
 /// Whether `splice` into a socket sends more than a page at a time. Until Linux
@@ -72,16 +166,16 @@ fn is_since_6_5(release: &str) -> bool {
 
 /// How much of a process's output is still to be moved.
 struct Output {
-    exit: ExitReceiver,
+    end: OutputEnd,
     /// Bytes, once the process has ended.
     remaining: Option<usize>,
     moves: u32,
 }
 
 impl Output {
-    fn new(exit: ExitReceiver) -> Output {
+    fn new(end: OutputEnd) -> Output {
         Output {
-            exit,
+            end,
             remaining: None,
             moves: 0,
         }
@@ -94,7 +188,8 @@ impl Output {
         pipe: &'a Connection,
     ) -> io::Result<Option<(AsyncFdReadyGuard<'a, OwnedFd>, usize)>> {
         loop {
-            if self.remaining.is_none() && self.exit.borrow_and_update().is_some() {
+            let exit = self.end.exit.as_mut();
+            if self.remaining.is_none() && exit.is_some_and(|e| e.borrow_and_update().is_some()) {
                 self.remaining = Some(sys::bytes_available(pipe.fd())?);
             }
             if self.remaining == Some(0) {
@@ -106,7 +201,7 @@ impl Output {
                     let most = self.remaining.unwrap_or(CHUNK).min(CHUNK);
                     return Ok(Some((ready?, most)));
                 }
-                () = ended(&mut self.exit), if self.remaining.is_none() => {}
+                () = self.end.reached(), if self.remaining.is_none() => {}
             }
         }
     }
@@ -124,11 +219,11 @@ async fn splice_all(
     pipe: &Connection,
     connection: &Connection,
     mut output: Output,
-) -> io::Result<()> {
+) -> io::Result<Ended> {
     while let Some((mut readable, most)) = output.ready(pipe).await? {
         let mut writable = connection.writable().await?;
         match splice(pipe, connection, most) {
-            Ok(0) => return Ok(()),
+            Ok(0) => return Ok(Ended::Closed),
             Ok(n) => {
                 // Asking is cheaper than finding out by another attempt.
                 if n < most && sys::bytes_available(pipe.fd())? == 0 {
@@ -150,21 +245,21 @@ async fn splice_all(
             Err(e) => return Err(e),
         }
     }
-    Ok(())
+    Ok(Ended::WithProcess)
 }
 
 async fn copy_all(
     pipe: &Connection,
     connection: &Connection,
     mut output: Output,
-) -> io::Result<()> {
+) -> io::Result<Ended> {
     let mut buffer = Vec::new();
     while let Some((mut readable, most)) = output.ready(pipe).await? {
         // Many streams never carry anything.
         buffer.resize(COPY_BUFFER, 0);
         let most = most.min(buffer.len());
         match nix::unistd::read(pipe.fd().as_raw_fd(), &mut buffer[..most]) {
-            Ok(0) => return Ok(()),
+            Ok(0) => return Ok(Ended::Closed),
             Ok(n) => {
                 connection.write_all(&buffer[..n]).await?;
                 output.moved(n).await;
@@ -174,7 +269,7 @@ async fn copy_all(
             Err(e) => return Err(e.into()),
         }
     }
-    Ok(())
+    Ok(Ended::WithProcess)
 }
 
 fn splice(pipe: &Connection, connection: &Connection, len: usize) -> io::Result<usize> {

@@ -145,14 +145,14 @@ fn output_is_complete_and_ends_with_the_last_writer() {
             host.read_to_end(&mut all).unwrap();
             all
         });
-        relay_output(read, connection, exited).await;
+        relay_output(read, connection, OutputEnd::new(exited, false)).await;
         writer.join().unwrap();
         assert_eq!(reader.join().unwrap(), vec![7; LEN]);
     });
 }
 
 #[test]
-fn a_writer_that_outlives_the_process_does_not_hold_its_output_open() {
+fn a_writer_that_outlives_the_process_neither_holds_its_output_open_nor_breaks() {
     runtime().block_on(async {
         let (read, write) = sys::pipe().unwrap();
         let (connection, mut host) = pair();
@@ -160,11 +160,114 @@ fn a_writer_that_outlives_the_process_does_not_hold_its_output_open() {
         let mut background = std::fs::File::from(write);
         background.write_all(b"before").unwrap();
         exit.send_replace(Some(ExitStatus::Exited(0)));
-        relay_output(read, connection, exited).await;
+        let end = OutputEnd::new(exited, false);
+        let relay = tokio::spawn(relay_output(read, connection, end));
+        settle().await;
         let mut all = String::new();
         host.read_to_string(&mut all).unwrap();
         assert_eq!(all, "before");
-        assert!(background.write_all(b"after").is_err());
+        // More than the pipe holds.
+        let writer = std::thread::spawn(move || background.write_all(&vec![0; 1 << 20]));
+        relay.await.unwrap();
+        writer.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn output_that_outlives_the_process_is_complete() {
+    runtime().block_on(async {
+        let (read, write) = sys::pipe().unwrap();
+        let (connection, mut host) = pair();
+        let (exit, exited) = running();
+        let mut background = std::fs::File::from(write);
+        background.write_all(b"before").unwrap();
+        exit.send_replace(Some(ExitStatus::Exited(0)));
+        let end = OutputEnd::new(exited, true);
+        let relay = tokio::spawn(relay_output(read, connection, end));
+        settle().await;
+        background.write_all(b" and after").unwrap();
+        drop(background);
+        relay.await.unwrap();
+        let mut all = String::new();
+        host.read_to_string(&mut all).unwrap();
+        assert_eq!(all, "before and after");
+    });
+}
+
+/// A relayed socket: the process's end, the host's, and what ends the process.
+struct Relayed {
+    process: UnixStream,
+    host: UnixStream,
+    exit: watch::Sender<Option<ExitStatus>>,
+    relay: tokio::task::JoinHandle<()>,
+}
+
+fn relayed() -> Relayed {
+    let (ours, process) = UnixStream::pair().unwrap();
+    let (connection, host) = pair();
+    let (exit, exited) = running();
+    let end = OutputEnd::new(exited, false);
+    let relay = tokio::spawn(relay_socket(ours.into(), connection, end));
+    for end in [&process, &host] {
+        end.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    }
+    Relayed {
+        process,
+        host,
+        exit,
+        relay,
+    }
+}
+
+#[test]
+fn each_direction_of_a_socket_ends_by_itself() {
+    runtime().block_on(async {
+        let mut r = relayed();
+        r.host.write_all(b"question").unwrap();
+        r.host.shutdown(std::net::Shutdown::Write).unwrap();
+        settle().await;
+        let mut question = String::new();
+        r.process.read_to_string(&mut question).unwrap();
+        assert_eq!(question, "question");
+        r.process.write_all(b"answer").unwrap();
+        settle().await;
+        assert!(!r.relay.is_finished());
+        drop(r.process);
+        r.relay.await.unwrap();
+        let mut answer = String::new();
+        r.host.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "answer");
+    });
+}
+
+#[test]
+fn a_socket_that_the_process_closes_is_closed_without_writing() {
+    runtime().block_on(async {
+        let mut r = relayed();
+        // Half of it first: the host may still write then.
+        r.process.shutdown(std::net::Shutdown::Write).unwrap();
+        settle().await;
+        assert_eq!(r.host.read(&mut [0]).unwrap(), 0);
+        r.host.write_all(b"x").unwrap();
+        settle().await;
+        r.process.read_exact(&mut [0]).unwrap();
+        drop(r.process);
+        r.relay.await.unwrap();
+        assert!(r.host.write_all(b"x").is_err());
+    });
+}
+
+#[test]
+fn a_socket_ends_with_the_process_whoever_has_it() {
+    runtime().block_on(async {
+        let mut r = relayed();
+        r.process.write_all(b"last words").unwrap();
+        r.exit.send_replace(Some(ExitStatus::Exited(0)));
+        r.relay.await.unwrap();
+        let mut all = String::new();
+        r.host.read_to_string(&mut all).unwrap();
+        assert_eq!(all, "last words");
+        assert_eq!(r.process.read(&mut [0]).unwrap(), 0);
     });
 }
 
@@ -177,7 +280,7 @@ fn a_host_that_is_gone_breaks_the_pipe() {
         drop(host);
         let mut process = std::fs::File::from(write);
         process.write_all(b"x").unwrap();
-        relay_output(read, connection, exited).await;
+        relay_output(read, connection, OutputEnd::new(exited, false)).await;
         assert_eq!(
             process.write_all(b"x").unwrap_err().kind(),
             io::ErrorKind::BrokenPipe

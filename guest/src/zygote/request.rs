@@ -14,8 +14,8 @@ pub enum Request {
     Exec(ExecRequest),
 }
 
-/// Create one container. The descriptors that follow are the announced streams and
-/// the namespaces it joins.
+/// Create one container. The descriptors that follow are the announced streams, the
+/// namespaces it joins, and the preserved ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateRequest {
     pub container_id: String,
@@ -25,6 +25,10 @@ pub struct CreateRequest {
     pub stdio: [bool; 3],
     pub no_pivot: bool,
     pub no_new_keyring: bool,
+    /// See `plain_newlines` of agent.proto.
+    pub plain_newlines: bool,
+    /// How many descriptors it gets besides stdio.
+    pub preserved: u8,
     /// Kinds of the namespaces it joins, as [`Kind::bit`]s; the descriptors come in
     /// the order of [`Kind::ALL`].
     ///
@@ -34,8 +38,8 @@ pub struct CreateRequest {
 }
 
 /// Start one more process in a container. The descriptors that follow are the
-/// process's part of a config.json, a pidfd of the container's process, and the
-/// announced streams.
+/// process's part of a config.json, a pidfd of the container's process, the announced
+/// streams, and the preserved descriptors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecRequest {
     pub container_id: String,
@@ -43,6 +47,8 @@ pub struct ExecRequest {
     pub dir: PathBuf,
     pub stdio: [bool; 3],
     pub no_new_keyring: bool,
+    pub plain_newlines: bool,
+    pub preserved: u8,
     /// The cgroup is frozen: the process enters it when all the rest is done.
     pub late_cgroup: bool,
     /// Directory of the process's cgroup.
@@ -55,14 +61,24 @@ pub struct ExecRequest {
 const NO_PIVOT: u8 = 1 << 3;
 const NO_NEW_KEYRING: u8 = 1 << 4;
 const LATE_CGROUP: u8 = 1 << 5;
+const PLAIN_NEWLINES: u8 = 1 << 6;
 const EXEC: u8 = 1 << 7;
 
 /// Bytes of the two numbers of an [`ExecRequest`].
 const NUMBERS: usize = 8;
 
 impl Request {
-    /// A byte of flags, the joined kinds or the numbers, then the strings, separated
-    /// by a NUL that none of them can have.
+    /// How many of the descriptors that come with it, the last ones, are preserved.
+    #[must_use]
+    pub fn preserved(&self) -> u8 {
+        match self {
+            Request::Create(request) => request.preserved,
+            Request::Exec(request) => request.preserved,
+        }
+    }
+
+    /// A byte of flags, the number of preserved descriptors, the joined kinds or the
+    /// numbers, then the strings, separated by a NUL that none of them can have.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         match self {
@@ -70,7 +86,8 @@ impl Request {
                 let mut flags = stdio_bits(r.stdio);
                 set(&mut flags, NO_PIVOT, r.no_pivot);
                 set(&mut flags, NO_NEW_KEYRING, r.no_new_keyring);
-                let mut bytes = vec![flags, r.joins];
+                set(&mut flags, PLAIN_NEWLINES, r.plain_newlines);
+                let mut bytes = vec![flags, r.preserved, r.joins];
                 push_strings(&mut bytes, &r.container_id, &r.dir, None);
                 bytes
             }
@@ -78,7 +95,8 @@ impl Request {
                 let mut flags = stdio_bits(r.stdio) | EXEC;
                 set(&mut flags, NO_NEW_KEYRING, r.no_new_keyring);
                 set(&mut flags, LATE_CGROUP, r.late_cgroup);
-                let mut bytes = vec![flags];
+                set(&mut flags, PLAIN_NEWLINES, r.plain_newlines);
+                let mut bytes = vec![flags, r.preserved];
                 bytes.extend_from_slice(&r.umask.to_le_bytes());
                 bytes.extend_from_slice(&r.init_pid.to_le_bytes());
                 push_strings(&mut bytes, &r.container_id, &r.dir, Some(&r.cgroup));
@@ -89,9 +107,10 @@ impl Request {
 
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Request> {
-        let (&flags, rest) = bytes.split_first()?;
+        let (&[flags, preserved], rest) = bytes.split_first_chunk()?;
         let stdio = [flags & 1 != 0, flags & 2 != 0, flags & 4 != 0];
         let no_new_keyring = flags & NO_NEW_KEYRING != 0;
+        let plain_newlines = flags & PLAIN_NEWLINES != 0;
         if flags & EXEC == 0 {
             let (&joins, strings) = rest.split_first()?;
             let (container_id, dir) = cut(strings)?;
@@ -101,6 +120,8 @@ impl Request {
                 stdio,
                 no_pivot: flags & NO_PIVOT != 0,
                 no_new_keyring,
+                plain_newlines,
+                preserved,
                 joins,
             }));
         }
@@ -113,6 +134,8 @@ impl Request {
             dir: path(dir),
             stdio,
             no_new_keyring,
+            plain_newlines,
+            preserved,
             late_cgroup: flags & LATE_CGROUP != 0,
             cgroup: path(cgroup),
             umask: u32::from_le_bytes(umask.try_into().ok()?),
@@ -158,7 +181,7 @@ mod tests {
 
     #[test]
     fn requests_survive_the_round_trip() {
-        for bits in 0..64 {
+        for bits in 0..128 {
             let stdio = [bits & 1 != 0, bits & 2 != 0, bits & 4 != 0];
             let create = Request::Create(CreateRequest {
                 container_id: "c-1".into(),
@@ -166,6 +189,8 @@ mod tests {
                 stdio,
                 no_pivot: bits & 8 != 0,
                 no_new_keyring: bits & 16 != 0,
+                plain_newlines: bits & 64 != 0,
+                preserved: bits & 63,
                 joins: bits,
             });
             let exec = Request::Exec(ExecRequest {
@@ -173,6 +198,8 @@ mod tests {
                 dir: "/run/x/1".into(),
                 stdio,
                 no_new_keyring: bits & 8 != 0,
+                plain_newlines: bits & 64 != 0,
+                preserved: bits & 63,
                 late_cgroup: bits & 16 != 0,
                 cgroup: "/sys/fs/cgroup/kuasar-c-1/sub".into(),
                 umask: 0o22,
@@ -185,9 +212,9 @@ mod tests {
         for bytes in [
             &b""[..],
             b"\0",
-            b"\0\0no end",
+            b"\0\0\0no end",
             &[EXEC],
-            &[EXEC, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[EXEC, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         ] {
             assert_eq!(Request::decode(bytes), None);
         }

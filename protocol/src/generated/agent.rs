@@ -149,6 +149,10 @@ pub struct CreateContainerRequest {
     pub joins: ::std::vec::Vec<NamespaceJoin>,
     // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CreateContainerRequest.shared_memory)
     pub shared_memory: ::std::vec::Vec<SharedMemory>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CreateContainerRequest.preserved)
+    pub preserved: ::std::vec::Vec<Preserved>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CreateContainerRequest.plain_newlines)
+    pub plain_newlines: bool,
     // special fields
     // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.CreateContainerRequest.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -166,7 +170,7 @@ impl CreateContainerRequest {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(9);
+        let mut fields = ::std::vec::Vec::with_capacity(11);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "container_id",
@@ -213,6 +217,16 @@ impl CreateContainerRequest {
             |m: &CreateContainerRequest| { &m.shared_memory },
             |m: &mut CreateContainerRequest| { &mut m.shared_memory },
         ));
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "preserved",
+            |m: &CreateContainerRequest| { &m.preserved },
+            |m: &mut CreateContainerRequest| { &mut m.preserved },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "plain_newlines",
+            |m: &CreateContainerRequest| { &m.plain_newlines },
+            |m: &mut CreateContainerRequest| { &mut m.plain_newlines },
+        ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<CreateContainerRequest>(
             "CreateContainerRequest",
             fields,
@@ -258,6 +272,12 @@ impl ::protobuf::Message for CreateContainerRequest {
                 170 => {
                     self.shared_memory.push(is.read_message()?);
                 },
+                178 => {
+                    self.preserved.push(is.read_message()?);
+                },
+                184 => {
+                    self.plain_newlines = is.read_bool()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -299,6 +319,13 @@ impl ::protobuf::Message for CreateContainerRequest {
             let len = value.compute_size();
             my_size += 2 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
         };
+        for value in &self.preserved {
+            let len = value.compute_size();
+            my_size += 2 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
+        if self.plain_newlines != false {
+            my_size += 2 + 1;
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -332,6 +359,12 @@ impl ::protobuf::Message for CreateContainerRequest {
         for v in &self.shared_memory {
             ::protobuf::rt::write_message_field_with_cached_size(21, v, os)?;
         };
+        for v in &self.preserved {
+            ::protobuf::rt::write_message_field_with_cached_size(22, v, os)?;
+        };
+        if self.plain_newlines != false {
+            os.write_bool(23, self.plain_newlines)?;
+        }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
     }
@@ -358,6 +391,8 @@ impl ::protobuf::Message for CreateContainerRequest {
         self.no_new_keyring = false;
         self.joins.clear();
         self.shared_memory.clear();
+        self.preserved.clear();
+        self.plain_newlines = false;
         self.special_fields.clear();
     }
 
@@ -372,6 +407,8 @@ impl ::protobuf::Message for CreateContainerRequest {
             no_new_keyring: false,
             joins: ::std::vec::Vec::new(),
             shared_memory: ::std::vec::Vec::new(),
+            preserved: ::std::vec::Vec::new(),
+            plain_newlines: false,
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -393,6 +430,257 @@ impl ::std::fmt::Display for CreateContainerRequest {
 
 impl ::protobuf::reflect::ProtobufValue for CreateContainerRequest {
     type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:kuasar.runv.agent.v1.Preserved)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct Preserved {
+    // message fields
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Preserved.kind)
+    pub kind: ::protobuf::EnumOrUnknown<preserved::Kind>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Preserved.path)
+    pub path: ::std::string::String,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Preserved.flags)
+    pub flags: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.Preserved.offset)
+    pub offset: u64,
+    // special fields
+    // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.Preserved.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a Preserved {
+    fn default() -> &'a Preserved {
+        <Preserved as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl Preserved {
+    pub fn new() -> Preserved {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(4);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "kind",
+            |m: &Preserved| { &m.kind },
+            |m: &mut Preserved| { &mut m.kind },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "path",
+            |m: &Preserved| { &m.path },
+            |m: &mut Preserved| { &mut m.path },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "flags",
+            |m: &Preserved| { &m.flags },
+            |m: &mut Preserved| { &mut m.flags },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "offset",
+            |m: &Preserved| { &m.offset },
+            |m: &mut Preserved| { &mut m.offset },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Preserved>(
+            "Preserved",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for Preserved {
+    const NAME: &'static str = "Preserved";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                8 => {
+                    self.kind = is.read_enum_or_unknown()?;
+                },
+                18 => {
+                    self.path = is.read_string()?;
+                },
+                24 => {
+                    self.flags = is.read_uint32()?;
+                },
+                32 => {
+                    self.offset = is.read_uint64()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if self.kind != ::protobuf::EnumOrUnknown::new(preserved::Kind::INPUT) {
+            my_size += ::protobuf::rt::int32_size(1, self.kind.value());
+        }
+        if !self.path.is_empty() {
+            my_size += ::protobuf::rt::string_size(2, &self.path);
+        }
+        if self.flags != 0 {
+            my_size += ::protobuf::rt::uint32_size(3, self.flags);
+        }
+        if self.offset != 0 {
+            my_size += ::protobuf::rt::uint64_size(4, self.offset);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if self.kind != ::protobuf::EnumOrUnknown::new(preserved::Kind::INPUT) {
+            os.write_enum(1, ::protobuf::EnumOrUnknown::value(&self.kind))?;
+        }
+        if !self.path.is_empty() {
+            os.write_string(2, &self.path)?;
+        }
+        if self.flags != 0 {
+            os.write_uint32(3, self.flags)?;
+        }
+        if self.offset != 0 {
+            os.write_uint64(4, self.offset)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> Preserved {
+        Preserved::new()
+    }
+
+    fn clear(&mut self) {
+        self.kind = ::protobuf::EnumOrUnknown::new(preserved::Kind::INPUT);
+        self.path.clear();
+        self.flags = 0;
+        self.offset = 0;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static Preserved {
+        static instance: Preserved = Preserved {
+            kind: ::protobuf::EnumOrUnknown::from_i32(0),
+            path: ::std::string::String::new(),
+            flags: 0,
+            offset: 0,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for Preserved {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("Preserved").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for Preserved {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for Preserved {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+/// Nested message and enums of message `Preserved`
+pub mod preserved {
+    #[derive(Clone,Copy,PartialEq,Eq,Debug,Hash)]
+    // @@protoc_insertion_point(enum:kuasar.runv.agent.v1.Preserved.Kind)
+    pub enum Kind {
+        // @@protoc_insertion_point(enum_value:kuasar.runv.agent.v1.Preserved.Kind.INPUT)
+        INPUT = 0,
+        // @@protoc_insertion_point(enum_value:kuasar.runv.agent.v1.Preserved.Kind.OUTPUT)
+        OUTPUT = 1,
+        // @@protoc_insertion_point(enum_value:kuasar.runv.agent.v1.Preserved.Kind.SOCKET)
+        SOCKET = 2,
+        // @@protoc_insertion_point(enum_value:kuasar.runv.agent.v1.Preserved.Kind.FILE)
+        FILE = 3,
+    }
+
+    impl ::protobuf::Enum for Kind {
+        const NAME: &'static str = "Kind";
+
+        fn value(&self) -> i32 {
+            *self as i32
+        }
+
+        fn from_i32(value: i32) -> ::std::option::Option<Kind> {
+            match value {
+                0 => ::std::option::Option::Some(Kind::INPUT),
+                1 => ::std::option::Option::Some(Kind::OUTPUT),
+                2 => ::std::option::Option::Some(Kind::SOCKET),
+                3 => ::std::option::Option::Some(Kind::FILE),
+                _ => ::std::option::Option::None
+            }
+        }
+
+        fn from_str(str: &str) -> ::std::option::Option<Kind> {
+            match str {
+                "INPUT" => ::std::option::Option::Some(Kind::INPUT),
+                "OUTPUT" => ::std::option::Option::Some(Kind::OUTPUT),
+                "SOCKET" => ::std::option::Option::Some(Kind::SOCKET),
+                "FILE" => ::std::option::Option::Some(Kind::FILE),
+                _ => ::std::option::Option::None
+            }
+        }
+
+        const VALUES: &'static [Kind] = &[
+            Kind::INPUT,
+            Kind::OUTPUT,
+            Kind::SOCKET,
+            Kind::FILE,
+        ];
+    }
+
+    impl ::protobuf::EnumFull for Kind {
+        fn enum_descriptor() -> ::protobuf::reflect::EnumDescriptor {
+            static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::EnumDescriptor> = ::protobuf::rt::Lazy::new();
+            descriptor.get(|| super::file_descriptor().enum_by_package_relative_name("Preserved.Kind").unwrap()).clone()
+        }
+
+        fn descriptor(&self) -> ::protobuf::reflect::EnumValueDescriptor {
+            let index = *self as usize;
+            Self::enum_descriptor().value_by_index(index)
+        }
+    }
+
+    impl ::std::default::Default for Kind {
+        fn default() -> Self {
+            Kind::INPUT
+        }
+    }
+
+    impl Kind {
+        pub(in super) fn generated_enum_descriptor_data() -> ::protobuf::reflect::GeneratedEnumDescriptorData {
+            ::protobuf::reflect::GeneratedEnumDescriptorData::new::<Kind>("Preserved.Kind")
+        }
+    }
 }
 
 // @@protoc_insertion_point(message:kuasar.runv.agent.v1.NamespaceJoin)
@@ -2360,6 +2648,12 @@ pub struct ExecProcessRequest {
     pub cgroup: ::std::string::String,
     // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.umask)
     pub umask: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.preserved)
+    pub preserved: ::std::vec::Vec<Preserved>,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.plain_newlines)
+    pub plain_newlines: bool,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.ExecProcessRequest.output_outlives_process)
+    pub output_outlives_process: bool,
     // special fields
     // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.ExecProcessRequest.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -2377,7 +2671,7 @@ impl ExecProcessRequest {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(9);
+        let mut fields = ::std::vec::Vec::with_capacity(12);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "container_id",
@@ -2424,6 +2718,21 @@ impl ExecProcessRequest {
             |m: &ExecProcessRequest| { &m.umask },
             |m: &mut ExecProcessRequest| { &mut m.umask },
         ));
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "preserved",
+            |m: &ExecProcessRequest| { &m.preserved },
+            |m: &mut ExecProcessRequest| { &mut m.preserved },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "plain_newlines",
+            |m: &ExecProcessRequest| { &m.plain_newlines },
+            |m: &mut ExecProcessRequest| { &mut m.plain_newlines },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "output_outlives_process",
+            |m: &ExecProcessRequest| { &m.output_outlives_process },
+            |m: &mut ExecProcessRequest| { &mut m.output_outlives_process },
+        ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ExecProcessRequest>(
             "ExecProcessRequest",
             fields,
@@ -2469,6 +2778,15 @@ impl ::protobuf::Message for ExecProcessRequest {
                 72 => {
                     self.umask = is.read_uint32()?;
                 },
+                82 => {
+                    self.preserved.push(is.read_message()?);
+                },
+                88 => {
+                    self.plain_newlines = is.read_bool()?;
+                },
+                96 => {
+                    self.output_outlives_process = is.read_bool()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -2508,6 +2826,16 @@ impl ::protobuf::Message for ExecProcessRequest {
         if self.umask != 0 {
             my_size += ::protobuf::rt::uint32_size(9, self.umask);
         }
+        for value in &self.preserved {
+            let len = value.compute_size();
+            my_size += 1 + ::protobuf::rt::compute_raw_varint64_size(len) + len;
+        };
+        if self.plain_newlines != false {
+            my_size += 1 + 1;
+        }
+        if self.output_outlives_process != false {
+            my_size += 1 + 1;
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -2541,6 +2869,15 @@ impl ::protobuf::Message for ExecProcessRequest {
         if self.umask != 0 {
             os.write_uint32(9, self.umask)?;
         }
+        for v in &self.preserved {
+            ::protobuf::rt::write_message_field_with_cached_size(10, v, os)?;
+        };
+        if self.plain_newlines != false {
+            os.write_bool(11, self.plain_newlines)?;
+        }
+        if self.output_outlives_process != false {
+            os.write_bool(12, self.output_outlives_process)?;
+        }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
     }
@@ -2567,6 +2904,9 @@ impl ::protobuf::Message for ExecProcessRequest {
         self.ignore_paused = false;
         self.cgroup.clear();
         self.umask = 0;
+        self.preserved.clear();
+        self.plain_newlines = false;
+        self.output_outlives_process = false;
         self.special_fields.clear();
     }
 
@@ -2581,6 +2921,9 @@ impl ::protobuf::Message for ExecProcessRequest {
             ignore_paused: false,
             cgroup: ::std::string::String::new(),
             umask: 0,
+            preserved: ::std::vec::Vec::new(),
+            plain_newlines: false,
+            output_outlives_process: false,
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -5812,7 +6155,7 @@ impl ::protobuf::reflect::ProtobufValue for WatchOomRequest {
 }
 
 static file_descriptor_proto_data: &'static [u8] = b"\
-    \n\x0bagent.proto\x12\x14kuasar.runv.agent.v1\"\x07\n\x05Empty\"\xe3\x02\
+    \n\x0bagent.proto\x12\x14kuasar.runv.agent.v1\"\x07\n\x05Empty\"\xc9\x03\
     \n\x16CreateContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
     \x0bcontainerId\x12\x1b\n\tspec_json\x18\x02\x20\x01(\x0cR\x08specJson\
     \x12\x14\n\x05stdin\x18\x03\x20\x01(\x08R\x05stdin\x12\x16\n\x06stdout\
@@ -5821,127 +6164,138 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \x12$\n\x0eno_new_keyring\x18\x07\x20\x01(\x08R\x0cnoNewKeyring\x129\n\
     \x05joins\x18\x14\x20\x03(\x0b2#.kuasar.runv.agent.v1.NamespaceJoinR\x05\
     joins\x12G\n\rshared_memory\x18\x15\x20\x03(\x0b2\".kuasar.runv.agent.v1\
-    .SharedMemoryR\x0csharedMemory\"F\n\rNamespaceJoin\x12\x12\n\x04type\x18\
-    \x01\x20\x01(\tR\x04type\x12!\n\x0ccontainer_id\x18\x02\x20\x01(\tR\x0bc\
-    ontainerId\"n\n\x0cSharedMemory\x12\x12\n\x04name\x18\x01\x20\x01(\tR\
-    \x04name\x12\x12\n\x04size\x18\x02\x20\x01(\x04R\x04size\x12\x12\n\x04mo\
-    de\x18\x03\x20\x01(\rR\x04mode\x12\x10\n\x03uid\x18\x04\x20\x01(\rR\x03u\
-    id\x12\x10\n\x03gid\x18\x05\x20\x01(\rR\x03gid\"+\n\x17CreateContainerRe\
-    sponse\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\":\n\x15StartContai\
-    nerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\
-    \n\x14SignalProcessRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
-    \x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06execId\x12\
-    \x16\n\x06signal\x18\x03\x20\x01(\rR\x06signal\x12\x10\n\x03all\x18\x04\
-    \x20\x01(\x08R\x03all\";\n\x16DeleteContainerRequest\x12!\n\x0ccontainer\
-    _id\x18\x01\x20\x01(\tR\x0bcontainerId\"]\n\x0fGetInfoResponse\x12#\n\ra\
-    gent_version\x18\x01\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_releas\
-    e\x18\x02\x20\x01(\tR\rkernelRelease\"\xe8\x01\n\x05Event\x123\n\x05read\
-    y\x18\x01\x20\x01(\x0b2\x1b.kuasar.runv.agent.v1.ReadyH\0R\x05ready\x126\
-    \n\x06exited\x18\x02\x20\x01(\x0b2\x1c.kuasar.runv.agent.v1.ExitedH\0R\
-    \x06exited\x12-\n\x03oom\x18\x03\x20\x01(\x0b2\x19.kuasar.runv.agent.v1.\
-    OomH\0R\x03oom\x12:\n\x05clock\x18\n\x20\x01(\x0b2\".kuasar.runv.agent.v\
-    1.ClockRequestH\0R\x05clockB\x07\n\x05event\"\xca\x01\n\x05Ready\x12)\n\
-    \x10protocol_version\x18\x01\x20\x01(\rR\x0fprotocolVersion\x12#\n\ragen\
-    t_version\x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_release\
-    \x18\x03\x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_start_us\x18\x04\x20\
-    \x01(\x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\x18\x05\x20\x01(\x04\
-    R\x0cagentReadyUs\"&\n\x0cClockRequest\x12\x16\n\x06number\x18\x01\x20\
-    \x01(\rR\x06number\"\x89\x01\n\x06Exited\x12!\n\x0ccontainer_id\x18\x01\
-    \x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06\
-    execId\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\x16\n\x06signal\
-    \x18\x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec_us\x18\x05\x20\x01(\x04\
-    R\x06execUs\"\x8c\x02\n\x12ExecProcessRequest\x12!\n\x0ccontainer_id\x18\
-    \x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\
-    \x06execId\x12!\n\x0cprocess_json\x18\x03\x20\x01(\x0cR\x0bprocessJson\
-    \x12\x14\n\x05stdin\x18\x04\x20\x01(\x08R\x05stdin\x12\x16\n\x06stdout\
-    \x18\x05\x20\x01(\x08R\x06stdout\x12\x16\n\x06stderr\x18\x06\x20\x01(\
-    \x08R\x06stderr\x12#\n\rignore_paused\x18\x07\x20\x01(\x08R\x0cignorePau\
-    sed\x12\x16\n\x06cgroup\x18\x08\x20\x01(\tR\x06cgroup\x12\x14\n\x05umask\
-    \x18\t\x20\x01(\rR\x05umask\"'\n\x13ExecProcessResponse\x12\x10\n\x03pid\
-    \x18\x01\x20\x01(\x05R\x03pid\"9\n\x14ListProcessesRequest\x12!\n\x0ccon\
-    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"\x95\x01\n\x15ListProcesse\
-    sResponse\x12?\n\tprocesses\x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.\
-    ProcessInfoR\tprocesses\x12\x1c\n\ttruncated\x18\x02\x20\x01(\x08R\ttrun\
-    cated\x12\x1d\n\nmemory_kib\x18\x03\x20\x01(\x04R\tmemoryKib\"\xc2\x04\n\
-    \x0bProcessInfo\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\x12\x12\n\
-    \x04ppid\x18\x02\x20\x01(\x05R\x04ppid\x12\x12\n\x04pgid\x18\x03\x20\x01\
-    (\x05R\x04pgid\x12\x10\n\x03sid\x18\x04\x20\x01(\x05R\x03sid\x12\x12\n\
-    \x04ruid\x18\x05\x20\x01(\rR\x04ruid\x12\x12\n\x04euid\x18\x06\x20\x01(\
-    \rR\x04euid\x12\x12\n\x04rgid\x18\x07\x20\x01(\rR\x04rgid\x12\x12\n\x04e\
-    gid\x18\x08\x20\x01(\rR\x04egid\x12\x10\n\x03tty\x18\t\x20\x01(\rR\x03tt\
-    y\x12\x14\n\x05tpgid\x18\n\x20\x01(\x05R\x05tpgid\x12\x14\n\x05state\x18\
-    \x0b\x20\x01(\tR\x05state\x12\x12\n\x04name\x18\x0c\x20\x01(\tR\x04name\
-    \x12\x12\n\x04args\x18\r\x20\x01(\x0cR\x04args\x12\x15\n\x06cpu_ms\x18\
-    \x0e\x20\x01(\x04R\x05cpuMs\x12\x15\n\x06age_ms\x18\x0f\x20\x01(\x04R\
-    \x05ageMs\x12\x1b\n\tvsize_kib\x18\x10\x20\x01(\x04R\x08vsizeKib\x12\x17\
-    \n\x07rss_kib\x18\x11\x20\x01(\x04R\x06rssKib\x12\x12\n\x04nice\x18\x12\
-    \x20\x01(\x05R\x04nice\x12\x1a\n\x08priority\x18\x13\x20\x01(\x05R\x08pr\
-    iority\x12\x18\n\x07threads\x18\x14\x20\x01(\rR\x07threads\x12\x14\n\x05\
-    flags\x18\x15\x20\x01(\rR\x05flags\x12\x16\n\x06policy\x18\x16\x20\x01(\
-    \rR\x06policy\x12\x1f\n\x0brt_priority\x18\x17\x20\x01(\rR\nrtPriority\
-    \x12\x1c\n\tprocessor\x18\x18\x20\x01(\rR\tprocessor\x12\x16\n\x06locked\
-    \x18\x19\x20\x01(\x08R\x06locked\"X\n\x03Oom\x12!\n\x0ccontainer_id\x18\
-    \x01\x20\x01(\tR\x0bcontainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\
-    \x05kills\x12\x18\n\x07awaited\x18\x03\x20\x01(\x08R\x07awaited\":\n\x15\
-    PauseContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcont\
-    ainerId\";\n\x16ResumeContainerRequest\x12!\n\x0ccontainer_id\x18\x01\
-    \x20\x01(\tR\x0bcontainerId\"|\n\x16UpdateContainerRequest\x12!\n\x0ccon\
-    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12?\n\x08settings\x18\x02\
-    \x20\x03(\x0b2#.kuasar.runv.agent.v1.CgroupSettingR\x08settings\"r\n\rCg\
-    roupSetting\x12E\n\x0calternatives\x18\x01\x20\x03(\x0b2!.kuasar.runv.ag\
-    ent.v1.CgroupWriteR\x0calternatives\x12\x1a\n\x08optional\x18\x02\x20\
-    \x01(\x08R\x08optional\"7\n\x0bCgroupWrite\x12\x12\n\x04file\x18\x01\x20\
-    \x01(\tR\x04file\x12\x14\n\x05value\x18\x02\x20\x01(\tR\x05value\"4\n\
-    \x0fGetStatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontai\
-    nerId\"\xc9\x02\n\x10GetStatsResponse\x120\n\x03cpu\x18\x01\x20\x01(\x0b\
-    2\x1e.kuasar.runv.agent.v1.CpuStatsR\x03cpu\x129\n\x06memory\x18\x02\x20\
-    \x01(\x0b2!.kuasar.runv.agent.v1.MemoryStatsR\x06memory\x123\n\x04pids\
-    \x18\x03\x20\x01(\x0b2\x1f.kuasar.runv.agent.v1.PidsStatsR\x04pids\x12-\
-    \n\x02io\x18\x04\x20\x03(\x0b2\x1d.kuasar.runv.agent.v1.IoStatsR\x02io\
-    \x12<\n\x07hugetlb\x18\x05\x20\x03(\x0b2\".kuasar.runv.agent.v1.HugetlbS\
-    tatsR\x07hugetlb\x12\x12\n\x04cpus\x18\x06\x20\x01(\tR\x04cpus\x12\x12\n\
-    \x04mems\x18\x07\x20\x01(\tR\x04mems\"\xc5\x01\n\x08CpuStats\x12\x19\n\
-    \x08usage_us\x18\x01\x20\x01(\x04R\x07usageUs\x12\x17\n\x07user_us\x18\
-    \x02\x20\x01(\x04R\x06userUs\x12\x1b\n\tsystem_us\x18\x03\x20\x01(\x04R\
-    \x08systemUs\x12\x18\n\x07periods\x18\x04\x20\x01(\x04R\x07periods\x12+\
-    \n\x11throttled_periods\x18\x05\x20\x01(\x04R\x10throttledPeriods\x12!\n\
-    \x0cthrottled_us\x18\x06\x20\x01(\x04R\x0bthrottledUs\"\x99\x02\n\x0bMem\
-    oryStats\x12\x14\n\x05usage\x18\x01\x20\x01(\x04R\x05usage\x12\x14\n\x05\
-    limit\x18\x02\x20\x01(\x04R\x05limit\x12\x12\n\x04peak\x18\x03\x20\x01(\
-    \x04R\x04peak\x12\"\n\nswap_usage\x18\x04\x20\x01(\x04H\0R\tswapUsage\
-    \x88\x01\x01\x12\x1d\n\nswap_limit\x18\x05\x20\x01(\x04R\tswapLimit\x12?\
-    \n\x04stat\x18\x06\x20\x03(\x0b2+.kuasar.runv.agent.v1.MemoryStats.StatE\
-    ntryR\x04stat\x1a7\n\tStatEntry\x12\x10\n\x03key\x18\x01\x20\x01(\tR\x03\
-    key\x12\x14\n\x05value\x18\x02\x20\x01(\x04R\x05value:\x028\x01B\r\n\x0b\
-    _swap_usage\";\n\tPidsStats\x12\x18\n\x07current\x18\x01\x20\x01(\x04R\
-    \x07current\x12\x14\n\x05limit\x18\x02\x20\x01(\x04R\x05limit\"\xa3\x01\
-    \n\x07IoStats\x12\x14\n\x05major\x18\x01\x20\x01(\rR\x05major\x12\x14\n\
-    \x05minor\x18\x02\x20\x01(\rR\x05minor\x12\x1d\n\nread_bytes\x18\x03\x20\
-    \x01(\x04R\treadBytes\x12\x1f\n\x0bwrite_bytes\x18\x04\x20\x01(\x04R\nwr\
-    iteBytes\x12\x14\n\x05reads\x18\x05\x20\x01(\x04R\x05reads\x12\x16\n\x06\
-    writes\x18\x06\x20\x01(\x04R\x06writes\"]\n\x0cHugetlbStats\x12\x1b\n\tp\
-    age_size\x18\x01\x20\x01(\tR\x08pageSize\x12\x14\n\x05usage\x18\x02\x20\
-    \x01(\x04R\x05usage\x12\x1a\n\x08failures\x18\x03\x20\x01(\x04R\x08failu\
-    res\"4\n\x0fWatchOomRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
-    \x0bcontainerId2\xeb\x08\n\x05Agent\x12n\n\x0fCreateContainer\x12,.kuasa\
-    r.runv.agent.v1.CreateContainerRequest\x1a-.kuasar.runv.agent.v1.CreateC\
-    ontainerResponse\x12Z\n\x0eStartContainer\x12+.kuasar.runv.agent.v1.Star\
-    tContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12X\n\rSignalProce\
-    ss\x12*.kuasar.runv.agent.v1.SignalProcessRequest\x1a\x1b.kuasar.runv.ag\
-    ent.v1.Empty\x12\\\n\x0fDeleteContainer\x12,.kuasar.runv.agent.v1.Delete\
-    ContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12M\n\x07GetInfo\
-    \x12\x1b.kuasar.runv.agent.v1.Empty\x1a%.kuasar.runv.agent.v1.GetInfoRes\
-    ponse\x12b\n\x0bExecProcess\x12(.kuasar.runv.agent.v1.ExecProcessRequest\
-    \x1a).kuasar.runv.agent.v1.ExecProcessResponse\x12h\n\rListProcesses\x12\
-    *.kuasar.runv.agent.v1.ListProcessesRequest\x1a+.kuasar.runv.agent.v1.Li\
-    stProcessesResponse\x12Z\n\x0ePauseContainer\x12+.kuasar.runv.agent.v1.P\
-    auseContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fResum\
-    eContainer\x12,.kuasar.runv.agent.v1.ResumeContainerRequest\x1a\x1b.kuas\
-    ar.runv.agent.v1.Empty\x12\\\n\x0fUpdateContainer\x12,.kuasar.runv.agent\
-    .v1.UpdateContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12Y\n\x08\
-    GetStats\x12%.kuasar.runv.agent.v1.GetStatsRequest\x1a&.kuasar.runv.agen\
-    t.v1.GetStatsResponse\x12N\n\x08WatchOom\x12%.kuasar.runv.agent.v1.Watch\
-    OomRequest\x1a\x1b.kuasar.runv.agent.v1.Emptyb\x06proto3\
+    .SharedMemoryR\x0csharedMemory\x12=\n\tpreserved\x18\x16\x20\x03(\x0b2\
+    \x1f.kuasar.runv.agent.v1.PreservedR\tpreserved\x12%\n\x0eplain_newlines\
+    \x18\x17\x20\x01(\x08R\rplainNewlines\"\xbc\x01\n\tPreserved\x128\n\x04k\
+    ind\x18\x01\x20\x01(\x0e2$.kuasar.runv.agent.v1.Preserved.KindR\x04kind\
+    \x12\x12\n\x04path\x18\x02\x20\x01(\tR\x04path\x12\x14\n\x05flags\x18\
+    \x03\x20\x01(\rR\x05flags\x12\x16\n\x06offset\x18\x04\x20\x01(\x04R\x06o\
+    ffset\"3\n\x04Kind\x12\t\n\x05INPUT\x10\0\x12\n\n\x06OUTPUT\x10\x01\x12\
+    \n\n\x06SOCKET\x10\x02\x12\x08\n\x04FILE\x10\x03\"F\n\rNamespaceJoin\x12\
+    \x12\n\x04type\x18\x01\x20\x01(\tR\x04type\x12!\n\x0ccontainer_id\x18\
+    \x02\x20\x01(\tR\x0bcontainerId\"n\n\x0cSharedMemory\x12\x12\n\x04name\
+    \x18\x01\x20\x01(\tR\x04name\x12\x12\n\x04size\x18\x02\x20\x01(\x04R\x04\
+    size\x12\x12\n\x04mode\x18\x03\x20\x01(\rR\x04mode\x12\x10\n\x03uid\x18\
+    \x04\x20\x01(\rR\x03uid\x12\x10\n\x03gid\x18\x05\x20\x01(\rR\x03gid\"+\n\
+    \x17CreateContainerResponse\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pi\
+    d\":\n\x15StartContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\
+    \tR\x0bcontainerId\"|\n\x14SignalProcessRequest\x12!\n\x0ccontainer_id\
+    \x18\x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01\
+    (\tR\x06execId\x12\x16\n\x06signal\x18\x03\x20\x01(\rR\x06signal\x12\x10\
+    \n\x03all\x18\x04\x20\x01(\x08R\x03all\";\n\x16DeleteContainerRequest\
+    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"]\n\x0fGetIn\
+    foResponse\x12#\n\ragent_version\x18\x01\x20\x01(\tR\x0cagentVersion\x12\
+    %\n\x0ekernel_release\x18\x02\x20\x01(\tR\rkernelRelease\"\xe8\x01\n\x05\
+    Event\x123\n\x05ready\x18\x01\x20\x01(\x0b2\x1b.kuasar.runv.agent.v1.Rea\
+    dyH\0R\x05ready\x126\n\x06exited\x18\x02\x20\x01(\x0b2\x1c.kuasar.runv.a\
+    gent.v1.ExitedH\0R\x06exited\x12-\n\x03oom\x18\x03\x20\x01(\x0b2\x19.kua\
+    sar.runv.agent.v1.OomH\0R\x03oom\x12:\n\x05clock\x18\n\x20\x01(\x0b2\".k\
+    uasar.runv.agent.v1.ClockRequestH\0R\x05clockB\x07\n\x05event\"\xca\x01\
+    \n\x05Ready\x12)\n\x10protocol_version\x18\x01\x20\x01(\rR\x0fprotocolVe\
+    rsion\x12#\n\ragent_version\x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\
+    \x0ekernel_release\x18\x03\x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_st\
+    art_us\x18\x04\x20\x01(\x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\
+    \x18\x05\x20\x01(\x04R\x0cagentReadyUs\"&\n\x0cClockRequest\x12\x16\n\
+    \x06number\x18\x01\x20\x01(\rR\x06number\"\x89\x01\n\x06Exited\x12!\n\
+    \x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\
+    \x18\x02\x20\x01(\tR\x06execId\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04\
+    code\x12\x16\n\x06signal\x18\x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec\
+    _us\x18\x05\x20\x01(\x04R\x06execUs\"\xaa\x03\n\x12ExecProcessRequest\
+    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07\
+    exec_id\x18\x02\x20\x01(\tR\x06execId\x12!\n\x0cprocess_json\x18\x03\x20\
+    \x01(\x0cR\x0bprocessJson\x12\x14\n\x05stdin\x18\x04\x20\x01(\x08R\x05st\
+    din\x12\x16\n\x06stdout\x18\x05\x20\x01(\x08R\x06stdout\x12\x16\n\x06std\
+    err\x18\x06\x20\x01(\x08R\x06stderr\x12#\n\rignore_paused\x18\x07\x20\
+    \x01(\x08R\x0cignorePaused\x12\x16\n\x06cgroup\x18\x08\x20\x01(\tR\x06cg\
+    roup\x12\x14\n\x05umask\x18\t\x20\x01(\rR\x05umask\x12=\n\tpreserved\x18\
+    \n\x20\x03(\x0b2\x1f.kuasar.runv.agent.v1.PreservedR\tpreserved\x12%\n\
+    \x0eplain_newlines\x18\x0b\x20\x01(\x08R\rplainNewlines\x126\n\x17output\
+    _outlives_process\x18\x0c\x20\x01(\x08R\x15outputOutlivesProcess\"'\n\
+    \x13ExecProcessResponse\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\"9\
+    \n\x14ListProcessesRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
+    \x0bcontainerId\"\x95\x01\n\x15ListProcessesResponse\x12?\n\tprocesses\
+    \x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.ProcessInfoR\tprocesses\x12\
+    \x1c\n\ttruncated\x18\x02\x20\x01(\x08R\ttruncated\x12\x1d\n\nmemory_kib\
+    \x18\x03\x20\x01(\x04R\tmemoryKib\"\xc2\x04\n\x0bProcessInfo\x12\x10\n\
+    \x03pid\x18\x01\x20\x01(\x05R\x03pid\x12\x12\n\x04ppid\x18\x02\x20\x01(\
+    \x05R\x04ppid\x12\x12\n\x04pgid\x18\x03\x20\x01(\x05R\x04pgid\x12\x10\n\
+    \x03sid\x18\x04\x20\x01(\x05R\x03sid\x12\x12\n\x04ruid\x18\x05\x20\x01(\
+    \rR\x04ruid\x12\x12\n\x04euid\x18\x06\x20\x01(\rR\x04euid\x12\x12\n\x04r\
+    gid\x18\x07\x20\x01(\rR\x04rgid\x12\x12\n\x04egid\x18\x08\x20\x01(\rR\
+    \x04egid\x12\x10\n\x03tty\x18\t\x20\x01(\rR\x03tty\x12\x14\n\x05tpgid\
+    \x18\n\x20\x01(\x05R\x05tpgid\x12\x14\n\x05state\x18\x0b\x20\x01(\tR\x05\
+    state\x12\x12\n\x04name\x18\x0c\x20\x01(\tR\x04name\x12\x12\n\x04args\
+    \x18\r\x20\x01(\x0cR\x04args\x12\x15\n\x06cpu_ms\x18\x0e\x20\x01(\x04R\
+    \x05cpuMs\x12\x15\n\x06age_ms\x18\x0f\x20\x01(\x04R\x05ageMs\x12\x1b\n\t\
+    vsize_kib\x18\x10\x20\x01(\x04R\x08vsizeKib\x12\x17\n\x07rss_kib\x18\x11\
+    \x20\x01(\x04R\x06rssKib\x12\x12\n\x04nice\x18\x12\x20\x01(\x05R\x04nice\
+    \x12\x1a\n\x08priority\x18\x13\x20\x01(\x05R\x08priority\x12\x18\n\x07th\
+    reads\x18\x14\x20\x01(\rR\x07threads\x12\x14\n\x05flags\x18\x15\x20\x01(\
+    \rR\x05flags\x12\x16\n\x06policy\x18\x16\x20\x01(\rR\x06policy\x12\x1f\n\
+    \x0brt_priority\x18\x17\x20\x01(\rR\nrtPriority\x12\x1c\n\tprocessor\x18\
+    \x18\x20\x01(\rR\tprocessor\x12\x16\n\x06locked\x18\x19\x20\x01(\x08R\
+    \x06locked\"X\n\x03Oom\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcon\
+    tainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\x05kills\x12\x18\n\x07\
+    awaited\x18\x03\x20\x01(\x08R\x07awaited\":\n\x15PauseContainerRequest\
+    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\";\n\x16Resum\
+    eContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontaine\
+    rId\"|\n\x16UpdateContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\
+    \x01(\tR\x0bcontainerId\x12?\n\x08settings\x18\x02\x20\x03(\x0b2#.kuasar\
+    .runv.agent.v1.CgroupSettingR\x08settings\"r\n\rCgroupSetting\x12E\n\x0c\
+    alternatives\x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.CgroupWriteR\
+    \x0calternatives\x12\x1a\n\x08optional\x18\x02\x20\x01(\x08R\x08optional\
+    \"7\n\x0bCgroupWrite\x12\x12\n\x04file\x18\x01\x20\x01(\tR\x04file\x12\
+    \x14\n\x05value\x18\x02\x20\x01(\tR\x05value\"4\n\x0fGetStatsRequest\x12\
+    !\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"\xc9\x02\n\x10Ge\
+    tStatsResponse\x120\n\x03cpu\x18\x01\x20\x01(\x0b2\x1e.kuasar.runv.agent\
+    .v1.CpuStatsR\x03cpu\x129\n\x06memory\x18\x02\x20\x01(\x0b2!.kuasar.runv\
+    .agent.v1.MemoryStatsR\x06memory\x123\n\x04pids\x18\x03\x20\x01(\x0b2\
+    \x1f.kuasar.runv.agent.v1.PidsStatsR\x04pids\x12-\n\x02io\x18\x04\x20\
+    \x03(\x0b2\x1d.kuasar.runv.agent.v1.IoStatsR\x02io\x12<\n\x07hugetlb\x18\
+    \x05\x20\x03(\x0b2\".kuasar.runv.agent.v1.HugetlbStatsR\x07hugetlb\x12\
+    \x12\n\x04cpus\x18\x06\x20\x01(\tR\x04cpus\x12\x12\n\x04mems\x18\x07\x20\
+    \x01(\tR\x04mems\"\xc5\x01\n\x08CpuStats\x12\x19\n\x08usage_us\x18\x01\
+    \x20\x01(\x04R\x07usageUs\x12\x17\n\x07user_us\x18\x02\x20\x01(\x04R\x06\
+    userUs\x12\x1b\n\tsystem_us\x18\x03\x20\x01(\x04R\x08systemUs\x12\x18\n\
+    \x07periods\x18\x04\x20\x01(\x04R\x07periods\x12+\n\x11throttled_periods\
+    \x18\x05\x20\x01(\x04R\x10throttledPeriods\x12!\n\x0cthrottled_us\x18\
+    \x06\x20\x01(\x04R\x0bthrottledUs\"\x99\x02\n\x0bMemoryStats\x12\x14\n\
+    \x05usage\x18\x01\x20\x01(\x04R\x05usage\x12\x14\n\x05limit\x18\x02\x20\
+    \x01(\x04R\x05limit\x12\x12\n\x04peak\x18\x03\x20\x01(\x04R\x04peak\x12\
+    \"\n\nswap_usage\x18\x04\x20\x01(\x04H\0R\tswapUsage\x88\x01\x01\x12\x1d\
+    \n\nswap_limit\x18\x05\x20\x01(\x04R\tswapLimit\x12?\n\x04stat\x18\x06\
+    \x20\x03(\x0b2+.kuasar.runv.agent.v1.MemoryStats.StatEntryR\x04stat\x1a7\
+    \n\tStatEntry\x12\x10\n\x03key\x18\x01\x20\x01(\tR\x03key\x12\x14\n\x05v\
+    alue\x18\x02\x20\x01(\x04R\x05value:\x028\x01B\r\n\x0b_swap_usage\";\n\t\
+    PidsStats\x12\x18\n\x07current\x18\x01\x20\x01(\x04R\x07current\x12\x14\
+    \n\x05limit\x18\x02\x20\x01(\x04R\x05limit\"\xa3\x01\n\x07IoStats\x12\
+    \x14\n\x05major\x18\x01\x20\x01(\rR\x05major\x12\x14\n\x05minor\x18\x02\
+    \x20\x01(\rR\x05minor\x12\x1d\n\nread_bytes\x18\x03\x20\x01(\x04R\treadB\
+    ytes\x12\x1f\n\x0bwrite_bytes\x18\x04\x20\x01(\x04R\nwriteBytes\x12\x14\
+    \n\x05reads\x18\x05\x20\x01(\x04R\x05reads\x12\x16\n\x06writes\x18\x06\
+    \x20\x01(\x04R\x06writes\"]\n\x0cHugetlbStats\x12\x1b\n\tpage_size\x18\
+    \x01\x20\x01(\tR\x08pageSize\x12\x14\n\x05usage\x18\x02\x20\x01(\x04R\
+    \x05usage\x12\x1a\n\x08failures\x18\x03\x20\x01(\x04R\x08failures\"4\n\
+    \x0fWatchOomRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontai\
+    nerId2\xeb\x08\n\x05Agent\x12n\n\x0fCreateContainer\x12,.kuasar.runv.age\
+    nt.v1.CreateContainerRequest\x1a-.kuasar.runv.agent.v1.CreateContainerRe\
+    sponse\x12Z\n\x0eStartContainer\x12+.kuasar.runv.agent.v1.StartContainer\
+    Request\x1a\x1b.kuasar.runv.agent.v1.Empty\x12X\n\rSignalProcess\x12*.ku\
+    asar.runv.agent.v1.SignalProcessRequest\x1a\x1b.kuasar.runv.agent.v1.Emp\
+    ty\x12\\\n\x0fDeleteContainer\x12,.kuasar.runv.agent.v1.DeleteContainerR\
+    equest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12M\n\x07GetInfo\x12\x1b.kuas\
+    ar.runv.agent.v1.Empty\x1a%.kuasar.runv.agent.v1.GetInfoResponse\x12b\n\
+    \x0bExecProcess\x12(.kuasar.runv.agent.v1.ExecProcessRequest\x1a).kuasar\
+    .runv.agent.v1.ExecProcessResponse\x12h\n\rListProcesses\x12*.kuasar.run\
+    v.agent.v1.ListProcessesRequest\x1a+.kuasar.runv.agent.v1.ListProcessesR\
+    esponse\x12Z\n\x0ePauseContainer\x12+.kuasar.runv.agent.v1.PauseContaine\
+    rRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fResumeContainer\
+    \x12,.kuasar.runv.agent.v1.ResumeContainerRequest\x1a\x1b.kuasar.runv.ag\
+    ent.v1.Empty\x12\\\n\x0fUpdateContainer\x12,.kuasar.runv.agent.v1.Update\
+    ContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12Y\n\x08GetStats\
+    \x12%.kuasar.runv.agent.v1.GetStatsRequest\x1a&.kuasar.runv.agent.v1.Get\
+    StatsResponse\x12N\n\x08WatchOom\x12%.kuasar.runv.agent.v1.WatchOomReque\
+    st\x1a\x1b.kuasar.runv.agent.v1.Emptyb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file
@@ -5959,9 +6313,10 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
     file_descriptor.get(|| {
         let generated_file_descriptor = generated_file_descriptor_lazy.get(|| {
             let mut deps = ::std::vec::Vec::with_capacity(0);
-            let mut messages = ::std::vec::Vec::with_capacity(32);
+            let mut messages = ::std::vec::Vec::with_capacity(33);
             messages.push(Empty::generated_message_descriptor_data());
             messages.push(CreateContainerRequest::generated_message_descriptor_data());
+            messages.push(Preserved::generated_message_descriptor_data());
             messages.push(NamespaceJoin::generated_message_descriptor_data());
             messages.push(SharedMemory::generated_message_descriptor_data());
             messages.push(CreateContainerResponse::generated_message_descriptor_data());
@@ -5992,7 +6347,8 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
             messages.push(IoStats::generated_message_descriptor_data());
             messages.push(HugetlbStats::generated_message_descriptor_data());
             messages.push(WatchOomRequest::generated_message_descriptor_data());
-            let mut enums = ::std::vec::Vec::with_capacity(0);
+            let mut enums = ::std::vec::Vec::with_capacity(1);
+            enums.push(preserved::Kind::generated_enum_descriptor_data());
             ::protobuf::reflect::GeneratedFileDescriptor::new_generated(
                 file_descriptor_proto(),
                 deps,

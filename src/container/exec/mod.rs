@@ -25,13 +25,14 @@ use serde_json::Value;
 use super::console::Console;
 use super::create::{stream_flags, trace, wanted_streams};
 use super::execs::{self, ExecRecord};
+use super::preserved::Preserved;
 use super::run::{self, Outcome};
 use super::state::{ContainerRecord, Status};
 use super::terminal::{CallersTerminal, check_streams};
 use super::{Error, check_id, context};
 use crate::agent_client;
 use crate::root::Root;
-use crate::sandbox::Guest;
+use crate::sandbox::{Guest, Sandbox};
 use crate::standin::spawn::{self, Beside, StandIn};
 use crate::standin::{ATTACHED, TERMINAL};
 use crate::sys::process::ProcessRef;
@@ -58,6 +59,7 @@ pub struct Options {
 pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
     trace("exec-begin");
     check_id(&options.id)?;
+    let preserved = Preserved::take(options.preserve_fds, false)?;
     let record = ContainerRecord::read(root, &options.id)?;
     match record.status(root) {
         Status::Stopped => return Err(Error::ExecStopped),
@@ -67,12 +69,7 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
     }
     let mut process = options.process.load(&record.bundle)?;
     let terminal = process["terminal"] == Value::Bool(true);
-    check_streams(
-        options.preserve_fds,
-        terminal,
-        options.detach,
-        options.console_socket.is_some(),
-    )?;
+    check_streams(terminal, options.detach, options.console_socket.is_some())?;
     let cgroup = sub_cgroup(&options.cgroups)?;
     let callers = match terminal && !options.detach {
         true => Some(CallersTerminal::take(&mut process)?),
@@ -113,13 +110,24 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
         ignore_paused: options.ignore_paused,
         cgroup,
         umask: current_umask(),
+        plain_newlines: terminal && !options.detach,
+        output_outlives_process: !options.detach,
         ..Default::default()
     };
     let mut flags = if terminal { TERMINAL } else { 0 };
     if !options.detach {
         flags |= ATTACHED;
     }
-    start_in_guest(&guest, &standin, request, flags)?;
+    let start = Start {
+        guest: &guest,
+        standin: &standin,
+        request,
+        flags,
+        preserved: &preserved,
+    };
+    start_with_files(root, &record, start)?;
+    // The stand-in has them; their other ends are to see when it closes them.
+    drop(preserved);
     if let (Some(console), Some(socket)) = (console, &options.console_socket) {
         console
             .send(socket)
@@ -193,16 +201,45 @@ impl Drop for Started {
     }
 }
 
-/// Lets the guest start the process and gives its streams to the stand-in; `flags`
-/// say what the stand-in has to know besides.
-fn start_in_guest(
-    guest: &Guest,
-    standin: &Started,
-    mut request: ExecProcessRequest,
+/// As [`start_in_guest`], with the files among the preserved descriptors.
+fn start_with_files(root: &Root, record: &ContainerRecord, start: Start<'_>) -> Result<(), Error> {
+    if !start.preserved.has_files() {
+        return start_in_guest(start);
+    }
+    let prefix = files_prefix(&start.request);
+    let sandbox = Sandbox::open(root, &record.sandbox_id)?;
+    // Until the guest has opened them.
+    let _files = start.preserved.share(&sandbox, &record.id, &prefix)?;
+    start_in_guest(start)
+}
+
+/// What the names of a process's files in the shared directory start with.
+fn files_prefix(request: &ExecProcessRequest) -> String {
+    format!("{}-", request.exec_id)
+}
+
+/// What a process is started with.
+struct Start<'a> {
+    guest: &'a Guest,
+    standin: &'a Started,
+    request: ExecProcessRequest,
+    /// What the stand-in has to know besides the streams.
     flags: u8,
-) -> Result<(), Error> {
+    preserved: &'a Preserved,
+}
+
+/// Lets the guest start the process and gives its streams to the stand-in.
+fn start_in_guest(start: Start<'_>) -> Result<(), Error> {
+    let Start {
+        guest,
+        standin,
+        mut request,
+        flags,
+        preserved,
+    } = start;
     let terminal = flags & TERMINAL != 0;
-    let wanted = wanted_streams(terminal);
+    let wanted = wanted_streams(terminal).with_preserved(&preserved.relayed());
+    request.preserved = preserved.wanted(&request.container_id, &files_prefix(&request));
     request.stdin = wanted.stdin;
     request.stdout = wanted.stdout;
     request.stderr = wanted.stderr;
@@ -219,7 +256,7 @@ fn start_in_guest(
     let streams = guest.finish_streams(opening)?;
     let flags = flags | stream_flags(wanted, terminal);
     standin.of()?.wait_ready()?;
-    standin.of()?.attach(flags, &streams)?;
+    standin.of()?.attach(flags, &streams, preserved.relays())?;
     trace("exec-attached");
     Ok(())
 }

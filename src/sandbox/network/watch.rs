@@ -1,7 +1,6 @@
 //! The thread that looks after one container's network.
 //!
-//! It lives in the container's network namespace, with the one capability it needs
-//! there. What only the owner of the VM can do, it asks for ([`Message`]).
+//! It lives in the container's network namespace, with the capabilities it needs there. What only the owner of the VM can do, it asks for ([`Message`]).
 
 use std::collections::HashSet;
 use std::io;
@@ -18,6 +17,7 @@ use rustix::thread::CapabilitySet;
 
 use super::cards::{Card, Cards};
 use super::guest;
+use super::loopback::{self, Loopback};
 use super::model::{self, Host};
 use super::snapshot::{NEWS, Snapshot};
 use super::sysfs::Sysfs;
@@ -242,6 +242,7 @@ struct Watcher {
     applied: ApplyRequest,
     /// Names of interfaces that stay on the host, which is said once.
     ignored: HashSet<String>,
+    loopback: Loopback,
 }
 
 impl Watcher {
@@ -258,7 +259,8 @@ impl Watcher {
         let sysfs = Sysfs::mount()
             .inspect_err(|e| log::debug!("sysfs of the network namespace: {e}"))
             .ok();
-        let mut needed = CapabilitySet::NET_ADMIN;
+        let loopback = Loopback::new(&settings.root, &settings.sandbox_id, &settings.container);
+        let mut needed = CapabilitySet::NET_ADMIN | loopback::CAPABILITIES;
         if settings.model == NetworkModel::Macvtap {
             needed |= CapabilitySet::MKNOD;
         }
@@ -276,6 +278,7 @@ impl Watcher {
             cards: Cards::default(),
             applied: ApplyRequest::default(),
             ignored: HashSet::new(),
+            loopback,
         })
     }
 
@@ -381,7 +384,9 @@ impl Watcher {
         }
         let (cards, mut host) = self.parts();
         cards.follow(&mut host, &snapshot)?;
-        self.apply(&snapshot)
+        self.apply(&snapshot)?;
+        self.loopback.settle(&mut self.netlink, &mut self.cards);
+        Ok(())
     }
 
     fn parts(&mut self) -> (&mut Cards, Host<'_>) {
@@ -439,6 +444,7 @@ impl Watcher {
 
     /// Disconnects everything.
     fn leave(&mut self) {
+        self.loopback.end();
         let plugging = Arc::clone(&self.machine.plugging);
         let _plugging = plugging.lock().unwrap_or_else(PoisonError::into_inner);
         let all = self.cards.take_all();

@@ -89,6 +89,10 @@ impl Sandboxer {
                 self.share.attach(&container, &name, tree)?;
                 Ok(Some(Reply::default()))
             }
+            Request::Withdraw { container, name } => {
+                self.share.withdraw(&container, &name);
+                Ok(Some(Reply::default()))
+            }
             Request::ShareVolume {
                 container,
                 name,

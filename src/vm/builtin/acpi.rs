@@ -137,7 +137,7 @@ fn dsdt() -> Sdt {
 
 /// A slot for a virtio device. Whether there is one is in its registers.
 fn virtio(slot: usize, line: u32, code: &mut Vec<u8>) {
-    // Below 4 GiB and below 16 slots.
+    // Below 4 GiB and below 20 slots.
     let (address, number) = (virtio_address(slot) as u32, slot as u8);
     let name = format!("VI{slot:02}");
     aml::Scope::new(

@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn the_kernel_finds_its_start_info() {
         let size = 64 * MIB;
-        let memory = MemoryFile::new(size).unwrap().map().unwrap();
+        let memory = MemoryFile::new(size, 0).unwrap().map().unwrap();
         let mut image = file(&[b'i'; 5000]);
         let entry = load(&memory, size, 2, &mut kernel(true), &mut image, "quiet").unwrap();
         assert_eq!(entry, 0x0123_4560);
@@ -245,7 +245,7 @@ mod tests {
     #[test]
     fn what_cannot_be_booted_is_said() {
         let size = 64 * MIB;
-        let memory = MemoryFile::new(size).unwrap().map().unwrap();
+        let memory = MemoryFile::new(size, 0).unwrap().map().unwrap();
         let try_load = |kernel: &mut File, image: &[u8], parameters: &str| {
             load(&memory, size, 1, kernel, &mut file(image), parameters).unwrap_err()
         };

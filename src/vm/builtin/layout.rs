@@ -37,8 +37,14 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Registers of the virtio devices, a page each.
 pub const VIRTIO_START: u64 = 0xd000_0000;
 pub const VIRTIO_SIZE: u64 = 0x1000;
-/// One interrupt line each: those of a PC that nothing else here uses.
-pub const VIRTIO_LINES: [u32; 16] = [5, 6, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21];
+/// Slots for devices: those of the machine, then those of devices that come and go.
+pub const BOOT_SLOTS: usize = 6;
+pub const VIRTIO_SLOTS: usize = VIRTIO_LINES.len();
+/// One interrupt line each: those of a PC that nothing else here uses. They are not
+/// shared: an edge may get lost between two devices on one line.
+pub const VIRTIO_LINES: [u32; 20] = [
+    5, 6, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 1, 3,
+];
 
 /// Address of the registers of a virtio slot.
 pub const fn virtio_address(slot: usize) -> u64 {

@@ -74,4 +74,29 @@ impl Board {
         lock(&self.slots[slot]).insert(identity, rings);
         Ok(())
     }
+
+    /// The device of a slot lost what is behind it, and goes as soon as its driver has
+    /// given it up.
+    pub fn retire(&self, slot: usize) {
+        lock(&self.slots[slot]).retire();
+    }
+
+    pub fn is_free(&self, slot: usize) -> bool {
+        lock(&self.slots[slot]).is_empty()
+    }
+
+    /// Takes the wires of a slot away, which nothing is in any more. What KVM does not
+    /// let go of is reported: it would be in the next device's way.
+    pub fn unwire(&self, vm: &VmFd, slot: usize, events: &Events) {
+        let address = IoEventAddress::Mmio(virtio_address(slot) + QUEUE_NOTIFY);
+        for (number, kick) in events.kicks.iter().enumerate() {
+            // Fewer than 2^16 queues.
+            if let Err(e) = vm.unregister_ioevent(kick, &address, number as u32) {
+                log::warn!("virtio slot {slot}: queue {number}: {e}");
+            }
+        }
+        if let Err(e) = vm.unregister_irqfd(&events.call, VIRTIO_LINES[slot]) {
+            log::warn!("virtio slot {slot}: interrupt: {e}");
+        }
+    }
 }

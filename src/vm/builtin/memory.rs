@@ -38,39 +38,64 @@ pub fn ranges(size: u64) -> Vec<Range> {
     ranges
 }
 
+/// Memory that is added begins at a multiple of this: Linux adds it in pieces whose
+/// size depends on the machine's, and this is a multiple of all of them.
+const ROOM_ALIGNMENT: u64 = HOLE_END;
+
 /// The file behind the memory of one guest.
 #[derive(Clone, Debug)]
 pub struct MemoryFile {
     file: Arc<File>,
     size: u64,
+    room: u64,
 }
 
 impl MemoryFile {
+    /// Memory of this size, and room for so much more.
+    ///
     /// # Errors
     /// As memfd_create(2) and ftruncate(2).
-    pub fn new(size: u64) -> io::Result<MemoryFile> {
+    pub fn new(size: u64, room: u64) -> io::Result<MemoryFile> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = memfd_create("guest-memory", flags)?;
-        ftruncate(&file, size)?;
+        ftruncate(&file, size.saturating_add(room))?;
         // A mapping of a file that shrinks is a way to crash who uses it.
         rustix::fs::fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK)?;
         Ok(MemoryFile {
             file: Arc::new(file.into()),
             size,
+            room,
         })
     }
 
+    /// Without what may be added.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// A mapping of the whole memory. Mappings share their pages; each device may
+    /// Where memory may be added.
+    pub fn room(&self) -> Option<Range> {
+        let end = ranges(self.size)
+            .last()
+            .map_or(0, |range| range.address + range.len);
+        (self.room > 0).then_some(Range {
+            address: end.next_multiple_of(ROOM_ALIGNMENT),
+            len: self.room,
+            offset: self.size,
+        })
+    }
+
+    fn all(&self) -> impl Iterator<Item = Range> {
+        ranges(self.size).into_iter().chain(self.room())
+    }
+
+    /// A mapping of the whole memory and the room for more. Mappings share their pages; each device may
     /// have the kind it needs.
     ///
     /// # Errors
     /// As mmap(2).
     pub fn map<B: NewBitmap>(&self) -> io::Result<GuestMemoryMmap<B>> {
-        let regions = ranges(self.size).into_iter().map(|range| {
+        let regions = self.all().map(|range| {
             // 64 bits on the only architecture there is.
             let len = range.len as usize;
             let file = FileOffset::from_arc(self.file.clone(), range.offset);
@@ -96,7 +121,7 @@ impl MemoryFile {
     /// # Errors
     /// As fallocate(2).
     pub fn discard(&self, address: GuestAddress, len: u64) -> io::Result<()> {
-        for range in ranges(self.size) {
+        for range in self.all() {
             let start = address.raw_value().max(range.address);
             let end = address.raw_value().saturating_add(len);
             let end = end.min(range.address + range.len);
@@ -131,8 +156,29 @@ mod tests {
     }
 
     #[test]
+    fn there_is_room_above_everything_else() {
+        let room = |size, room| MemoryFile::new(size, room).unwrap().room();
+        assert_eq!(room(GIB, 0), None);
+        let at = |address, offset| {
+            Some(Range {
+                address,
+                len: 2 * GIB,
+                offset,
+            })
+        };
+        assert_eq!(room(GIB, 2 * GIB), at(4 * GIB, GIB));
+        assert_eq!(room(6 * GIB, 2 * GIB), at(8 * GIB, 6 * GIB));
+        let file = MemoryFile::new(GIB, 2 * GIB).unwrap();
+        let memory = file.map::<()>().unwrap();
+        memory.write_obj(7u8, GuestAddress(6 * GIB - 1)).unwrap();
+        assert!(memory.write_obj(7u8, GuestAddress(6 * GIB)).is_err());
+        file.discard(GuestAddress(5 * GIB), GIB).unwrap();
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(6 * GIB - 1)).unwrap(), 0);
+    }
+
+    #[test]
     fn mappings_share_their_pages_and_take_none_that_is_not_touched() {
-        let file = MemoryFile::new(6 * GIB).unwrap();
+        let file = MemoryFile::new(6 * GIB, 0).unwrap();
         let one = file.map::<()>().unwrap();
         let other = file.map::<()>().unwrap();
         for address in [0x1000, 4 * GIB, 7 * GIB - 8] {
@@ -148,7 +194,7 @@ mod tests {
 
     #[test]
     fn discarded_pages_are_zero_and_nothing_else_is() {
-        let file = MemoryFile::new(4 * GIB).unwrap();
+        let file = MemoryFile::new(4 * GIB, 0).unwrap();
         let memory = file.map::<()>().unwrap();
         for address in [0x1000u64, 0x2000, 4 * GIB] {
             memory.write_obj(7u8, GuestAddress(address)).unwrap();
@@ -161,7 +207,7 @@ mod tests {
 
     #[test]
     fn the_file_cannot_change_its_size() {
-        let file = MemoryFile::new(1 << 20).unwrap();
+        let file = MemoryFile::new(1 << 20, 0).unwrap();
         assert!(ftruncate(&*file.file, 0).is_err());
     }
 }

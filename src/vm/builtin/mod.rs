@@ -20,6 +20,7 @@ mod ports;
 mod processors;
 mod seccomp;
 mod setup;
+mod slots;
 mod vcpu;
 mod virtio;
 
@@ -36,9 +37,11 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use rustix::event::epoll;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use self::memory::MemoryFile;
+use self::devices::Growth;
+use self::memory::{MemoryFile, Range};
 use self::processors::{Processors, Report};
 use self::setup::{Machine, Plan};
+use self::slots::Slots;
 use super::log_pump::{LogPump, PERIOD};
 use super::{
     BackEnds, Capabilities, Device, Error, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
@@ -64,6 +67,10 @@ pub struct BuiltinVm {
     timer: TimerFd,
     /// Readable when a processor has something to report.
     reported: EventFd,
+    /// Devices that have been attached.
+    slots: Slots,
+    /// How the guest gets more memory, and where.
+    growth: Option<(Growth, Range)>,
     state: Stage,
     events: VecDeque<VmEvent>,
 }
@@ -95,6 +102,8 @@ enum Source {
     Reports = 0,
     Console = 1,
     Timer = 2,
+    /// One that has been attached.
+    Device = 3,
 }
 
 /// The first byte wakes, later ones wait for the timer.
@@ -102,13 +111,15 @@ const FIRST_BYTE: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFl
 
 impl BuiltinVm {
     /// See [`super::create`].
-    pub(super) fn new(config: &Config, vm: VmConfig, cache_dir: &Path) -> Result<Self, Error> {
+    pub(super) fn new(config: &Config, mut vm: VmConfig, cache_dir: &Path) -> Result<Self, Error> {
         requirements::kvm("hypervisor = \"builtin\"", cache_dir)?;
         let kernel = requirements::kernel(&vm.kernel)?;
         let image = requirements::image(&vm.initrd)?;
         if vm.size.vcpus > MAX_VCPUS {
             return Err(Self::unsupported("more than 64 virtual CPUs"));
         }
+        vm.most.vcpus = vm.most.vcpus.clamp(vm.size.vcpus, MAX_VCPUS);
+        vm.most.memory_mib = vm.most.memory_mib.max(vm.size.memory_mib);
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| watching(e.into()))?;
         let timer = TimerFd::new(
             ClockId::CLOCK_MONOTONIC,
@@ -124,6 +135,8 @@ impl BuiltinVm {
             epoll,
             timer,
             reported,
+            slots: Slots::default(),
+            growth: None,
             state: Stage::New,
             events: VecDeque::new(),
         };
@@ -152,6 +165,10 @@ impl BuiltinVm {
             Ok(())
         } else if is(Source::Timer) {
             self.pump_console()
+        } else if is(Source::Device) {
+            let stalled = |reason| VmEvent::Stalled { reason };
+            self.events.extend(self.slots.failure().map(stalled));
+            Ok(())
         } else {
             let expiration = Expiration::OneShot(PERIOD.into());
             self.timer
@@ -297,10 +314,10 @@ impl Vm for BuiltinVm {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             pause: true,
-            resize_vcpus: false,
-            resize_memory: false,
-            attach_block: false,
-            attach_net: false,
+            resize_vcpus: self.vm.most.vcpus > self.vm.size.vcpus,
+            resize_memory: self.vm.most.memory_mib > self.vm.size.memory_mib,
+            attach_block: true,
+            attach_net: true,
             emulated: false,
         }
     }
@@ -327,15 +344,22 @@ impl Vm for BuiltinVm {
             context: "cannot start the virtual machine",
             source,
         };
-        let size = u64::from(self.vm.size.memory_mib) << 20;
-        let memory = MemoryFile::new(size).map_err(starting)?;
-        let (devices, served) = devices::start(&memory, &self.vm, back_ends)?;
+        let VmConfig { size, most, .. } = self.vm;
+        let bytes = |mib: u32| u64::from(mib) << 20;
+        let room = bytes(most.memory_mib - size.memory_mib);
+        let memory = MemoryFile::new(bytes(size.memory_mib), room).map_err(starting)?;
+        let devices::Started {
+            planned,
+            served,
+            growth,
+        } = devices::start(&memory, &self.vm, back_ends)?;
+        self.growth = growth.zip(memory.room());
         let plan = Plan {
             config: self.vm.clone(),
             kernel: self.kernel.try_clone().map_err(starting)?,
             image: self.image.try_clone().map_err(starting)?,
             memory,
-            devices,
+            devices: planned,
             console: sink,
             reported: self.reported.try_clone().map_err(starting)?,
         };
@@ -406,20 +430,54 @@ impl Vm for BuiltinVm {
         Ok(())
     }
 
-    fn resize(&mut self, _size: VmSize) -> Result<(), Error> {
-        Err(Self::unsupported("changing the size of a running VM"))
+    fn resize(&mut self, wanted: VmSize) -> Result<(), Error> {
+        self.take_over(self.command_deadline);
+        let operation = "resize";
+        let Stage::Running { machine, .. } = &mut self.state else {
+            return Err(Error::NotRunning { operation });
+        };
+        let VmConfig { size, most, .. } = self.vm;
+        if wanted.vcpus > most.vcpus || wanted.memory_mib > most.memory_mib {
+            return Err(Error::TooLarge { wanted, most });
+        }
+        machine.grow_vcpus(wanted.vcpus)?;
+        if wanted.memory_mib > size.memory_mib
+            && let Some((growth, room)) = &self.growth
+        {
+            let added = u64::from(wanted.memory_mib - size.memory_mib) << 20;
+            machine.grow_memory(added, *room)?;
+            growth.offer(added);
+        }
+        Ok(())
     }
 
-    fn attach(&mut self, _id: &str, device: &Device) -> Result<(), Error> {
-        Err(Self::unsupported(match device {
-            Device::Block(_) => "attaching a block device",
-            Device::Net(_) => "attaching a network interface",
-            Device::Vfio { .. } => "passing a physical device through",
-        }))
+    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
+        let operation = "attaching a device";
+        self.take_over(self.command_deadline);
+        let Stage::Running { machine, .. } = &self.state else {
+            return Err(Error::NotRunning { operation });
+        };
+        let vcpus = self.vm.size.vcpus;
+        let handles = self.slots.attach(machine, vcpus, id, device)?;
+        for handle in handles {
+            let data = epoll::EventData::new_u64(Source::Device as u64);
+            let once = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
+            epoll::add(&self.epoll, handle, data, once).map_err(|e| watching(e.into()))?;
+        }
+        Ok(())
     }
 
-    fn detach(&mut self, _id: &str) -> Result<(), Error> {
-        Err(Self::unsupported("detaching a device"))
+    fn detach(&mut self, id: &str) -> Result<(), Error> {
+        let operation = "detaching a device";
+        let Stage::Running { machine, .. } = &self.state else {
+            return Err(Error::NotRunning { operation });
+        };
+        self.slots.detach(machine, id)?;
+        self.events
+            .push_back(VmEvent::Detached { id: id.to_owned() });
+        // The event descriptor is to become readable. Fails only when it is.
+        let _ = self.reported.write(1);
+        Ok(())
     }
 
     fn stop(&mut self, deadline: Duration) -> Result<Option<ExitStatus>, Error> {

@@ -61,6 +61,7 @@ struct Shared {
 /// The threads.
 pub struct Processors {
     shared: Arc<Shared>,
+    board: Arc<Board>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -82,25 +83,40 @@ impl Processors {
                 changed: Condvar::new(),
                 reported,
             }),
+            board: board.clone(),
             threads: Vec::new(),
         };
-        for (number, mut vcpu) in vcpus.into_iter().enumerate() {
-            let (shared, board) = (processors.shared.clone(), board.clone());
-            lock(&shared.state).alive += 1;
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{number}"))
-                .stack_size(STACK_SIZE)
-                .spawn(move || shared.thread(&mut vcpu, &board));
-            match thread {
-                Ok(thread) => processors.threads.push(thread),
-                Err(e) => {
-                    // Those that run end when this is dropped.
-                    lock(&processors.shared.state).alive -= 1;
-                    return Err(e);
-                }
-            }
+        for vcpu in vcpus {
+            // Those that run end when this is dropped.
+            processors.add(vcpu)?;
         }
         Ok(processors)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Starts the thread of one more.
+    ///
+    /// # Errors
+    /// No thread is to be had.
+    pub fn add(&mut self, mut vcpu: VcpuFd) -> io::Result<()> {
+        let (shared, board) = (self.shared.clone(), self.board.clone());
+        lock(&shared.state).alive += 1;
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{}", self.threads.len()))
+            .stack_size(STACK_SIZE)
+            .spawn(move || shared.thread(&mut vcpu, &board));
+        match thread {
+            Ok(thread) => self.threads.push(thread),
+            Err(e) => {
+                lock(&self.shared.state).alive -= 1;
+                return Err(e);
+            }
+        }
+        Ok(())
     }
 
     /// Reports since the last call.

@@ -12,6 +12,8 @@ use seccompiler::{
     TargetArch,
 };
 
+use super::devices::net::{TUNSETOFFLOAD, TUNSETQUEUE};
+
 /// Whose filter it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -19,6 +21,8 @@ pub enum Kind {
     Processor,
     /// Moves bytes between queues and descriptors it has.
     Device,
+    /// As a device, and sets queues of network interfaces up.
+    Network,
     /// As a device, and works with sockets.
     Sockets,
 }
@@ -96,6 +100,22 @@ const SOCKETS: &[libc::c_long] = &[
 const KVM_RUN: u64 = 0xae80;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 
+/// Those about a queue of an interface, and the kernel's work on it.
+fn network_requests() -> Vec<u64> {
+    use vhost::vhost_kern::vhost_binding as vhost;
+    vec![
+        TUNSETOFFLOAD,
+        TUNSETQUEUE,
+        vhost::VHOST_SET_FEATURES(),
+        vhost::VHOST_SET_VRING_NUM(),
+        vhost::VHOST_SET_VRING_BASE(),
+        vhost::VHOST_SET_VRING_ADDR(),
+        vhost::VHOST_SET_VRING_CALL(),
+        vhost::VHOST_SET_VRING_KICK(),
+        vhost::VHOST_NET_SET_BACKEND(),
+    ]
+}
+
 #[derive(Debug, thiserror::Error)]
 #[error("seccomp: {0}")]
 struct Failed(String);
@@ -116,7 +136,7 @@ pub fn confine(kind: Kind) -> io::Result<()> {
 fn filter(kind: Kind) -> Result<SeccompFilter, seccompiler::BackendError> {
     let own = match kind {
         Kind::Processor => &[][..],
-        Kind::Device => DEVICE,
+        Kind::Device | Kind::Network => DEVICE,
         Kind::Sockets => SOCKETS,
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = COMMON
@@ -124,13 +144,18 @@ fn filter(kind: Kind) -> Result<SeccompFilter, seccompiler::BackendError> {
         .chain(own)
         .map(|number| (*number, Vec::new()))
         .collect();
-    if kind == Kind::Processor {
+    let requests = match kind {
+        Kind::Processor => vec![KVM_RUN, KVM_KVMCLOCK_CTRL],
+        Kind::Network => network_requests(),
+        Kind::Device | Kind::Sockets => Vec::new(),
+    };
+    if !requests.is_empty() {
         let only = |request| {
             let condition =
                 SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request)?;
             SeccompRule::new(vec![condition])
         };
-        let requests = vec![only(KVM_RUN)?, only(KVM_KVMCLOCK_CTRL)?];
+        let requests = requests.into_iter().map(only).collect::<Result<_, _>>()?;
         rules.insert(libc::SYS_ioctl, requests);
     }
     SeccompFilter::new(
@@ -161,7 +186,7 @@ mod tests {
 
     #[test]
     fn no_kind_can_open_files_or_make_processes() {
-        for kind in [Kind::Processor, Kind::Device, Kind::Sockets] {
+        for kind in [Kind::Processor, Kind::Device, Kind::Network, Kind::Sockets] {
             assert!(confined(kind, open_is_refused), "{kind:?}");
             // SAFETY: the call is refused; if it were not, the child would end at once.
             let forked = confined(kind, || unsafe {
@@ -186,6 +211,14 @@ mod tests {
             })
         });
         let (bad, refused) = (Some(libc::EBADF), Some(libc::EPERM));
+        assert_eq!(errors, [bad, refused, refused]);
+        let errors = confined(Kind::Network, || {
+            [TUNSETQUEUE, KVM_RUN, 0x5413].map(|number| {
+                // SAFETY: a request to a descriptor that does not exist.
+                unsafe { libc::ioctl(-1, number) };
+                io::Error::last_os_error().raw_os_error()
+            })
+        });
         assert_eq!(errors, [bad, refused, refused]);
         let socket = confined(Kind::Processor, || {
             std::os::unix::net::UnixStream::pair().is_err()

@@ -8,14 +8,14 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::boot;
 use super::devices::Planned;
 use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_LINE};
 use super::machine::Board;
-use super::memory::MemoryFile;
+use super::memory::{MemoryFile, Range, ranges};
 use super::ports::{Console, Line, Ports};
 use super::processors::Processors;
 use super::vcpu;
@@ -24,10 +24,64 @@ use crate::vm::{Error, VmConfig};
 /// What keeps a running machine together.
 pub struct Machine {
     pub processors: Processors,
+    kvm: Kvm,
+    /// Most processors.
+    places: u8,
+    /// Regions KVM knows of.
+    regions: u32,
+    /// Memory that has been added, in bytes.
+    added: u64,
     /// The devices' wires end here.
-    _vm: VmFd,
+    pub vm: VmFd,
+    pub board: Arc<Board>,
     /// The mapping KVM works with, which has to outlive the machine.
-    _memory: GuestMemoryMmap,
+    pub memory: GuestMemoryMmap,
+}
+
+impl Machine {
+    /// Makes more processors, which wait for the guest to start them.
+    ///
+    /// # Errors
+    /// KVM refuses, or no thread is to be had; those that were made stay.
+    pub fn grow_vcpus(&mut self, wanted: u32) -> Result<(), Error> {
+        while (self.processors.count() as u32) < wanted {
+            // Fewer than MAX_VCPUS.
+            let number = self.processors.count() as u8;
+            let vcpu = vcpu::create(&self.kvm, &self.vm, number, self.places)
+                .map_err(kvm_error("making a virtual CPU"))?;
+            self.processors.add(vcpu).map_err(|source| Error::Io {
+                context: "cannot start a virtual CPU",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Puts memory where there was room for it, up to this many bytes.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn grow_memory(&mut self, wanted: u64, room: Range) -> Result<(), Error> {
+        let wanted = wanted.min(room.len);
+        if wanted <= self.added {
+            return Ok(());
+        }
+        let region = self.memory.find_region(GuestAddress(room.address));
+        let start = region.map(|region| region.as_ptr() as u64).unwrap_or(0);
+        let description = kvm_userspace_memory_region {
+            slot: self.regions,
+            guest_phys_addr: room.address + self.added,
+            memory_size: wanted - self.added,
+            userspace_addr: start + self.added,
+            flags: 0,
+        };
+        // SAFETY: the range is part of a region that is mapped as long as the VM.
+        unsafe { self.vm.set_user_memory_region(description) }
+            .map_err(kvm_error("adding memory"))?;
+        self.regions += 1;
+        self.added = wanted;
+        Ok(())
+    }
 }
 
 fn kvm_error(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
@@ -61,14 +115,14 @@ pub fn start(plan: Plan) -> Result<Machine, Error> {
     let memory: GuestMemoryMmap = memory.map().map_err(memory_error)?;
     let kvm = Kvm::new().map_err(kvm_error("opening /dev/kvm"))?;
     let vm = create_vm(&kvm)?;
-    add_memory(&vm, &memory)?;
+    let regions = add_memory(&vm, &memory, size)?;
     // At most MAX_VCPUS.
-    let count = config.size.vcpus as u8;
+    let (count, places) = (config.size.vcpus as u8, config.most.vcpus as u8);
     let line = parameters(&config);
     let entry =
-        boot::load(&memory, size, count, &mut kernel, &mut image, &line).map_err(Error::Boot)?;
+        boot::load(&memory, size, places, &mut kernel, &mut image, &line).map_err(Error::Boot)?;
     let vcpus = (0..count)
-        .map(|number| vcpu::create(&kvm, &vm, number, count))
+        .map(|number| vcpu::create(&kvm, &vm, number, places))
         .collect::<Result<Vec<_>, _>>()
         .map_err(kvm_error("making a virtual CPU"))?;
     if let Some(first) = vcpus.first() {
@@ -80,15 +134,21 @@ pub fn start(plan: Plan) -> Result<Machine, Error> {
             .insert(&vm, slot, device.identity, device.rings, &device.events)
             .map_err(kvm_error("wiring a device"))?;
     }
+    let board = Arc::new(board);
     let processors =
-        Processors::start(vcpus, &Arc::new(board), plan.reported).map_err(|source| Error::Io {
+        Processors::start(vcpus, &board, plan.reported).map_err(|source| Error::Io {
             context: "cannot start the virtual CPUs",
             source,
         })?;
     Ok(Machine {
         processors,
-        _vm: vm,
-        _memory: memory,
+        kvm,
+        places,
+        regions,
+        added: 0,
+        vm,
+        board,
+        memory,
     })
 }
 
@@ -121,8 +181,10 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     Ok(vm)
 }
 
-fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
-    for (slot, region) in memory.iter().enumerate() {
+/// Hands the memory the machine is booted with to KVM; the number of its regions.
+fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap, size: u64) -> Result<u32, Error> {
+    let booted = ranges(size).len();
+    for (slot, region) in memory.iter().take(booted).enumerate() {
         let description = kvm_userspace_memory_region {
             // Two at most.
             slot: slot as u32,
@@ -134,7 +196,7 @@ fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
         // SAFETY: the region is mapped, and its mapping is kept as long as the VM.
         unsafe { vm.set_user_memory_region(description) }.map_err(kvm_error("adding memory"))?;
     }
-    Ok(())
+    Ok(booted as u32)
 }
 
 fn serial(vm: &VmFd, sink: OwnedFd) -> Result<Ports, Error> {
@@ -157,6 +219,14 @@ fn parameters(config: &VmConfig) -> String {
     let mut line = String::from("console=ttyS0 8250.nr_uarts=1 panic=-1 reboot=k pci=off");
     if !config.verbose_console {
         line.push_str(" quiet loglevel=4");
+    }
+    if config.most.vcpus > config.size.vcpus {
+        line.push_str(&format!(" maxcpus={}", config.size.vcpus));
+    }
+    if config.most.memory_mib > config.size.memory_mib {
+        // Memory that is added is used at once, part of it by the kernel itself, which
+        // needs more the more there is.
+        line.push_str(" memhp_default_state=online");
     }
     if !config.kernel_params.is_empty() {
         line.push(' ');

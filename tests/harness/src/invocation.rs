@@ -3,8 +3,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -114,6 +115,53 @@ impl Invocation {
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
+        self
+    }
+
+    /// Gives the call these descriptors at the numbers from 3 on.
+    #[must_use]
+    pub fn descriptors(mut self, descriptors: impl IntoIterator<Item = OwnedFd>) -> Self {
+        // Far from both: where they are, and where they go.
+        const ASIDE: i32 = 300;
+        let descriptors: Vec<_> = descriptors.into_iter().collect();
+        // SAFETY: the closure makes system calls and nothing else.
+        unsafe {
+            self.command.pre_exec(move || {
+                for (fd, place) in descriptors.iter().zip(ASIDE..) {
+                    if libc::dup2(fd.as_raw_fd(), place) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                }
+                for (aside, place) in (ASIDE..).zip(3..3 + descriptors.len() as i32) {
+                    if libc::dup2(aside, place) < 0 || libc::close(aside) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
+        }
+        self
+    }
+
+    /// The program and its arguments.
+    #[must_use]
+    pub fn words(&self) -> Vec<OsString> {
+        let mut words = vec![self.command.get_program().to_owned()];
+        words.extend(self.command.get_args().map(OsStr::to_owned));
+        words
+    }
+
+    /// The same call, with its environment, of another program without arguments.
+    #[must_use]
+    pub fn replaced_by(mut self, program: &Path) -> Self {
+        let mut command = Command::new(program);
+        command.env_clear();
+        command.envs(
+            self.command
+                .get_envs()
+                .filter_map(|(key, value)| Some((key, value?))),
+        );
+        self.command = command;
         self
     }
 

@@ -268,6 +268,12 @@ impl Drop for World {
     }
 }
 
+/// The hypervisor of the tests' configuration.
+#[must_use]
+pub fn hypervisor() -> String {
+    std::env::var("KUASAR_RUNV_TEST_HYPERVISOR").unwrap_or_else(|_| "qemu".into())
+}
+
 /// A configuration for this flavour: the guest, and how its instructions are
 /// executed. QEMU's emulation unless `KUASAR_RUNV_TEST_HYPERVISOR` and
 /// `KUASAR_RUNV_TEST_ACCEL` say otherwise, so that no test depends on what the
@@ -275,7 +281,7 @@ impl Drop for World {
 #[must_use]
 pub fn configuration(flavour: Flavour) -> String {
     let variable = |name, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
-    let hypervisor = variable("KUASAR_RUNV_TEST_HYPERVISOR", "qemu");
+    let hypervisor = hypervisor();
     let accel = variable("KUASAR_RUNV_TEST_ACCEL", "tcg");
     let mut text = format!("hypervisor = {hypervisor:?}\n");
     if accel != "tcg" || hypervisor != "qemu" {

@@ -27,7 +27,7 @@ pub fn identity(features: u64) -> Identity {
         id: VIRTIO_ID_BALLOON,
         features: features | REPORTING,
         queues: vec![QUEUE_SIZE; QUEUES],
-        config: CONFIG.to_vec(),
+        config: CONFIG.to_vec().into(),
     }
 }
 

@@ -5,6 +5,11 @@
 //! ([`crate::vm::devices`]).
 
 mod balloon;
+pub mod block;
+mod buffers;
+mod more_memory;
+pub mod net;
+pub mod plugged;
 mod rng;
 #[cfg(test)]
 mod test_ring;
@@ -13,8 +18,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::thread::CapabilitySet;
-use vhost_user_backend::{VhostUserBackend, VringT};
+use vhost_user_backend::{VhostUserBackend, VringState, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
@@ -24,13 +28,16 @@ use virtio_queue::{DescriptorChain, Error as QueueError, QueueOwnedT};
 use vm_memory::mmap::NewBitmap;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use vmm_sys_util::epoll::EventSet;
+
+use self::more_memory::{MoreMemory, Plugger};
+use self::plugged::worker_thread;
 use super::memory::MemoryFile;
 use super::seccomp::{self, Kind};
 use super::virtio::registers::{Identity, Rings};
 use super::virtio::rings::{Events, SharedRings};
 use super::virtio::worker::{self, Service, ServiceMemory, ServiceRing};
-use crate::sys::capabilities::limit_to;
-use crate::vm::devices::vhost_user::{Error as DeviceError, Handle, is_running};
+use crate::vm::devices::vhost_user::{Handle, is_running};
 use crate::vm::devices::{fs, vsock};
 use crate::vm::{BackEnds, Error, Served, VmConfig};
 
@@ -39,6 +46,26 @@ pub struct Planned {
     pub identity: Identity,
     pub rings: Box<dyn Rings>,
     pub events: Arc<Events>,
+}
+
+/// All devices of a machine that is about to start.
+pub struct Started {
+    pub planned: Vec<Planned>,
+    pub served: Vec<Served>,
+    pub growth: Option<Growth>,
+}
+
+/// How the guest gets more memory.
+pub struct Growth {
+    more: Arc<MoreMemory>,
+    events: Arc<Events>,
+}
+
+impl Growth {
+    /// Lets the guest have so much besides what it was booted with.
+    pub fn offer(&self, size: u64) {
+        self.more.offer(size, &self.events);
+    }
 }
 
 /// Features of all queues, which their common code implements.
@@ -57,12 +84,9 @@ const TAG_LEN: usize = 36;
 ///
 /// # Errors
 /// No thread or descriptor is to be had.
-pub fn start(
-    file: &MemoryFile,
-    config: &VmConfig,
-    back_ends: BackEnds,
-) -> Result<(Vec<Planned>, Vec<Served>), Error> {
-    let devices = [
+pub fn start(file: &MemoryFile, config: &VmConfig, back_ends: BackEnds) -> Result<Started, Error> {
+    let more = MoreMemory::new(file);
+    let mut devices = vec![
         sockets(file, back_ends.sockets, back_ends.guest_cid),
         files(file, config, back_ends.shared),
         own(file, "rng", rng::identity(FEATURES), |memory| rng::Rng {
@@ -75,17 +99,32 @@ pub fn start(
             }
         }),
     ];
+    if let Some(more) = &more {
+        let plugger = |memory| Plugger {
+            more: more.clone(),
+            memory,
+        };
+        devices.push(own(file, "memory", more.identity(FEATURES), plugger));
+    }
     let devices: io::Result<Vec<_>> = devices.into_iter().collect();
     let devices = devices.map_err(|source| Error::Io {
         context: "cannot start a device",
         source,
     })?;
-    Ok(devices.into_iter().unzip())
+    let (planned, served): (Vec<Planned>, Vec<Served>) = devices.into_iter().unzip();
+    let events = planned.last().map(|device| device.events.clone());
+    Ok(Started {
+        planned,
+        served,
+        growth: more
+            .zip(events)
+            .map(|(more, events)| Growth { more, events }),
+    })
 }
 
-type Started = io::Result<(Planned, Served)>;
+type Device = io::Result<(Planned, Served)>;
 
-fn sockets(file: &MemoryFile, sockets: OwnedFd, guest_cid: u64) -> Started {
+fn sockets(file: &MemoryFile, sockets: OwnedFd, guest_cid: u64) -> Device {
     let queues = Queues::<()>::new(file, &VSOCK_QUEUES)?;
     let (events, memory) = (queues.events.clone(), queues.memory.clone());
     // The last queue is nobody's.
@@ -94,24 +133,26 @@ fn sockets(file: &MemoryFile, sockets: OwnedFd, guest_cid: u64) -> Started {
         device.backend.update_memory(memory)?;
         seccomp::confine(Kind::Sockets)?;
         let own = device.own_events();
-        worker::run(&device.backend, &rings, &events, &own, device.control)
+        let own = own.map(|(fd, event)| (fd, event, EventSet::IN));
+        let kicks = &events.kicks[..rings.len()];
+        worker::run(&device.backend, &rings, kicks, &own, device.control)
     })?;
     let identity = Identity {
         id: VIRTIO_ID_VSOCK,
         features: FEATURES,
         queues: VSOCK_QUEUES.to_vec(),
-        config: guest_cid.to_le_bytes().to_vec(),
+        config: guest_cid.to_le_bytes().to_vec().into(),
     };
     Ok(queues.started(identity, "vsock", handle))
 }
 
-fn files(file: &MemoryFile, config: &VmConfig, shared: OwnedFd) -> Started {
+fn files(file: &MemoryFile, config: &VmConfig, shared: OwnedFd) -> Device {
     let queues = Queues::<fs::Bitmap>::new(file, &FS_QUEUES)?;
     let (events, memory) = (queues.events.clone(), queues.memory.clone());
     let rings = queues.rings.rings();
     let handle = fs::spawn_with(shared, move |backend, control| {
         backend.update_memory(memory)?;
-        worker::run(&backend, &rings, &events, &[], control)
+        worker::run(&backend, &rings, &events.kicks, &[], control)
     })?;
     let mut space = config.fs_tag.as_bytes().to_vec();
     space.resize(TAG_LEN, 0);
@@ -120,7 +161,7 @@ fn files(file: &MemoryFile, config: &VmConfig, shared: OwnedFd) -> Started {
         id: VIRTIO_ID_FS,
         features: FEATURES,
         queues: FS_QUEUES.to_vec(),
-        config: space,
+        config: space.into(),
     };
     Ok(queues.started(identity, "virtio-fs", handle))
 }
@@ -131,21 +172,15 @@ fn own<S>(
     name: &'static str,
     identity: Identity,
     make: impl FnOnce(ServiceMemory<()>) -> S,
-) -> Started
+) -> Device
 where
     S: Service<Bitmap = ()> + Send + 'static,
 {
     let queues = Queues::<()>::new(file, &identity.queues)?;
     let service = make(queues.memory.clone());
-    let (events, rings) = (queues.events.clone(), queues.rings.rings());
-    let handle = Handle::spawn(name, move |control| {
-        let work = || {
-            limit_to(CapabilitySet::empty())?;
-            seccomp::confine(Kind::Device)?;
-            worker::run(&service, &rings, &events, &[], control)
-        };
-        work().map_err(DeviceError::Start)
-    })?;
+    let (events, rings) = (&queues.events, queues.rings.rings());
+    let all = 0..rings.len();
+    let handle = worker_thread(name, Kind::Device, service, rings, events, all)?;
     Ok(queues.started(identity, name, handle))
 }
 
@@ -160,6 +195,16 @@ fn work_through(
     memory: &GuestMemoryMmap,
     mut answer: impl FnMut(&GuestMemoryMmap, DescriptorChain<&GuestMemoryMmap>) -> u32,
 ) {
+    while work_some(name, ring, memory, &mut answer) {}
+}
+
+/// Answers some requests of a ring; `true` when there may be more.
+fn work_some(
+    name: &str,
+    ring: &ServiceRing<()>,
+    memory: &GuestMemoryMmap,
+    answer: &mut impl FnMut(&GuestMemoryMmap, DescriptorChain<&GuestMemoryMmap>) -> u32,
+) -> bool {
     let mut some = || -> Result<bool, QueueError> {
         let mut state = ring.get_mut();
         if !is_running(&state) {
@@ -173,21 +218,23 @@ fn work_through(
             let head = chain.head_index();
             let len = answer(memory, chain);
             state.add_used(head, len)?;
-            // When in doubt, interrupt: at worst it is one too many.
-            if state.needs_notification().unwrap_or(true) {
-                // Fails only when the counter is full, that is, when it is set.
-                let _ = state.signal_used_queue();
-            }
+            interrupt(&mut state);
         }
         Ok(true)
     };
-    loop {
-        match some() {
-            Ok(true) => {}
-            Ok(false) => return,
-            // The guest has broken its ring; it is useless until the next reset.
-            Err(e) => return log::debug!("{name}: ring: {e}"),
-        }
+    some().unwrap_or_else(|e| {
+        // The guest has broken its ring; it is useless until the next reset.
+        log::debug!("{name}: ring: {e}");
+        false
+    })
+}
+
+/// Tells the driver about used buffers if it wants to know.
+fn interrupt(state: &mut VringState<ServiceMemory<()>>) {
+    // When in doubt, interrupt: at worst it is one too many.
+    if state.needs_notification().unwrap_or(true) {
+        // Fails only when the counter is full, that is, when it is set.
+        let _ = state.signal_used_queue();
     }
 }
 
@@ -258,10 +305,12 @@ mod tests {
             guest_cid: 3,
             shared: directory(&shared),
         };
-        let file = MemoryFile::new(16 << 20).unwrap();
-        let (planned, served) = start(&file, &config, back_ends).unwrap();
+        let file = MemoryFile::new(16 << 20, 128 << 20).unwrap();
+        let started = start(&file, &config, back_ends).unwrap();
+        let (planned, served) = (started.planned, started.served);
+        assert!(started.growth.is_some());
         let ids: Vec<u32> = planned.iter().map(|device| device.identity.id).collect();
-        assert_eq!(ids, [VIRTIO_ID_VSOCK, VIRTIO_ID_FS, 4, 5]);
+        assert_eq!(ids, [VIRTIO_ID_VSOCK, VIRTIO_ID_FS, 4, 5, 24]);
         for device in &planned {
             device.events.kicks[0].write(1).unwrap();
         }

@@ -19,7 +19,7 @@ pub fn identity(features: u64) -> Identity {
         id: VIRTIO_ID_RNG,
         features,
         queues: vec![QUEUE_SIZE],
-        config: Vec::new(),
+        config: Vec::new().into(),
     }
 }
 

@@ -1,9 +1,11 @@
 //! Virtio devices over MMIO, and what works in them.
 //!
+//! - [`config`]: a device's configuration space
 //! - [`registers`]: what a driver reads and writes
 //! - [`rings`]: the queues, between registers and worker
 //! - [`worker`]: the thread of a device
 
+pub mod config;
 pub mod registers;
 pub mod rings;
 pub mod worker;

@@ -10,7 +10,10 @@
 //! Interrupts go past the registers: a device signals an event descriptor that is
 //! the interrupt line. So the status register does not know which interrupts there
 //! were, and says of a running device that its queues may have something; nobody
-//! else uses the line, and a driver that looks in vain does no harm.
+//! else uses the line, and a driver that looks in vain does no harm. Of a change of
+//! the configuration it knows by the configuration itself.
+
+use super::config::Config;
 
 /// What a device is.
 #[derive(Clone, Debug)]
@@ -21,8 +24,7 @@ pub struct Identity {
     pub features: u64,
     /// Largest size of each queue, a power of two.
     pub queues: Vec<u16>,
-    /// The configuration space, which never changes.
-    pub config: Vec<u8>,
+    pub config: Config,
 }
 
 /// What the driver has set up of a queue.
@@ -66,11 +68,13 @@ mod at {
     pub const QUEUE_SIZE: u64 = 0x38;
     pub const QUEUE_READY: u64 = 0x44;
     pub const INTERRUPT_STATUS: u64 = 0x60;
+    pub const INTERRUPT_ACK: u64 = 0x64;
     pub const STATUS: u64 = 0x70;
     pub const DESCRIPTORS: u64 = 0x80;
     pub const AVAILABLE: u64 = 0x90;
     pub const USED: u64 = 0xa0;
     pub const SHARED_MEMORY: std::ops::RangeInclusive<u64> = 0xb0..=0xbc;
+    pub const CONFIG_GENERATION: u64 = 0xfc;
     pub const CONFIG: u64 = 0x100;
 }
 
@@ -88,6 +92,7 @@ pub mod status {
 }
 
 const INTERRUPT_QUEUE: u32 = 1;
+const INTERRUPT_CONFIG: u32 = 2;
 
 /// A slot: its registers, and the device in it, if there is one.
 #[derive(Default)]
@@ -99,6 +104,8 @@ struct Device {
     identity: Identity,
     rings: Box<dyn Rings>,
     driver: Driver,
+    /// It has nothing behind it any more.
+    retired: bool,
 }
 
 /// What the driver has said since the last reset.
@@ -134,18 +141,36 @@ impl Registers {
             driver: Driver::new(identity.queues.len()),
             identity,
             rings,
+            retired: false,
         });
     }
 
-    /// Takes the device out. Its driver is to be gone before.
+    /// Takes the device out.
     pub fn remove(&mut self) {
         if let Some(mut device) = self.device.take() {
             device.reset();
         }
     }
 
-    #[cfg(test)]
-    fn is_empty(&self) -> bool {
+    /// Takes the device out, or, when a driver has it, says that it needs a reset and
+    /// takes it out when that driver has let go of it: nobody else may get the slot
+    /// before.
+    pub fn retire(&mut self) {
+        if let Some(device) = &mut self.device {
+            device.retired = true;
+        }
+        self.remove_retired();
+    }
+
+    fn remove_retired(&mut self) {
+        let gone = |device: &Device| device.retired && !device.has_driver();
+        if self.device.as_ref().is_some_and(gone) {
+            self.remove();
+        }
+    }
+
+    /// Whether there is no device.
+    pub fn is_empty(&self) -> bool {
         self.device.is_none()
     }
 
@@ -161,7 +186,7 @@ impl Registers {
         data.fill(0);
         if let Some(start) = offset.checked_sub(at::CONFIG) {
             if let Some(device) = &self.device {
-                device.read_config(start, data);
+                device.identity.config.read(start, data);
             }
         } else if data.len() == 4 && offset.is_multiple_of(4) {
             data.copy_from_slice(&self.register(offset).to_le_bytes());
@@ -186,6 +211,7 @@ impl Registers {
         };
         if offset < at::CONFIG {
             device.write(offset, u32::from_le_bytes(data));
+            self.remove_retired();
         }
     }
 }
@@ -195,14 +221,8 @@ impl Device {
         self.driver.status & status::DRIVER_OK != 0
     }
 
-    fn read_config(&self, start: u64, data: &mut [u8]) {
-        let config = usize::try_from(start)
-            .ok()
-            .and_then(|start| self.identity.config.get(start..));
-        if let Some(config) = config {
-            let len = config.len().min(data.len());
-            data[..len].copy_from_slice(&config[..len]);
-        }
+    fn has_driver(&self) -> bool {
+        self.driver.status & status::DRIVER != 0
     }
 
     fn register(&self, offset: u64) -> u32 {
@@ -213,7 +233,12 @@ impl Device {
             at::DEVICE_FEATURES => half(self.identity.features, driver.device_features_select),
             at::QUEUE_SIZE_MAX => self.identity.queues.get(queue).copied().unwrap_or(0).into(),
             at::QUEUE_READY => driver.queues.get(queue).is_some_and(|q| q.ready).into(),
-            at::INTERRUPT_STATUS if self.is_running() => INTERRUPT_QUEUE,
+            at::INTERRUPT_STATUS if self.is_running() => {
+                let changed = self.identity.config.is_changed();
+                INTERRUPT_QUEUE | if changed { INTERRUPT_CONFIG } else { 0 }
+            }
+            at::CONFIG_GENERATION => self.identity.config.generation(),
+            at::STATUS if self.retired => driver.status | status::NEEDS_RESET,
             at::STATUS => driver.status,
             // No region has a length of all ones.
             _ if at::SHARED_MEMORY.contains(&offset) => u32::MAX,
@@ -231,6 +256,9 @@ impl Device {
                 set_half(&mut driver.features, driver.driver_features_select, value);
             }
             at::QUEUE_SELECT => driver.queue_select = value,
+            at::INTERRUPT_ACK if value & INTERRUPT_CONFIG != 0 => {
+                self.identity.config.acknowledge();
+            }
             at::STATUS => self.set_status(value),
             _ => self.write_queue(offset, value),
         }

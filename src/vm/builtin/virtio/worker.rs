@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use vhost_user_backend::VhostUserBackend;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::rings::Events;
 use crate::vm::devices::vhost_user::{Control, Ring};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -20,7 +20,15 @@ pub trait Service {
     /// Something happened: a kick of the queue with this number, or one of the
     /// device's own descriptors.
     fn handle(&self, event: u16, rings: &[ServiceRing<Self::Bitmap>]) -> io::Result<()>;
+
+    /// Descriptors of the device to be watched, and the events they stand for.
+    fn own_events(&self) -> Vec<Own> {
+        Vec::new()
+    }
 }
+
+/// A descriptor of a device, its event, and what makes it happen.
+pub type Own = (RawFd, u64, EventSet);
 
 pub type ServiceMemory<B> = GuestMemoryAtomic<GuestMemoryMmap<B>>;
 pub type ServiceRing<B> = Ring<ServiceMemory<B>>;
@@ -42,32 +50,28 @@ const CANCEL: u64 = u64::MAX;
 
 /// Works until the device's handle is dropped.
 ///
-/// `own` are descriptors of the device and the events they stand for.
+/// `kicks` are those of `rings`, `own` descriptors of the device.
 ///
 /// # Errors
 /// The descriptors cannot be watched, or the device gives up.
 pub fn run<S: Service>(
     service: &S,
     rings: &[ServiceRing<S::Bitmap>],
-    events: &Events,
-    own: &[(RawFd, u64)],
+    kicks: &[EventFd],
+    own: &[Own],
     control: &Control,
 ) -> io::Result<()> {
     let epoll = Epoll::new()?;
-    let watch = |fd: RawFd, event: u64| {
-        epoll.ctl(
-            ControlOperation::Add,
-            fd,
-            EpollEvent::new(EventSet::IN, event),
-        )
+    let watch = |fd: RawFd, event: u64, set: EventSet| {
+        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, event))
     };
-    for (number, kick) in events.kicks.iter().enumerate().take(rings.len()) {
-        watch(kick.as_raw_fd(), number as u64)?;
+    for (number, kick) in kicks.iter().enumerate() {
+        watch(kick.as_raw_fd(), number as u64, EventSet::IN)?;
     }
-    for &(fd, event) in own {
-        watch(fd, event)?;
+    for &(fd, event, set) in own {
+        watch(fd, event, set)?;
     }
-    watch(control.cancelled().as_raw_fd(), CANCEL)?;
+    watch(control.cancelled().as_raw_fd(), CANCEL, EventSet::IN)?;
     let mut ready = [EpollEvent::default(); 8];
     loop {
         let count = match epoll.wait(-1, &mut ready) {
@@ -79,10 +83,7 @@ pub fn run<S: Service>(
             if number == CANCEL {
                 return Ok(());
             }
-            if let Some(kick) = usize::try_from(number)
-                .ok()
-                .and_then(|n| events.kicks.get(n))
-            {
+            if let Some(kick) = usize::try_from(number).ok().and_then(|n| kicks.get(n)) {
                 // Fails only when it was not set.
                 let _ = kick.read();
             }

@@ -35,7 +35,7 @@ fn slot(log: &Log) -> Registers {
         id: 19,
         features: FEATURES,
         queues: vec![256, 64],
-        config: vec![1, 2, 3, 4, 5],
+        config: vec![1, 2, 3, 4, 5, 0, 0, 0].into(),
     };
     registers.insert(identity, Box::new(log.clone()));
     registers
@@ -249,5 +249,30 @@ fn no_sequence_of_writes_breaks_the_order_of_things() {
         for (queue, max) in queues.iter().zip([256, 64]) {
             assert!(queue.size <= max && (!queue.ready || queue.size.is_power_of_two()));
         }
+    }
+}
+
+#[test]
+fn a_device_that_is_taken_away_waits_for_its_driver() {
+    let log = Log::default();
+    let mut registers = slot(&log);
+    drive(&mut registers, 1 << 32);
+    registers.retire();
+    assert!(!registers.is_empty());
+    assert_eq!(read(&registers, at::STATUS), RUNNING | 64);
+    // The driver cannot take the bit away, and is not hindered by it.
+    write(&mut registers, at::STATUS, RUNNING | 64);
+    assert!(registers.is_running());
+    assert_eq!(log.events.lock().unwrap().len(), 1);
+    write(&mut registers, at::STATUS, 0);
+    assert!(registers.is_empty());
+    assert_eq!(read(&registers, at::DEVICE_ID), 0);
+    assert_eq!(log.events.lock().unwrap().last(), Some(&Event::Stop));
+    // What nobody drives goes at once.
+    for status in [0, 1] {
+        let mut registers = slot(&log);
+        write(&mut registers, at::STATUS, status);
+        registers.retire();
+        assert!(registers.is_empty());
     }
 }
