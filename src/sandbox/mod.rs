@@ -35,7 +35,7 @@ use crate::sys::process::ProcessRef;
 use crate::sys::seqpacket::Channel;
 use crate::sys::unix_socket;
 use crate::vm::VmSize;
-use control::{Connection, Notice, ReadyInfo, Request, Resized, SandboxerConfig};
+use control::{Connection, Heir, Notice, ReadyInfo, Request, Resized, SandboxerConfig};
 use record::SandboxRecord;
 use size::{Demand, Demands};
 
@@ -407,13 +407,14 @@ impl Sandbox {
     }
 
     /// Disconnects a container that is being deleted from its network, while the VM
-    /// goes on.
+    /// goes on; or leaves the network to one of `heirs` that is in the same namespace.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn disconnect_network(&self, container: &str) -> Result<(), Error> {
+    pub fn disconnect_network(&self, container: &str, heirs: Vec<Heir>) -> Result<(), Error> {
         let request = Request::NoNetwork {
             container: container.to_owned(),
+            heirs,
         };
         self.connection
             .call(&request, &[], REQUEST_DEADLINE)

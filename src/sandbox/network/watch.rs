@@ -71,6 +71,11 @@ pub enum Message {
         container: String,
         result: Result<(), String>,
     },
+    /// The network of the container is another's from now on, and the guest knows.
+    HandedOver {
+        container: String,
+        result: Result<(), String>,
+    },
     /// The watch has disconnected everything; its last message.
     Ended { container: String },
 }
@@ -134,8 +139,18 @@ pub struct Settings {
 
 /// A running watch. It ends when it is asked to, and with the process.
 pub struct Watch {
-    stop: Arc<Wake>,
+    wake: Arc<Wake>,
+    orders: Sender<Order>,
     thread: JoinHandle<()>,
+    namespace: (u64, u64),
+}
+
+/// What a watch is told.
+enum Order {
+    /// Its container is about to be deleted, and this one goes on with the network.
+    HandOver(String),
+    /// To disconnect all there is, and to end.
+    End,
 }
 
 impl Watch {
@@ -144,16 +159,23 @@ impl Watch {
     /// # Errors
     /// When the thread cannot be started.
     pub fn start(settings: Settings, machine: Machine, namespace: OwnedFd) -> io::Result<Watch> {
-        let stop = Arc::new(Wake::new()?);
-        let stopped = Arc::clone(&stop);
+        let wake = Arc::new(Wake::new()?);
+        let (orders, received) = channel();
+        let orders_from = (Arc::clone(&wake), received);
+        let stat = rustix::fs::fstat(&namespace)?;
         let thread = std::thread::Builder::new()
             .name("network".into())
             .stack_size(256 * 1024)
             .spawn(move || {
-                let container = settings.container.clone();
+                let mut container = settings.container.clone();
                 let messages = machine.clone();
-                let ended =
-                    Watcher::enter(settings, machine, namespace, stopped).and_then(Watcher::run);
+                let ended = Watcher::enter(settings, machine, namespace, orders_from).and_then(
+                    |mut watcher| {
+                        let ended = watcher.run();
+                        container = watcher.settings.container;
+                        ended
+                    },
+                );
                 // Nobody is left to be told when the sandboxer ends.
                 if let Err(e) = ended {
                     log::error!("the network of {container}: {e}");
@@ -164,15 +186,39 @@ impl Watch {
                 }
                 let _ = messages.tell(Message::Ended { container });
             })?;
-        Ok(Watch { stop, thread })
+        Ok(Watch {
+            wake,
+            orders,
+            thread,
+            namespace: (stat.st_dev, stat.st_ino),
+        })
     }
 
     /// Asks it to end, after it has disconnected the container's interfaces. Does not
     /// wait for it.
     pub fn ask_to_end(&self) {
-        if let Err(e) = self.stop.wake() {
-            log::warn!("ending the watch of a network: {e}");
+        self.order(Order::End);
+    }
+
+    /// Leaves the network to another container that is in the same namespace. Does not
+    /// wait for it: [`Message::HandedOver`].
+    pub fn hand_over(&self, heir: &str) {
+        self.order(Order::HandOver(heir.to_owned()));
+    }
+
+    fn order(&self, order: Order) {
+        // One that has ended has nothing to do, and has said so.
+        if self.orders.send(order).is_ok()
+            && let Err(e) = self.wake.wake()
+        {
+            log::warn!("waking the watch of a network: {e}");
         }
+    }
+
+    /// Device and inode of the namespace.
+    #[must_use]
+    pub fn namespace(&self) -> (u64, u64) {
+        self.namespace
     }
 
     /// Whether it has ended.
@@ -186,7 +232,8 @@ impl Watch {
 struct Watcher {
     settings: Settings,
     machine: Machine,
-    stop: Arc<Wake>,
+    wake: Arc<Wake>,
+    orders: Receiver<Order>,
     netlink: Rtnetlink,
     news: Rtnetlink,
     sysfs: Option<Sysfs>,
@@ -203,7 +250,7 @@ impl Watcher {
         settings: Settings,
         machine: Machine,
         namespace: OwnedFd,
-        stop: Arc<Wake>,
+        (wake, orders): (Arc<Wake>, Receiver<Order>),
     ) -> Result<Watcher, Error> {
         setns(&namespace, CloneFlags::CLONE_NEWNET)
             .map_err(|e| step("entering the network namespace")(e.into()))?;
@@ -223,7 +270,8 @@ impl Watcher {
         Ok(Watcher {
             settings,
             machine,
-            stop,
+            wake,
+            orders,
             netlink,
             news,
             sysfs,
@@ -234,7 +282,7 @@ impl Watcher {
         })
     }
 
-    fn run(mut self) -> Result<(), Error> {
+    fn run(&mut self) -> Result<(), Error> {
         if let Err(e) = self.settle() {
             self.leave();
             return Err(e);
@@ -249,10 +297,9 @@ impl Watcher {
                 1..=MAX_RETRIES => RETRY,
                 _ => Duration::from_secs(24 * 3600),
             };
-            let fds = [self.news.as_fd(), self.stop.as_fd()];
+            let fds = [self.news.as_fd(), self.wake.as_fd()];
             let ready = wait_any_readable(&fds, patience).map_err(step("waiting for news"))?;
-            if ready[1] {
-                self.leave();
+            if ready[1] && self.obey()? {
                 return Ok(());
             }
             if ready[0] {
@@ -269,12 +316,41 @@ impl Watcher {
         }
     }
 
+    /// Does what it is told; whether that was to end.
+    fn obey(&mut self) -> Result<bool, Error> {
+        self.wake.reset().map_err(step("reading orders"))?;
+        while let Ok(order) = self.orders.try_recv() {
+            match order {
+                Order::HandOver(heir) => {
+                    let container = self.settings.container.clone();
+                    let result = self.hand_over(heir).map_err(|e| e.to_string());
+                    self.machine
+                        .tell(Message::HandedOver { container, result })?;
+                }
+                Order::End => {
+                    self.leave();
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// It is the heir's network from now on, whatever the guest says.
+    fn hand_over(&mut self, heir: String) -> Result<(), Error> {
+        let before = std::mem::replace(&mut self.settings.container, heir);
+        let snapshot =
+            Snapshot::take(&mut self.netlink).map_err(step("reading the network namespace"))?;
+        let snapshot = self.cards.complete(snapshot);
+        self.tell_guest(&snapshot, before)
+    }
+
     /// Takes the news off the socket until there are none for a moment.
     fn wait_for_calm(&self) -> Result<(), Error> {
         let end = Instant::now() + CALM * 20;
         loop {
             self.news.drain_news().map_err(step("reading news"))?;
-            let fds = [self.news.as_fd(), self.stop.as_fd()];
+            let fds = [self.news.as_fd(), self.wake.as_fd()];
             let ready = wait_any_readable(&fds, CALM).map_err(step("waiting for news"))?;
             if !ready[0] || ready[1] || Instant::now() >= end {
                 return Ok(());
@@ -327,8 +403,13 @@ impl Watcher {
 
     /// Tells the guest what its network is, if that is news.
     fn apply(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
+        self.tell_guest(snapshot, String::new())
+    }
+
+    /// With the container whose network it was before, if it was another's.
+    fn tell_guest(&mut self, snapshot: &Snapshot, heir_of: String) -> Result<(), Error> {
         let cards = self.cards.of(snapshot);
-        let mut request = guest::request(&self.settings.container, &cards, snapshot);
+        let request = guest::request(&self.settings.container, &cards, snapshot);
         if request.interfaces.is_empty()
             && request.addresses.is_empty()
             && self.applied == ApplyRequest::default()
@@ -341,10 +422,14 @@ impl Watcher {
         }
         let guest = Guest::open(&self.settings.root, &self.settings.sandbox_id)?;
         let agent = guest.agent()?;
+        let told = ApplyRequest {
+            heir_of,
+            ..request.clone()
+        };
         agent
-            .apply_network(&request)
+            .apply_network(&told)
             .map_err(|e| Error::Guest(e.into()))?;
-        std::mem::swap(&mut self.applied, &mut request);
+        self.applied = request;
         Ok(())
     }
 
