@@ -53,6 +53,7 @@ pub const STATE_DIR: &str = "/run/kuasar/containers";
 /// How long processes may take to be gone after SIGKILL.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 const KILL_POLL: Duration = Duration::from_millis(2);
+
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
     #[error("container does not exist")]

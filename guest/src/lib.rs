@@ -17,6 +17,7 @@
 //! rest of the agent's life.
 
 pub mod boot;
+pub mod bpf;
 pub mod cgroup;
 pub mod clock;
 pub mod containers;
@@ -26,6 +27,7 @@ pub mod helper;
 pub mod hotplug;
 pub mod ipc;
 pub mod logging;
+pub mod loopback;
 pub mod machine;
 pub mod mmio;
 pub mod network;

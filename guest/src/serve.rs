@@ -4,16 +4,17 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use kuasar_runv_protocol::STREAM_PORT;
 use kuasar_runv_protocol::agent_ttrpc::create_agent;
 use kuasar_runv_protocol::network_ttrpc::create_network;
 use kuasar_runv_protocol::resources_ttrpc::create_resources;
 use kuasar_runv_protocol::storage_ttrpc::create_storage;
+use kuasar_runv_protocol::{LOOPBACK_PORT, STREAM_PORT};
 use ttrpc::r#async::Server;
 
 use crate::containers::Containers;
 use crate::debug_console;
 use crate::events::Events;
+use crate::loopback::Loopback;
 use crate::machine::Machine;
 use crate::network::NetworkService;
 use crate::reaper::Reaper;
@@ -41,6 +42,8 @@ pub enum ServeError {
     Runtime(io::Error),
     #[error("listening for streams: {0}")]
     Streams(io::Error),
+    #[error("listening for loopback interfaces: {0}")]
+    Loopback(io::Error),
     #[error("serving requests: {0}")]
     Ttrpc(#[from] ttrpc::Error),
     #[error("telling the host that the agent is ready: {0}")]
@@ -67,6 +70,9 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
     let reaper = Reaper::start().map_err(ServeError::Runtime)?;
     let listener = transport.listen(STREAM_PORT).map_err(ServeError::Streams)?;
     let streams = Streams::serve(listener);
+    let loopback = transport
+        .listen(LOOPBACK_PORT)
+        .map_err(ServeError::Loopback)?;
     // The host may send its first request as soon as it hears that the agent is
     // ready, so the server listens before that.
     let server = Server::new().bind(&transport.ttrpc_address())?;
@@ -85,6 +91,7 @@ async fn serve(settings: Settings, zygote: Zygote) -> Result<(), ServeError> {
         streams,
         events,
     ));
+    Loopback::serve(loopback, Arc::clone(&containers));
     let network = create_network(Arc::new(NetworkService::new(Arc::clone(&containers))));
     let service = create_agent(Arc::new(AgentService::new(containers)));
     let machine = Machine::booted().map_err(ServeError::Runtime)?;

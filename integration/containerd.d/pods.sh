@@ -186,11 +186,27 @@ case_pod_attach() {
 }
 
 case_pod_port_forward() {
-  local url
+  local url id
   pod_up
-  container_up web . httpd -f -h /www >/dev/null
+  id=$(container_up web . httpd -f -h /www)
+  eventually 20 in_container "$id" wget -q -O - http://127.0.0.1
   url=$(cri PortForward "{\"pod_sandbox_id\": \"$POD\", \"port\": [80]}" | jq -r .url)
   contains "$(timeout 30 /usr/bin/python3 "$INTEGRATION/cri/client.py" forward "$url" $'GET / HTTP/1.0\r\n\r\n')" 'a web page'
+}
+
+# A server that listens at the loopback interface only, in a container that joined later
+# and was started again.
+case_pod_port_forward_to_localhost() {
+  local url id
+  pod_up
+  for attempt in 0 1; do
+    id=$(container_up web ".metadata.attempt = $attempt" httpd -f -p 127.0.0.1:8080 -h /www)
+    eventually 20 in_container "$id" wget -q -O - http://127.0.0.1:8080
+    url=$(cri PortForward "{\"pod_sandbox_id\": \"$POD\", \"port\": [8080]}" | jq -r .url)
+    contains "$(timeout 30 /usr/bin/python3 "$INTEGRATION/cri/client.py" forward "$url" $'GET / HTTP/1.0\r\n\r\n')" 'a web page'
+    container_stop "$id" 0
+    container_remove "$id"
+  done
 }
 
 case_pod_host_port() {
@@ -247,9 +263,8 @@ case_pod_stats() {
   local id seen
   pod_up
   id=$(container_up one . sh -c 'i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done; sleep 1000')
-  sleep 1
+  eventually 20 eval 'cri ContainerStats "{\"container_id\": \"$id\"}" | jq -e ".stats.cpu.usage_core_nano_seconds.value | tonumber > 0"'
   seen=$(cri ContainerStats "{\"container_id\": \"$id\"}")
-  at_least 1 "$(jq -r '.stats.cpu.usage_core_nano_seconds.value' <<<"$seen")" 'CPU time'
   at_least 1 "$(jq -r '.stats.memory.working_set_bytes.value' <<<"$seen")" 'memory'
 }
 
@@ -291,6 +306,7 @@ case_alone_containerd_restarts() {
   local id
   pod_up
   id=$(container_up one . sh -c 'trap "exit 4" TERM; while :; do sleep 1000 & wait; done')
+  catches_term in_container "$id"
   end_daemon containerd
   start_containerd
   equal CONTAINER_RUNNING "$(container_status "$id" state)"

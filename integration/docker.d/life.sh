@@ -4,6 +4,7 @@
 
 case_life_stop_start_restart() {
   up
+  catches_term d exec "$C"
   d exec "$C" sh -c 'echo kept >/kept'
   d stop -t 10 "$C"
   equal 0 "$(d inspect -f '{{.State.ExitCode}}' "$C")"

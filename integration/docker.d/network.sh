@@ -34,6 +34,50 @@ case_net_compose() {
   contains "$(d_run --rm --network "$C" "$IMAGE" sh -c 'for i in 1 2 3 4 5; do wget -q -O - http://server && exit; sleep 1; done')" 'a web page'
 }
 
+# dns_up: a name server for the networks of the case, at their gateway; its address is
+# in DNS.
+dns_up() {
+  d network create "$C" >/dev/null
+  DNS=$(d network inspect -f '{{(index .IPAM.Config 0).Gateway}}' "$C")
+  /usr/bin/python3 "$INTEGRATION/lib/dns_server.py" "$DNS" >"$W/dns" &
+  DNS_PID=$!
+  trap 'kill $DNS_PID; rm -rf "$W"' EXIT
+  eventually 10 grep -q ready "$W/dns"
+}
+
+case_net_names_of_others() {
+  dns_up
+  contains "$(d_run --rm --network "$C" --dns "$DNS" "$IMAGE" nslookup some.example.org)" 192.0.2.7
+}
+
+# A question with its length in front, by a connection.
+case_net_names_by_connection() {
+  dns_up
+  d_run -d --name "$C" --network "$C" --dns "$DNS" "$IMAGE" sleep 1000
+  contains "$(d exec "$C" sh -c "printf '\0\042\1\2\1\0\0\1\0\0\0\0\0\0\4long\7example\3org\0\0\1\0\1' |
+    socat -t 10 - TCP:127.0.0.11:53 | od -An -tu1")" '192   0   2   7'
+}
+
+# Unbound and connected sockets, and a server that has the port for itself.
+case_net_names_beside_a_server() {
+  local server
+  d network create "$C" >/dev/null
+  d_run -d --name "$C" --network "$C" "$IMAGE" socat -u UDP4-RECVFROM:53,fork OPEN:/tmp/seen,creat,append
+  eventually 10 eval "d exec $C sh -c 'echo mine | socat -u - UDP4:127.0.0.1:53; grep -q mine /tmp/seen'"
+  server=$(d inspect -f "{{(index .NetworkSettings.Networks \"$C\").IPAddress}}" "$C")
+  contains "$(d exec "$C" nslookup "$C")" "$server"
+}
+
+case_net_names_after_connect() {
+  d network create "$C-2" >/dev/null
+  d_run -d --name "$C-other" --network "$C-2" --network-alias other "$IMAGE" sleep 1000
+  d_run -d --name "$C" "$IMAGE" sleep 1000
+  d network connect "$C-2" "$C"
+  eventually 20 d exec "$C" nslookup other
+  d network disconnect "$C-2" "$C"
+  eventually 20 eval '! docker exec "$C" nslookup other'
+}
+
 case_net_connect_and_disconnect() {
   d network create "$C-2" >/dev/null
   web_up

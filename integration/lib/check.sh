@@ -78,6 +78,12 @@ output_has() {
   [[ $("$@" 2>&1) == *"$piece"* ]]
 }
 
+# catches_term EXEC...: waits until the container's own process handles SIGTERM; until
+# then it is ignored as by every first process. EXEC runs a command in the container.
+catches_term() {
+  eventually 20 "$@" grep -Eq '^SigCgt:.*[4-7c-f][0-9a-f]{3}$' /proc/1/status
+}
+
 # on_runc: whether the case runs with runc, where the two are meant to differ.
 on_runc() {
   [[ $RUNTIME_NAME == runc ]]

@@ -20,6 +20,7 @@ case_life_logs_follow() {
 
 case_life_stop_and_start_again() {
   up
+  catches_term p exec "$C"
   p stop -t 10 "$C"
   equal 0 "$(p inspect -f '{{.State.ExitCode}}' "$C")" 'exit code after TERM'
   p start "$C"

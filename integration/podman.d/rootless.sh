@@ -43,6 +43,7 @@ case_rootless_exec_and_stop() {
   rootless_up
   rp run -d --name "$C" --network none "$IMAGE" sh -c 'trap "exit 0" TERM; while :; do sleep 1000 & wait; done' >/dev/null
   equal ok "$(rp exec "$C" echo ok)"
+  catches_term rp exec "$C"
   rp stop -t 10 "$C"
   equal 0 "$(rp inspect -f '{{.State.ExitCode}}' "$C")"
 }

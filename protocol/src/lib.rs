@@ -1,6 +1,6 @@
 //! What the host and the guest agent of kuasar-runv say to each other.
 //!
-//! Five kinds of connection cross the VM's vsock device. On the host each one
+//! Six kinds of connection cross the VM's vsock device. On the host each one
 //! is a unix stream socket of the sandbox directory:
 //!
 //! | port | opened by | carries |
@@ -9,6 +9,7 @@
 //! | [`DEBUG_CONSOLE_PORT`] | host | a shell, only when enabled in the configuration |
 //! | [`STREAM_PORT`] | host (stand-in) | one stdio stream or the control channel of one guest process, see [`stream`] |
 //! | [`EVENT_PORT`] | guest | length-prefixed `Event` messages, the first is `Ready`, see [`event`]; the other way `FromHost` messages |
+//! | [`LOOPBACK_PORT`] | host (sandboxer) | what lies between the loopback interfaces of host and guest, see [`loopback`] |
 //! | [`SOCKET_PORT`] | guest | what a process of a container says to a socket of the host, see [`socket`] |
 //!
 //! Both sides are built from one commit; [`PROTOCOL_VERSION`] is checked in
@@ -18,6 +19,7 @@
 
 pub mod event;
 pub mod hook;
+pub mod loopback;
 pub mod namespace;
 pub mod rtnetlink;
 pub mod socket;
@@ -41,7 +43,7 @@ pub use generated::{
 };
 
 /// Bumped with every incompatible change of anything in this crate.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// The guest's context id. Each VM has a vsock device of its own, so all can
 /// use the same.
@@ -53,6 +55,7 @@ pub const DEBUG_CONSOLE_PORT: u32 = 1025;
 pub const STREAM_PORT: u32 = 1026;
 pub const EVENT_PORT: u32 = 1027;
 pub const SOCKET_PORT: u32 = 1028;
+pub const LOOPBACK_PORT: u32 = 1029;
 
 /// Annotation of a config.json on its way to the guest: the bundle's path on the
 /// host, which the state of `startContainer` hooks names. The guest takes it out.

@@ -1,12 +1,13 @@
 # shellcheck shell=bash
 # Recipe of the source flavour, sourced by build-kernel.
 #
-# linux-source of the distribution -> tinyconfig + guest.config -> vmlinux.
+# linux-source of the distribution + patches/ -> tinyconfig + guest.config -> vmlinux.
 
 : "${here:?is set by build-kernel}"
 fragment=$here/kernel/guest.config
 headers=$here/kernel/common.h
 compiler=$here/kernel/cc
+patches=("$here"/kernel/patches/*.patch)
 
 # The newest installed linux-source-X.Y package.
 source_package() {
@@ -19,7 +20,7 @@ recipe_inputs() {
   package=$(source_package)
   [[ $package ]] || die "no linux-source package is installed; run scripts/setup-packages kernel"
   printf '%s\n' "source $package" "compiler $(gcc --version | head -n 1)" \
-    "linker $(ld --version | head -n 1)" "files $(cat "$fragment" "$headers" "$compiler" | sha256sum)"
+    "linker $(ld --version | head -n 1)" "files $(cat "$fragment" "$headers" "$compiler" "${patches[@]}" | sha256sum)"
 }
 
 # Whole subsystems of hardware drivers are left in the archive: the build only
@@ -39,6 +40,19 @@ unpack_source() {
   done
   mkdir -p "$tree"
   tar -C "$tree" --strip-components=1 "${arguments[@]}" -xf "$archive"
+}
+
+# apply_patches TREE: a patch that a new source does not take any more is left out:
+# a kernel without it works, and the tests name what it lacks.
+apply_patches() {
+  local tree=$1 file
+  for file in "${patches[@]}"; do
+    if patch -d "$tree" -p1 --dry-run --quiet --force <"$file"; then
+      patch -d "$tree" -p1 --no-backup-if-mismatch --force <"$file"
+    else
+      say "${file##*/} does not apply to this source and is left out"
+    fi
+  done
 }
 
 # effective_fragment VERSION: guest.config without comments and without the
@@ -142,6 +156,7 @@ recipe_build() {
     KBUILD_BUILD_VERSION=1
   unset MAKEFLAGS MFLAGS MAKELEVEL
   step "$log" "unpacking the source" unpack_source "/usr/src/$package.tar.xz" "$tree"
+  apply_patches "$tree" >>"$log" || die "patching failed, see $log"
   step "$log" "configuring" configure "$tree"
   export KUASAR_PCH=$work/headers
   step "$log" "preparing" prepare_headers "$tree"

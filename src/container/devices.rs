@@ -124,13 +124,25 @@ fn char_device(number: (u32, u32)) -> Fate {
         return Fate::Refused("there is no KVM in a virtual machine of this runtime");
     }
     // What the host does not have either cannot be used, but made, as with runc.
-    if !Path::new(SYSFS)
-        .join(format!("char/{major}:{minor}"))
-        .exists()
-    {
+    let Ok(sysfs) = fs::canonicalize(Path::new(SYSFS).join(format!("char/{major}:{minor}"))) else {
         return Fate::Guests;
+    };
+    if is_vfio(&sysfs) {
+        return Fate::Refused(
+            "groups of VFIO are not passed on to the virtual machine; \
+             a network card is when it is in the container's network namespace",
+        );
     }
     Fate::Refused("it is a device of the host, which the virtual machine does not have")
+}
+
+/// A group, the container of groups, or a device of VFIO, by its place in sysfs.
+fn is_vfio(sysfs: &Path) -> bool {
+    sysfs.components().any(|part| {
+        ["vfio", "vfio-dev"]
+            .iter()
+            .any(|name| part.as_os_str() == *name)
+    })
 }
 
 fn block_device(number: (u32, u32)) -> io::Result<Fate> {
@@ -262,6 +274,19 @@ mod tests {
         let everything = json!([{"allow": true, "access": "rwm"}]);
         let (volumes, kept) = translated(listed, everything).unwrap();
         assert!(volumes.is_empty() && kept == json!([]), "{kept}");
+    }
+
+    #[test]
+    fn groups_of_vfio_are_told_by_their_place() {
+        for (path, expected) in [
+            ("/sys/devices/virtual/vfio/12", true),
+            ("/sys/devices/virtual/misc/vfio", true),
+            ("/sys/devices/pci0000:00/0000:00:04.0/vfio-dev/vfio0", true),
+            ("/sys/devices/virtual/mem/kmsg", false),
+            ("/sys/devices/virtual/misc/vfio-like", false),
+        ] {
+            assert_eq!(is_vfio(Path::new(path)), expected, "{path}");
+        }
     }
 
     /// A device of this host that is none of the guest's.

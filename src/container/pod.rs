@@ -7,12 +7,13 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use super::state::ContainerRecord;
 use super::{Error, context, guest_volumes, membership};
 use crate::root::Root;
-use crate::sandbox::control::Unused;
+use crate::sandbox::control::{Heir, Unused};
 use crate::sandbox::record::SandboxRecord;
 use crate::sandbox::{self, Sandbox};
 use crate::sys::lock::DirLock;
@@ -113,12 +114,41 @@ fn remove(
         Err(e @ sandbox::Error::Timeout(_)) => return Err(e.into()),
         unshared => unshared,
     };
-    let disconnected = sandbox.disconnect_network(id);
+    let disconnected = sandbox.disconnect_network(id, heirs(root, sandbox_id, id));
     remove_from_guest(&sandbox, id)?;
     let unused = unshared?;
     guest_volumes::take_apart(&sandbox, &unused)?;
     let released = sandbox.release(id);
     Ok(disconnected.and(released)?)
+}
+
+/// Most containers that are looked at.
+const MAX_HEIRS: usize = 256;
+
+/// The other containers of the pod that run, with their network namespaces.
+fn heirs(root: &Root, sandbox_id: &str, id: &str) -> Vec<Heir> {
+    let Ok(entries) = fs::read_dir(root.containers()) else {
+        return Vec::new();
+    };
+    let heir = |other: &str| {
+        let record = ContainerRecord::read(root, other).ok()?;
+        if record.sandbox_id != sandbox_id || other == id {
+            return None;
+        }
+        let standin = record.standin?;
+        let namespace = fs::metadata(format!("/proc/{}/ns/net", standin.pid)).ok()?;
+        // Asked afterwards, so that it cannot be another process's.
+        standin.is_alive().then(|| Heir {
+            id: other.to_owned(),
+            standin,
+            namespace: (namespace.dev(), namespace.ino()),
+        })
+    };
+    let names = entries.flatten().map(|entry| entry.file_name());
+    names
+        .filter_map(|name| heir(name.to_str()?))
+        .take(MAX_HEIRS)
+        .collect()
 }
 
 /// Removes what a container of the same id has left in the shared directory, because

@@ -19,6 +19,7 @@ use kuasar_runv_protocol::socket::Token;
 use crate::config::Config;
 use crate::root::Root;
 use crate::sandbox::size::{Demand, Demands};
+use crate::sys::process::ProcessRef;
 use crate::sys::seqpacket::{Channel, Message, wait_any_readable};
 use crate::sys::unix_socket;
 use crate::vm::VmSize;
@@ -113,10 +114,20 @@ pub enum Request {
     /// Connect the container to what is in the network namespace that comes with this
     /// message. Answered when the guest has it.
     Network { container: String },
-    /// Undo that: the container is being deleted. Answered when it is done.
-    NoNetwork { container: String },
+    /// Undo that: the container is being deleted. Answered when it is done. If one of
+    /// the heirs is in the same namespace, it is that one's network from now on.
+    NoNetwork { container: String, heirs: Vec<Heir> },
     /// From now on the answers on this channel are notices about the container.
     Subscribe { container: String },
+}
+
+/// A container of the pod that may live in another's network namespace.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Heir {
+    pub id: String,
+    pub standin: ProcessRef,
+    /// Device and inode of its network namespace.
+    pub namespace: (u64, u64),
 }
 
 /// How a disk is used.

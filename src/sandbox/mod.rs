@@ -16,12 +16,14 @@ mod share;
 pub mod size;
 mod volumes;
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use kuasar_runv_protocol::{AGENT_PORT, STREAM_PORT};
+use kuasar_runv_protocol::loopback::{self, Answer};
+use kuasar_runv_protocol::{AGENT_PORT, LOOPBACK_PORT, STREAM_PORT};
 
 use crate::agent_client::streams::{self, Wanted};
 use crate::agent_client::{self, Agent, vsock};
@@ -33,7 +35,7 @@ use crate::sys::process::ProcessRef;
 use crate::sys::seqpacket::Channel;
 use crate::sys::unix_socket;
 use crate::vm::VmSize;
-use control::{Connection, Notice, ReadyInfo, Request, Resized, SandboxerConfig};
+use control::{Connection, Heir, Notice, ReadyInfo, Request, Resized, SandboxerConfig};
 use record::SandboxRecord;
 use size::{Demand, Demands};
 
@@ -135,6 +137,28 @@ impl Guest {
     pub fn finish_agent(&self, dialing: vsock::Dialing) -> Result<Agent, Error> {
         let stream = dialing.finish(self.deadline).map_err(refused(AGENT_PORT))?;
         Ok(Agent::new(stream, self.deadline)?)
+    }
+
+    /// Opens a connection that has to do with the loopback interface of a container;
+    /// waits until the guest has said yes.
+    ///
+    /// # Errors
+    /// `ConnectionRefused` when nobody listens there, `TimedOut`, and others when the
+    /// guest cannot.
+    pub fn loopback(&self, request: &loopback::Request) -> io::Result<UnixStream> {
+        let bytes = request.encode().map_err(io::Error::other)?;
+        let mut dialing = vsock::start(self.dir.as_fd(), VSOCK_SOCKET, LOOPBACK_PORT)?;
+        dialing.say(&bytes)?;
+        let mut stream = dialing.finish(self.deadline)?;
+        stream.set_read_timeout(Some(self.deadline))?;
+        let mut answer = [0];
+        stream.read_exact(&mut answer)?;
+        stream.set_read_timeout(None)?;
+        match Answer::of(answer[0]) {
+            Answer::Yes => Ok(stream),
+            Answer::Refused => Err(io::ErrorKind::ConnectionRefused.into()),
+            Answer::Failed => Err(io::Error::other("the guest cannot; its log says why")),
+        }
     }
 
     /// Asks for the streams of a guest process.
@@ -383,13 +407,14 @@ impl Sandbox {
     }
 
     /// Disconnects a container that is being deleted from its network, while the VM
-    /// goes on.
+    /// goes on; or leaves the network to one of `heirs` that is in the same namespace.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn disconnect_network(&self, container: &str) -> Result<(), Error> {
+    pub fn disconnect_network(&self, container: &str, heirs: Vec<Heir>) -> Result<(), Error> {
         let request = Request::NoNetwork {
             container: container.to_owned(),
+            heirs,
         };
         self.connection
             .call(&request, &[], REQUEST_DEADLINE)

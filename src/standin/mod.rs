@@ -91,6 +91,7 @@ pub fn main() -> u8 {
     let Ok(relay) = relay::Relay::new(streams) else {
         return 1;
     };
+    trim::heap();
     if seccomp::confine().is_err() || channel.send(b"attached", &[]).is_err() {
         return 1;
     }

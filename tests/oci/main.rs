@@ -24,6 +24,7 @@ mod kill;
 mod lack_of_memory;
 mod list;
 mod log;
+mod loopback;
 mod mount_options;
 mod mounts;
 mod namespaces;

@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use kuasar_runv_test_harness::{SHORT, World, json, wait_until};
+use kuasar_runv_test_harness::{SHORT, World, json, probe, wait_until};
 
 /// A config map of Kubernetes is replaced by a rename, a file that an engine binds is
 /// rewritten; a file that is bound and replaced stays what it was.
@@ -159,4 +159,91 @@ fn secrets_and_parts_of_a_directory() {
         volume.join("part/file").exists()
     });
     assert_eq!(fs::read_to_string(volume.join("secret")).unwrap(), "s\n");
+}
+
+/// Engines rewrite what they bind when a container is connected to another network.
+#[test]
+fn name_resolution_that_the_host_rewrites() {
+    let world = World::new();
+    let files = ["resolv.conf", "hosts"].map(|name| (name, world.path(name)));
+    let mut bundle = world.bundle().sh("for f in resolv.conf hosts; do
+            cat /etc/$f; until grep -q second /etc/$f; do sleep 0.05; done; cat /etc/$f
+        done; wc -c </etc/hosts");
+    for (name, path) in &files {
+        fs::write(path, format!("# first and longer than what comes {name}\n")).unwrap();
+        bundle = bundle.mount(json!({
+            "destination": format!("/etc/{name}"), "type": "bind", "source": path,
+            "options": ["rbind", "ro"],
+        }));
+    }
+    let container = world.start(&bundle, "c");
+    container.wait_for_output("resolv.conf");
+    for (_, path) in &files {
+        fs::write(path, "# second\n").unwrap();
+    }
+    assert_eq!(container.exit_code(), 0);
+    let first = |name: &str| format!("# first and longer than what comes {name}\n");
+    // The second file was rewritten before it was read.
+    let said = container.stdout();
+    let expected = format!("{}# second\n", first("resolv.conf"));
+    assert!(
+        said.starts_with(&expected) && said.ends_with("# second\n9\n"),
+        "{said}"
+    );
+}
+
+/// An access list as the kernel hands it over (`linux/posix_acl_xattr.h`): the owner
+/// reads and writes, the user 1000 reads, nobody else does anything.
+fn readable_for_1000() -> Vec<u8> {
+    const NOBODY: u32 = u32::MAX;
+    // Tag, permissions, id: owner, a user, group, mask, others.
+    let entries: [(u16, u16, u32); 5] = [
+        (1, 6, NOBODY),
+        (2, 4, 1000),
+        (4, 0, NOBODY),
+        (0x10, 4, NOBODY),
+        (0x20, 0, NOBODY),
+    ];
+    let mut bytes = 2u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        bytes.extend(tag.to_le_bytes());
+        bytes.extend(permissions.to_le_bytes());
+        bytes.extend(id.to_le_bytes());
+    }
+    bytes
+}
+
+/// What setfacl(1) does in the container is so on the host, and the other way round.
+#[test]
+fn access_lists_pass_in_both_directions() {
+    const ACCESS: &str = "system.posix_acl_access";
+    let world = World::new();
+    let volume = world.path("volume");
+    fs::create_dir(&volume).unwrap();
+    let list = readable_for_1000();
+    let hex = list
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect::<String>();
+    for name in ["of-host", "of-guest"] {
+        fs::write(volume.join(name), name).unwrap();
+    }
+    fs::set_permissions(&volume, fs::Permissions::from_mode(0o755)).unwrap();
+    probe::set_xattr(&volume.join("of-host"), ACCESS, &list).unwrap();
+    let set = format!("access-list /v/of-guest {hex}");
+    let bundle = world.bundle().probe(&set).bind(&volume, "/v");
+    let out = world.run(&bundle, "root").ok();
+    assert_eq!(out.fact("set"), "ok");
+    assert_eq!(out.fact("get"), hex);
+    let host = probe::get_xattr_bytes(&volume.join("of-guest"), ACCESS);
+    assert_eq!(host.unwrap(), list);
+    for (uid, allowed) in [(1000, true), (1001, false)] {
+        let bundle = world.bundle().sh("cat /v/of-host; cat /v/of-guest");
+        let bundle = bundle.bind(&volume, "/v").with(|c| {
+            c["process"]["user"] = json!({ "uid": uid, "gid": uid });
+        });
+        let out = world.run(&bundle, &format!("u{uid}"));
+        let expected = if allowed { "of-hostof-guest" } else { "" };
+        assert_eq!(out.stdout(), expected, "{uid}: {}", out.stderr());
+    }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use kuasar_runv_test_harness::{Container, World};
 
-use crate::victims::{self, Victim};
+use crate::victims::{self, Victim, proc_of, status};
 
 fn running(world: &World) -> Container<'_> {
     let container = world.start(&world.bundle().sh("echo up; sleep 1000"), "c");
@@ -18,38 +18,12 @@ fn running(world: &World) -> Container<'_> {
     container
 }
 
-/// A line of `/proc/PID/status`.
-fn status(path: &Path, field: &str) -> String {
-    let text = fs::read_to_string(path.join("status")).unwrap();
-    let line = text.lines().find_map(|l| l.strip_prefix(field));
-    let value = line.and_then(|l| l.strip_prefix(':'));
-    value.unwrap_or_else(|| panic!("no {field}")).trim().into()
-}
-
-fn proc_of(pid: i32) -> PathBuf {
-    PathBuf::from(format!("/proc/{pid}"))
-}
-
-/// Names and effective capabilities of all threads.
-fn threads(pid: i32) -> Vec<(String, u64)> {
-    let tasks = fs::read_dir(proc_of(pid).join("task")).unwrap();
-    let mut threads: Vec<_> = tasks
-        .map(|task| {
-            let path = task.unwrap().path();
-            let name = fs::read_to_string(path.join("comm")).unwrap();
-            let caps = u64::from_str_radix(&status(&path, "CapEff"), 16).unwrap();
-            (name.trim().to_owned(), caps)
-        })
-        .collect();
-    threads.sort();
-    threads
-}
-
 #[test]
 fn no_process_has_privileges_it_does_not_need() {
     const DAC_OVERRIDE: u64 = 1 << 1;
     const SETGID: u64 = 1 << 6;
     const SETUID: u64 = 1 << 7;
+    const NET_BIND_SERVICE: u64 = 1 << 10;
     const NET_ADMIN: u64 = 1 << 12;
     const SYS_ADMIN: u64 = 1 << 21;
     const SYS_NICE: u64 = 1 << 23;
@@ -68,12 +42,17 @@ fn no_process_has_privileges_it_does_not_need() {
             assert_eq!(status(&proc_of(pid), set), "0000000000000000", "{set}");
         }
     }
-    for (name, capabilities) in threads(sandboxer) {
+    for (name, capabilities) in victims::threads(sandboxer) {
         let allowed = match name.as_str() {
             "vsock" | "vsock-control" => 0,
             "fs" | "fs-control" | "vring_worker" => FILES,
-            "network" => NET_ADMIN,
-            _ => DAC_OVERRIDE | SETGID | SETUID | SYS_ADMIN | NET_ADMIN | SYS_NICE,
+            "network" => NET_ADMIN | NET_BIND_SERVICE,
+            "loopback" => NET_BIND_SERVICE,
+            "resolver" => 0,
+            _ => {
+                let sockets = SETGID | SETUID | SYS_NICE;
+                DAC_OVERRIDE | SYS_ADMIN | NET_ADMIN | NET_BIND_SERVICE | sockets
+            }
         };
         assert_eq!(capabilities & !allowed, 0, "{name}: {capabilities:x}");
     }

@@ -5,6 +5,8 @@ use std::fs;
 use kuasar_runv_test_harness::world::configuration;
 use kuasar_runv_test_harness::{Flavour, World, json};
 
+use crate::pods;
+
 #[test]
 fn the_kernel_is_the_guests() {
     let world = World::new();
@@ -71,6 +73,55 @@ fn host_pid_means_the_guests_processes() {
     let out = world.run(&bundle, "c").ok();
     let host = fs::read_to_string("/proc/1/comm").unwrap();
     assert_ne!(out.stdout().lines().next().unwrap(), host.trim());
+}
+
+/// A new machine does not wait for randomness, and does not have that of another.
+#[test]
+fn every_machine_has_randomness_of_its_own_from_the_start() {
+    let world = World::new();
+    let script = "uptime() { cut -d ' ' -f 1 /proc/uptime | tr -d .; }
+        before=$(uptime); echo random=$(head -c 32 /dev/random | od -An -tx1 | tr -d ' \n')
+        echo hundredths=$(($(uptime) - before)); echo uuid=$(cat /proc/sys/kernel/random/uuid)";
+    let outs = ["a", "b"].map(|name| world.run(&world.bundle().sh(script), name).ok());
+    for out in &outs {
+        assert_eq!(out.fact("random").len(), 64);
+        let hundredths: u64 = out.fact("hundredths").parse().unwrap();
+        assert!(hundredths < 200, "{hundredths}");
+    }
+    for key in ["random", "uuid"] {
+        assert_ne!(outs[0].fact(key), outs[1].fact(key), "{key}");
+    }
+}
+
+/// They are those of namespaces: a member that joins them sees them, and one that has
+/// its own does not.
+#[test]
+fn sysctls_are_the_pods_or_the_containers() {
+    let world = World::new();
+    let show = "echo msgmax=$(cat /proc/sys/kernel/msgmax)
+        echo ttl=$(cat /proc/sys/net/ipv4/ip_default_ttl)";
+    let set = |msgmax: &str, ttl: &str| json!({ "kernel.msgmax": msgmax, "net.ipv4.ip_default_ttl": ttl });
+    let pod = world.bundle().sh("echo up; sleep 1000");
+    let pod = pod.with(|c| c["linux"]["sysctl"] = set("4097", "5"));
+    let pod = world.start(&pod, "s");
+    pod.wait_for_output("up");
+    let values = |out: &kuasar_runv_test_harness::Output| (out.fact("msgmax"), out.fact("ttl"));
+    let own = pods::member(&world, &pod.id, show);
+    let own = own.with(|c| c["linux"]["sysctl"] = set("4098", "6"));
+    let out = world.run(&own, "own").ok();
+    assert_eq!(values(&out), ("4098".into(), "6".into()));
+    let kinds = ["network", "ipc"];
+    let joined = pods::member(&world, &pod.id, show).joining(pod.pid, &kinds);
+    let out = world.run(&joined, "joined").ok();
+    assert_eq!(values(&out), ("4097".into(), "5".into()));
+    let plain = world
+        .run(&pods::member(&world, &pod.id, show), "plain")
+        .ok();
+    assert_eq!(values(&plain), ("8192".into(), "64".into()));
+    assert_eq!(
+        values(&pod.exec_sh(&[], show).ok()),
+        ("4097".into(), "5".into())
+    );
 }
 
 /// A PC has a hole below 4 GiB, where its devices are: the rest of the memory is above.

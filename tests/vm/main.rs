@@ -17,6 +17,7 @@ mod flavours;
 mod guest;
 mod lack_of_memory;
 mod limits;
+mod loopback;
 mod network;
 mod pods;
 mod pods_end;

@@ -12,6 +12,7 @@ use kuasar_runv_test_harness::{
     Bundle, Container, Flavour, Netns, SHORT, World, json, leaks, wait_until,
 };
 
+use crate::pods;
 use crate::victims::{self, Victim};
 
 const PING: &str = "ping -q -c 1 -W 5 10.77.0.1 | grep -q ' 0% packet loss' && echo reached";
@@ -214,6 +215,56 @@ fn devices_of_the_host_are_given_to_the_container() {
             .iter()
             .all(|left| left.starts_with("mount: "))
     );
+}
+
+/// As on one host: a network is there as long as somebody lives in it.
+#[test]
+fn a_network_outlives_the_container_it_was_made_for() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let pod = pods::sandbox(&world, "s");
+    let wait = format!("{PING}; while :; do sleep 1000; done");
+    let member = |script: &str| pods::member(&world, &pod.id, script);
+    let start = |bundle: &Bundle, name: &str| {
+        let container = world.start(bundle, name);
+        container.wait_for_output("reached");
+        container
+    };
+    let owner = start(&member(&wait).network(&inner.path()), "owner");
+    let join = || {
+        let bundle = member(&wait).joining(owner.pid, &["network"]);
+        bundle.capabilities(&["CAP_NET_RAW"])
+    };
+    let [second, third] = ["second", "third"].map(|name| start(&join(), name));
+    let reaches = |container: &Container<'_>| {
+        let out = container.exec_sh(&[], PING).ok();
+        assert!(out.stdout().contains("reached"), "{}", out.stdout());
+    };
+    let _ = owner.delete_force().ok();
+    reaches(&second);
+    assert!(inner.has_filters("eth0"));
+
+    // Its id is free for one with a network of its own.
+    let (next, other) = (Netns::new(&world, "next"), Netns::new(&world, "other"));
+    next.connect("eth0", &["10.77.0.3/24"], &other, "veth0");
+    other.address("veth0", &["10.77.0.1/24"]);
+    drop(start(&member(&wait).network(&next.path()), "owner"));
+    wait_until("the next network is free", SHORT, || {
+        next.links() == ["eth0"]
+    });
+    reaches(&third);
+
+    // What changes there is still followed.
+    inner.ip("addr add 10.77.0.20/24 dev eth0");
+    wait_until("the new address", SHORT, || {
+        let out = second.exec_sh(&[], "ip -o addr show eth0").ok();
+        out.stdout().contains("10.77.0.20/24")
+    });
+    let _ = second.delete_force().ok();
+    reaches(&third);
+    let _ = third.delete_force().ok();
+    assert!(!inner.has_filters("eth0"));
+    assert_eq!(inner.links(), ["eth0"]);
 }
 
 /// The hypervisor moves frames, or the host's kernel does where it can, for each

@@ -1,5 +1,8 @@
 //! The processes a container consists of, to be killed.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use kuasar_runv_test_harness::process::{self, Process};
 use kuasar_runv_test_harness::world::hypervisor;
 use kuasar_runv_test_harness::{SHORT, World, leaks, wait_until};
@@ -82,4 +85,33 @@ pub fn kill_vm_of(world: &World, id: &str) {
     let pid = machine.as_i64().or(record["sandboxer"]["pid"].as_i64());
     let pid = pid.unwrap();
     kill(&[pid.try_into().unwrap()]);
+}
+
+/// A line of `/proc/PID/status`.
+pub fn status(path: &Path, field: &str) -> String {
+    let text = fs::read_to_string(path.join("status")).unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix(field));
+    let value = line.and_then(|l| l.strip_prefix(':'));
+    value.unwrap_or_else(|| panic!("no {field}")).trim().into()
+}
+
+pub fn proc_of(pid: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}"))
+}
+
+/// Names and effective capabilities of all threads; one may end meanwhile.
+pub fn threads(pid: i32) -> Vec<(String, u64)> {
+    let tasks = fs::read_dir(proc_of(pid).join("task")).unwrap();
+    let mut threads: Vec<_> = tasks
+        .filter_map(|task| {
+            let path = task.ok()?.path();
+            let name = fs::read_to_string(path.join("comm")).ok()?;
+            let text = fs::read_to_string(path.join("status")).ok()?;
+            let caps = text.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
+            let caps = u64::from_str_radix(caps.trim(), 16).unwrap();
+            Some((name.trim().to_owned(), caps))
+        })
+        .collect();
+    threads.sort();
+    threads
 }

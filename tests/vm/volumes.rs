@@ -160,3 +160,30 @@ fn a_socket_of_the_host_belongs_to_those_who_have_it() {
     let out = world.run(&member("socket /other").bind(&socket, "/other"), "again");
     assert_eq!(out.ok().fact("many"), "20");
 }
+
+/// Between the containers of a pod, as on one host; the host has locks of its own
+/// (`docs/volumes.md`).
+#[test]
+fn locks_hold_between_the_containers_of_a_pod() {
+    let world = World::new();
+    let volume = world.path("volume");
+    fs::create_dir(&volume).unwrap();
+    let pod = pods::sandbox(&world, "s");
+    let member = |check: &str, name: &str| {
+        let bundle = pods::member(&world, &pod.id, "").probe(&format!("{check} /v/file"));
+        world.start(&bundle.bind(&volume, "/v"), name)
+    };
+    let holder = member("hold-locks", "holder");
+    holder.wait_for_output("held=true");
+    let on_the_host = fs::File::open(volume.join("file")).unwrap();
+    on_the_host
+        .try_lock()
+        .expect("the host does not know of the lock");
+    let other = member("want-locks", "other");
+    assert_eq!(other.exit_code(), 0, "{}", other.stdout());
+    let said = other.stdout();
+    for fact in ["flock=false", "record=false", "waited=true"] {
+        assert!(said.contains(fact), "{fact}: {said}");
+    }
+    assert_eq!(holder.exit_code(), 0);
+}

@@ -15,12 +15,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::Cgroup;
-use crate::sys;
+use crate::bpf::{
+    self, AND_IMM, EXIT, Insn, JUMP_EQ_IMM, JUMP_NE_IMM, LOAD_WORD, MOVE_IMM, MOVE_REG, R_CONTEXT,
+    R_RESULT, SHIFT_RIGHT_IMM, insn,
+};
 
 const ACC_MKNOD: u32 = 1;
 const ACC_READ: u32 = 2;
@@ -133,107 +135,17 @@ fn from_spec(rule: &LinuxDeviceCgroup) -> Result<Rule, RuleError> {
 /// # Errors
 /// Of bpf(2): a kernel without `CONFIG_CGROUP_BPF`.
 pub fn attach(cgroup: &Cgroup, rules: &[Rule]) -> io::Result<()> {
-    let program = load(&program(rules))?;
+    let program = bpf::load(bpf::CGROUP_DEVICE, &program(rules))?;
     let dir = File::open(cgroup.path())?;
-    let attr = AttachAttr {
-        target_fd: dir.as_raw_fd(),
-        attach_bpf_fd: program.as_raw_fd(),
-        attach_type: BPF_CGROUP_DEVICE,
-        attach_flags: BPF_F_ALLOW_MULTI,
-    };
-    // SAFETY: attr is the kernel's layout for this command.
-    unsafe { bpf(BPF_PROG_ATTACH, &attr)? };
-    Ok(())
+    bpf::attach(bpf::CGROUP_DEVICE, &program, &dir)
 }
 
-const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_PROG_ATTACH: libc::c_int = 8;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
-const BPF_F_ALLOW_MULTI: u32 = 2;
-
-#[repr(C)]
-struct LoadAttr {
-    prog_type: u32,
-    insn_cnt: u32,
-    insns: u64,
-    license: u64,
-}
-
-#[repr(C)]
-struct AttachAttr {
-    target_fd: RawFd,
-    attach_bpf_fd: RawFd,
-    attach_type: u32,
-    attach_flags: u32,
-}
-
-/// # Safety
-/// `attr` must be what the kernel reads for `command`, with valid pointers.
-unsafe fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<RawFd> {
-    // SAFETY: the caller's promise; the size is that of the value.
-    let result = sys::check(unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            command,
-            std::ptr::from_ref(attr),
-            std::mem::size_of::<T>(),
-        )
-    })?;
-    Ok(result as RawFd)
-}
-
-fn load(program: &[Insn]) -> io::Result<OwnedFd> {
-    let attr = LoadAttr {
-        prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        insn_cnt: program.len() as u32,
-        insns: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-    };
-    // SAFETY: attr is the kernel's layout for this command and its pointers
-    // outlive the call.
-    let fd = unsafe { bpf(BPF_PROG_LOAD, &attr)? };
-    // SAFETY: just made for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// `struct bpf_insn`; registers are 4 bits each, destination low.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Insn {
-    code: u8,
-    regs: u8,
-    off: i16,
-    imm: i32,
-}
-
-const R_RESULT: u8 = 0;
-const R_CONTEXT: u8 = 1;
 const R_TYPE: u8 = 2;
 /// Accesses asked for and not decided yet.
 const R_ACCESS: u8 = 3;
 const R_MAJOR: u8 = 4;
 const R_MINOR: u8 = 5;
 const R_SCRATCH: u8 = 6;
-
-const LOAD_WORD: u8 = 0x61;
-const AND_IMM: u8 = 0x54;
-const SHIFT_RIGHT_IMM: u8 = 0x74;
-const MOVE_IMM: u8 = 0xb4;
-const MOVE_REG: u8 = 0xbc;
-const JUMP_NE_IMM: u8 = 0x56;
-const JUMP_EQ_IMM: u8 = 0x16;
-const EXIT: u8 = 0x95;
-
-fn insn(code: u8, dst: u8, src: u8, off: i16, imm: u32) -> Insn {
-    Insn {
-        code,
-        regs: src << 4 | dst,
-        off,
-        // The kernel compares 32 bits, whatever the sign.
-        imm: imm as i32,
-    }
-}
 
 fn program(rules: &[Rule]) -> Vec<Insn> {
     let mut program = vec![

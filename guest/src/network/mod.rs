@@ -86,18 +86,23 @@ impl NetworkService {
         }
     }
 
-    async fn make_so(&self, request: ApplyRequest) -> Result<()> {
+    async fn make_so(&self, mut request: ApplyRequest) -> Result<()> {
         check(&request)?;
         let id = request.container_id.clone();
         let namespace = self.containers.network_namespace(&id);
         let is_end = request.interfaces.is_empty() && request.addresses.is_empty();
         let applied = {
             let mut all = self.applied.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(inherited) = all.remove(&request.heir_of) {
+                all.insert(id.clone(), inherited);
+            }
             match is_end {
                 true => all.remove(&id).unwrap_or_default(),
                 false => Arc::clone(all.entry(id).or_default()),
             }
         };
+        // Only this time.
+        request.heir_of.clear();
         let mut applied = applied.lock_owned().await;
         match namespace {
             Ok(namespace) => {

@@ -40,6 +40,8 @@ pub struct ApplyRequest {
     pub neighbours: ::std::vec::Vec<::std::vec::Vec<u8>>,
     // @@protoc_insertion_point(field:kuasar.runv.network.v1.ApplyRequest.rules)
     pub rules: ::std::vec::Vec<::std::vec::Vec<u8>>,
+    // @@protoc_insertion_point(field:kuasar.runv.network.v1.ApplyRequest.heir_of)
+    pub heir_of: ::std::string::String,
     // special fields
     // @@protoc_insertion_point(special_field:kuasar.runv.network.v1.ApplyRequest.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -57,7 +59,7 @@ impl ApplyRequest {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(6);
+        let mut fields = ::std::vec::Vec::with_capacity(7);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "container_id",
@@ -88,6 +90,11 @@ impl ApplyRequest {
             "rules",
             |m: &ApplyRequest| { &m.rules },
             |m: &mut ApplyRequest| { &mut m.rules },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "heir_of",
+            |m: &ApplyRequest| { &m.heir_of },
+            |m: &mut ApplyRequest| { &mut m.heir_of },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ApplyRequest>(
             "ApplyRequest",
@@ -125,6 +132,9 @@ impl ::protobuf::Message for ApplyRequest {
                 50 => {
                     self.rules.push(is.read_bytes()?);
                 },
+                58 => {
+                    self.heir_of = is.read_string()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -156,6 +166,9 @@ impl ::protobuf::Message for ApplyRequest {
         for value in &self.rules {
             my_size += ::protobuf::rt::bytes_size(6, &value);
         };
+        if !self.heir_of.is_empty() {
+            my_size += ::protobuf::rt::string_size(7, &self.heir_of);
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -180,6 +193,9 @@ impl ::protobuf::Message for ApplyRequest {
         for v in &self.rules {
             os.write_bytes(6, &v)?;
         };
+        if !self.heir_of.is_empty() {
+            os.write_string(7, &self.heir_of)?;
+        }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
     }
@@ -203,6 +219,7 @@ impl ::protobuf::Message for ApplyRequest {
         self.routes.clear();
         self.neighbours.clear();
         self.rules.clear();
+        self.heir_of.clear();
         self.special_fields.clear();
     }
 
@@ -214,6 +231,7 @@ impl ::protobuf::Message for ApplyRequest {
             routes: ::std::vec::Vec::new(),
             neighbours: ::std::vec::Vec::new(),
             rules: ::std::vec::Vec::new(),
+            heir_of: ::std::string::String::new(),
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -1259,34 +1277,35 @@ impl ::protobuf::reflect::ProtobufValue for Sysctl {
 }
 
 static file_descriptor_proto_data: &'static [u8] = b"\
-    \n\rnetwork.proto\x12\x16kuasar.runv.network.v1\"\xe0\x01\n\x0cApplyRequ\
+    \n\rnetwork.proto\x12\x16kuasar.runv.network.v1\"\xf9\x01\n\x0cApplyRequ\
     est\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12A\n\nin\
     terfaces\x18\x02\x20\x03(\x0b2!.kuasar.runv.network.v1.InterfaceR\ninter\
     faces\x12\x1c\n\taddresses\x18\x03\x20\x03(\x0cR\taddresses\x12\x16\n\
     \x06routes\x18\x04\x20\x03(\x0cR\x06routes\x12\x1e\n\nneighbours\x18\x05\
     \x20\x03(\x0cR\nneighbours\x12\x14\n\x05rules\x18\x06\x20\x03(\x0cR\x05r\
-    ules\"\x0f\n\rApplyResponse\"\xd4\x01\n\tInterface\x12\x1d\n\ndevice_mac\
-    \x18\x01\x20\x01(\x0cR\tdeviceMac\x12\x14\n\x05index\x18\x02\x20\x01(\rR\
-    \x05index\x12\x12\n\x04name\x18\x03\x20\x01(\tR\x04name\x12\x10\n\x03mac\
-    \x18\x04\x20\x01(\x0cR\x03mac\x12\x10\n\x03mtu\x18\x05\x20\x01(\rR\x03mt\
-    u\x12\x0e\n\x02up\x18\x06\x20\x01(\x08R\x02up\x12\x10\n\x03arp\x18\x07\
-    \x20\x01(\x08R\x03arp\x128\n\x07sysctls\x18\x08\x20\x03(\x0b2\x1e.kuasar\
-    .runv.network.v1.SysctlR\x07sysctls\"1\n\x0cStatsRequest\x12!\n\x0cconta\
-    iner_id\x18\x01\x20\x01(\tR\x0bcontainerId\"W\n\rStatsResponse\x12F\n\ni\
-    nterfaces\x18\x01\x20\x03(\x0b2&.kuasar.runv.network.v1.InterfaceStatsR\
-    \ninterfaces\"\x90\x02\n\x0eInterfaceStats\x12\x12\n\x04name\x18\x01\x20\
-    \x01(\tR\x04name\x12\x19\n\x08rx_bytes\x18\x02\x20\x01(\x04R\x07rxBytes\
-    \x12\x1d\n\nrx_packets\x18\x03\x20\x01(\x04R\trxPackets\x12\x1b\n\trx_er\
-    rors\x18\x04\x20\x01(\x04R\x08rxErrors\x12\x1d\n\nrx_dropped\x18\x05\x20\
-    \x01(\x04R\trxDropped\x12\x19\n\x08tx_bytes\x18\x06\x20\x01(\x04R\x07txB\
-    ytes\x12\x1d\n\ntx_packets\x18\x07\x20\x01(\x04R\ttxPackets\x12\x1b\n\tt\
-    x_errors\x18\x08\x20\x01(\x04R\x08txErrors\x12\x1d\n\ntx_dropped\x18\t\
-    \x20\x01(\x04R\ttxDropped\"J\n\x06Sysctl\x12\x16\n\x06family\x18\x01\x20\
-    \x01(\tR\x06family\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x14\
-    \n\x05value\x18\x03\x20\x01(\tR\x05value2\xb5\x01\n\x07Network\x12T\n\
-    \x05Apply\x12$.kuasar.runv.network.v1.ApplyRequest\x1a%.kuasar.runv.netw\
-    ork.v1.ApplyResponse\x12T\n\x05Stats\x12$.kuasar.runv.network.v1.StatsRe\
-    quest\x1a%.kuasar.runv.network.v1.StatsResponseb\x06proto3\
+    ules\x12\x17\n\x07heir_of\x18\x07\x20\x01(\tR\x06heirOf\"\x0f\n\rApplyRe\
+    sponse\"\xd4\x01\n\tInterface\x12\x1d\n\ndevice_mac\x18\x01\x20\x01(\x0c\
+    R\tdeviceMac\x12\x14\n\x05index\x18\x02\x20\x01(\rR\x05index\x12\x12\n\
+    \x04name\x18\x03\x20\x01(\tR\x04name\x12\x10\n\x03mac\x18\x04\x20\x01(\
+    \x0cR\x03mac\x12\x10\n\x03mtu\x18\x05\x20\x01(\rR\x03mtu\x12\x0e\n\x02up\
+    \x18\x06\x20\x01(\x08R\x02up\x12\x10\n\x03arp\x18\x07\x20\x01(\x08R\x03a\
+    rp\x128\n\x07sysctls\x18\x08\x20\x03(\x0b2\x1e.kuasar.runv.network.v1.Sy\
+    sctlR\x07sysctls\"1\n\x0cStatsRequest\x12!\n\x0ccontainer_id\x18\x01\x20\
+    \x01(\tR\x0bcontainerId\"W\n\rStatsResponse\x12F\n\ninterfaces\x18\x01\
+    \x20\x03(\x0b2&.kuasar.runv.network.v1.InterfaceStatsR\ninterfaces\"\x90\
+    \x02\n\x0eInterfaceStats\x12\x12\n\x04name\x18\x01\x20\x01(\tR\x04name\
+    \x12\x19\n\x08rx_bytes\x18\x02\x20\x01(\x04R\x07rxBytes\x12\x1d\n\nrx_pa\
+    ckets\x18\x03\x20\x01(\x04R\trxPackets\x12\x1b\n\trx_errors\x18\x04\x20\
+    \x01(\x04R\x08rxErrors\x12\x1d\n\nrx_dropped\x18\x05\x20\x01(\x04R\trxDr\
+    opped\x12\x19\n\x08tx_bytes\x18\x06\x20\x01(\x04R\x07txBytes\x12\x1d\n\n\
+    tx_packets\x18\x07\x20\x01(\x04R\ttxPackets\x12\x1b\n\ttx_errors\x18\x08\
+    \x20\x01(\x04R\x08txErrors\x12\x1d\n\ntx_dropped\x18\t\x20\x01(\x04R\ttx\
+    Dropped\"J\n\x06Sysctl\x12\x16\n\x06family\x18\x01\x20\x01(\tR\x06family\
+    \x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x14\n\x05value\x18\
+    \x03\x20\x01(\tR\x05value2\xb5\x01\n\x07Network\x12T\n\x05Apply\x12$.kua\
+    sar.runv.network.v1.ApplyRequest\x1a%.kuasar.runv.network.v1.ApplyRespon\
+    se\x12T\n\x05Stats\x12$.kuasar.runv.network.v1.StatsRequest\x1a%.kuasar.\
+    runv.network.v1.StatsResponseb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file

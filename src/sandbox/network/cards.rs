@@ -4,10 +4,12 @@
 use std::collections::HashSet;
 use std::io;
 
+use kuasar_runv_protocol::rtnetlink::Rtnetlink;
+
 use super::MAX_INTERFACES;
 use super::endpoint::{self, Connected, Connection};
 use super::guest;
-use super::model::Host;
+use super::model::{self, Host};
 use super::snapshot::{Link, Snapshot, route_interfaces};
 use super::tap::{self, NAME_PREFIX};
 use super::watch::{Error, Machine, Message, NewDevice, step};
@@ -24,6 +26,8 @@ pub struct Card {
     connection: Connection,
     /// Of an interface that has left the host altogether: what was set up on it.
     frozen: Option<Snapshot>,
+    /// Whether answers for a name server in the namespace pass by the guest.
+    passes_answers: bool,
 }
 
 impl Card {
@@ -176,6 +180,7 @@ impl Cards {
             device_mac,
             connection,
             frozen,
+            passes_answers: false,
         });
         Ok(())
     }
@@ -198,6 +203,34 @@ impl Cards {
             card.link = link.clone();
         }
         Ok(())
+    }
+
+    /// Lets a name server in the namespace have its answers, at ports from `first` on.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn pass_answers(&mut self, netlink: &mut Rtnetlink, first: u16) -> io::Result<()> {
+        for card in self.0.iter_mut().filter(|card| !card.passes_answers) {
+            let passes = match &card.connection {
+                Connection::Tied(tied) => {
+                    model::pass_answers(netlink, card.link.index, tied, first)?
+                }
+                Connection::Passed(_) => false,
+            };
+            if !passes {
+                log::warn!(
+                    "a name server in the network namespace cannot ask others by {}",
+                    card.link.name
+                );
+            }
+            card.passes_answers = true;
+        }
+        Ok(())
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// The cards as the guest is told about them.
@@ -275,6 +308,7 @@ mod tests {
                 model: NetworkModel::Tcfilter,
             }),
             frozen: None,
+            passes_answers: false,
         }
     }
 

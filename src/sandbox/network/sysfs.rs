@@ -117,7 +117,12 @@ impl Sysfs {
     }
 }
 
-fn mount(kind: &str) -> io::Result<OwnedFd> {
+/// A file system of this kind that is mounted nowhere. What it shows of networks is
+/// that of the calling thread.
+///
+/// # Errors
+/// As fsopen(2).
+pub fn mount(kind: &str) -> io::Result<OwnedFd> {
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(context.as_fd())?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;

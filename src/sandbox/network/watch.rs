@@ -1,7 +1,6 @@
 //! The thread that looks after one container's network.
 //!
-//! It lives in the container's network namespace, with the one capability it needs
-//! there. What only the owner of the VM can do, it asks for ([`Message`]).
+//! It lives in the container's network namespace, with the capabilities it needs there. What only the owner of the VM can do, it asks for ([`Message`]).
 
 use std::collections::HashSet;
 use std::io;
@@ -18,6 +17,7 @@ use rustix::thread::CapabilitySet;
 
 use super::cards::{Card, Cards};
 use super::guest;
+use super::loopback::{self, Loopback};
 use super::model::{self, Host};
 use super::snapshot::{NEWS, Snapshot};
 use super::sysfs::Sysfs;
@@ -68,6 +68,11 @@ pub enum Message {
     /// The network of the container is complete for the first time, or cannot be
     /// completed; in that case the watch has ended.
     Settled {
+        container: String,
+        result: Result<(), String>,
+    },
+    /// The network of the container is another's from now on, and the guest knows.
+    HandedOver {
         container: String,
         result: Result<(), String>,
     },
@@ -134,8 +139,18 @@ pub struct Settings {
 
 /// A running watch. It ends when it is asked to, and with the process.
 pub struct Watch {
-    stop: Arc<Wake>,
+    wake: Arc<Wake>,
+    orders: Sender<Order>,
     thread: JoinHandle<()>,
+    namespace: (u64, u64),
+}
+
+/// What a watch is told.
+enum Order {
+    /// Its container is about to be deleted, and this one goes on with the network.
+    HandOver(String),
+    /// To disconnect all there is, and to end.
+    End,
 }
 
 impl Watch {
@@ -144,16 +159,23 @@ impl Watch {
     /// # Errors
     /// When the thread cannot be started.
     pub fn start(settings: Settings, machine: Machine, namespace: OwnedFd) -> io::Result<Watch> {
-        let stop = Arc::new(Wake::new()?);
-        let stopped = Arc::clone(&stop);
+        let wake = Arc::new(Wake::new()?);
+        let (orders, received) = channel();
+        let orders_from = (Arc::clone(&wake), received);
+        let stat = rustix::fs::fstat(&namespace)?;
         let thread = std::thread::Builder::new()
             .name("network".into())
             .stack_size(256 * 1024)
             .spawn(move || {
-                let container = settings.container.clone();
+                let mut container = settings.container.clone();
                 let messages = machine.clone();
-                let ended =
-                    Watcher::enter(settings, machine, namespace, stopped).and_then(Watcher::run);
+                let ended = Watcher::enter(settings, machine, namespace, orders_from).and_then(
+                    |mut watcher| {
+                        let ended = watcher.run();
+                        container = watcher.settings.container;
+                        ended
+                    },
+                );
                 // Nobody is left to be told when the sandboxer ends.
                 if let Err(e) = ended {
                     log::error!("the network of {container}: {e}");
@@ -164,15 +186,39 @@ impl Watch {
                 }
                 let _ = messages.tell(Message::Ended { container });
             })?;
-        Ok(Watch { stop, thread })
+        Ok(Watch {
+            wake,
+            orders,
+            thread,
+            namespace: (stat.st_dev, stat.st_ino),
+        })
     }
 
     /// Asks it to end, after it has disconnected the container's interfaces. Does not
     /// wait for it.
     pub fn ask_to_end(&self) {
-        if let Err(e) = self.stop.wake() {
-            log::warn!("ending the watch of a network: {e}");
+        self.order(Order::End);
+    }
+
+    /// Leaves the network to another container that is in the same namespace. Does not
+    /// wait for it: [`Message::HandedOver`].
+    pub fn hand_over(&self, heir: &str) {
+        self.order(Order::HandOver(heir.to_owned()));
+    }
+
+    fn order(&self, order: Order) {
+        // One that has ended has nothing to do, and has said so.
+        if self.orders.send(order).is_ok()
+            && let Err(e) = self.wake.wake()
+        {
+            log::warn!("waking the watch of a network: {e}");
         }
+    }
+
+    /// Device and inode of the namespace.
+    #[must_use]
+    pub fn namespace(&self) -> (u64, u64) {
+        self.namespace
     }
 
     /// Whether it has ended.
@@ -186,7 +232,8 @@ impl Watch {
 struct Watcher {
     settings: Settings,
     machine: Machine,
-    stop: Arc<Wake>,
+    wake: Arc<Wake>,
+    orders: Receiver<Order>,
     netlink: Rtnetlink,
     news: Rtnetlink,
     sysfs: Option<Sysfs>,
@@ -195,6 +242,7 @@ struct Watcher {
     applied: ApplyRequest,
     /// Names of interfaces that stay on the host, which is said once.
     ignored: HashSet<String>,
+    loopback: Loopback,
 }
 
 impl Watcher {
@@ -202,7 +250,7 @@ impl Watcher {
         settings: Settings,
         machine: Machine,
         namespace: OwnedFd,
-        stop: Arc<Wake>,
+        (wake, orders): (Arc<Wake>, Receiver<Order>),
     ) -> Result<Watcher, Error> {
         setns(&namespace, CloneFlags::CLONE_NEWNET)
             .map_err(|e| step("entering the network namespace")(e.into()))?;
@@ -211,7 +259,8 @@ impl Watcher {
         let sysfs = Sysfs::mount()
             .inspect_err(|e| log::debug!("sysfs of the network namespace: {e}"))
             .ok();
-        let mut needed = CapabilitySet::NET_ADMIN;
+        let loopback = Loopback::new(&settings.root, &settings.sandbox_id, &settings.container);
+        let mut needed = CapabilitySet::NET_ADMIN | loopback::CAPABILITIES;
         if settings.model == NetworkModel::Macvtap {
             needed |= CapabilitySet::MKNOD;
         }
@@ -221,17 +270,19 @@ impl Watcher {
         Ok(Watcher {
             settings,
             machine,
-            stop,
+            wake,
+            orders,
             netlink,
             news,
             sysfs,
             cards: Cards::default(),
             applied: ApplyRequest::default(),
             ignored: HashSet::new(),
+            loopback,
         })
     }
 
-    fn run(mut self) -> Result<(), Error> {
+    fn run(&mut self) -> Result<(), Error> {
         if let Err(e) = self.settle() {
             self.leave();
             return Err(e);
@@ -246,10 +297,9 @@ impl Watcher {
                 1..=MAX_RETRIES => RETRY,
                 _ => Duration::from_secs(24 * 3600),
             };
-            let fds = [self.news.as_fd(), self.stop.as_fd()];
+            let fds = [self.news.as_fd(), self.wake.as_fd()];
             let ready = wait_any_readable(&fds, patience).map_err(step("waiting for news"))?;
-            if ready[1] {
-                self.leave();
+            if ready[1] && self.obey()? {
                 return Ok(());
             }
             if ready[0] {
@@ -266,12 +316,41 @@ impl Watcher {
         }
     }
 
+    /// Does what it is told; whether that was to end.
+    fn obey(&mut self) -> Result<bool, Error> {
+        self.wake.reset().map_err(step("reading orders"))?;
+        while let Ok(order) = self.orders.try_recv() {
+            match order {
+                Order::HandOver(heir) => {
+                    let container = self.settings.container.clone();
+                    let result = self.hand_over(heir).map_err(|e| e.to_string());
+                    self.machine
+                        .tell(Message::HandedOver { container, result })?;
+                }
+                Order::End => {
+                    self.leave();
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// It is the heir's network from now on, whatever the guest says.
+    fn hand_over(&mut self, heir: String) -> Result<(), Error> {
+        let before = std::mem::replace(&mut self.settings.container, heir);
+        let snapshot =
+            Snapshot::take(&mut self.netlink).map_err(step("reading the network namespace"))?;
+        let snapshot = self.cards.complete(snapshot);
+        self.tell_guest(&snapshot, before)
+    }
+
     /// Takes the news off the socket until there are none for a moment.
     fn wait_for_calm(&self) -> Result<(), Error> {
         let end = Instant::now() + CALM * 20;
         loop {
             self.news.drain_news().map_err(step("reading news"))?;
-            let fds = [self.news.as_fd(), self.stop.as_fd()];
+            let fds = [self.news.as_fd(), self.wake.as_fd()];
             let ready = wait_any_readable(&fds, CALM).map_err(step("waiting for news"))?;
             if !ready[0] || ready[1] || Instant::now() >= end {
                 return Ok(());
@@ -305,7 +384,9 @@ impl Watcher {
         }
         let (cards, mut host) = self.parts();
         cards.follow(&mut host, &snapshot)?;
-        self.apply(&snapshot)
+        self.apply(&snapshot)?;
+        self.loopback.settle(&mut self.netlink, &mut self.cards);
+        Ok(())
     }
 
     fn parts(&mut self) -> (&mut Cards, Host<'_>) {
@@ -322,8 +403,13 @@ impl Watcher {
 
     /// Tells the guest what its network is, if that is news.
     fn apply(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
+        self.tell_guest(snapshot, String::new())
+    }
+
+    /// With the container whose network it was before, if it was another's.
+    fn tell_guest(&mut self, snapshot: &Snapshot, heir_of: String) -> Result<(), Error> {
         let cards = self.cards.of(snapshot);
-        let mut request = guest::request(&self.settings.container, &cards, snapshot);
+        let request = guest::request(&self.settings.container, &cards, snapshot);
         if request.interfaces.is_empty()
             && request.addresses.is_empty()
             && self.applied == ApplyRequest::default()
@@ -336,10 +422,14 @@ impl Watcher {
         }
         let guest = Guest::open(&self.settings.root, &self.settings.sandbox_id)?;
         let agent = guest.agent()?;
+        let told = ApplyRequest {
+            heir_of,
+            ..request.clone()
+        };
         agent
-            .apply_network(&request)
+            .apply_network(&told)
             .map_err(|e| Error::Guest(e.into()))?;
-        std::mem::swap(&mut self.applied, &mut request);
+        self.applied = request;
         Ok(())
     }
 
@@ -354,6 +444,7 @@ impl Watcher {
 
     /// Disconnects everything.
     fn leave(&mut self) {
+        self.loopback.end();
         let plugging = Arc::clone(&self.machine.plugging);
         let _plugging = plugging.lock().unwrap_or_else(PoisonError::into_inner);
         let all = self.cards.take_all();

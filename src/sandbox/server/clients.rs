@@ -138,7 +138,9 @@ impl Sandboxer {
                 })?;
                 self.connect_network(index, container, namespace.as_fd())
             }
-            Request::NoNetwork { container } => Ok(self.disconnect_network(index, container)),
+            Request::NoNetwork { container, heirs } => {
+                Ok(self.disconnect_network(index, container, &heirs))
+            }
             Request::Commit => {
                 self.clients[index].is_creator = false;
                 Ok(Some(Reply::default()))

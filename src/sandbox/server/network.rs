@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use super::Sandboxer;
 use crate::config::{self, Vhost};
 use crate::root::Root;
-use crate::sandbox::control::{self, Reply, SandboxerConfig};
+use crate::sandbox::control::{self, Heir, Reply, SandboxerConfig};
 use crate::sandbox::network::watch::{Attached, Machine, Message, NewDevice, Settings, Watch};
 use crate::sys::wake::Wake;
 use crate::vm::{Device, NetDevice};
@@ -117,13 +117,36 @@ impl Sandboxer {
         Ok(None)
     }
 
-    /// Ends the watch of a container; the client is answered when it has let go of
-    /// everything.
-    pub(super) fn disconnect_network(&mut self, index: usize, container: String) -> Option<Reply> {
-        let Some(watch) = self.network.watches.get(&container) else {
+    /// Ends the watch of a container, or leaves it to another one that is in the same
+    /// namespace; the client is answered when the guest knows of it.
+    pub(super) fn disconnect_network(
+        &mut self,
+        index: usize,
+        container: String,
+        heirs: &[Heir],
+    ) -> Option<Reply> {
+        let watches = &mut self.network.watches;
+        let Some(watch) = watches.remove(&container) else {
             return Some(Reply::default());
         };
-        watch.ask_to_end();
+        // One whose stand-in lives has not come here to be disconnected itself:
+        // `delete` kills that first.
+        let heir = heirs.iter().find(|heir| {
+            heir.namespace == watch.namespace()
+                && heir.standin.is_alive()
+                && !watches.contains_key(&heir.id)
+        });
+        let name = match heir {
+            Some(heir) => {
+                watch.hand_over(&heir.id);
+                heir.id.clone()
+            }
+            None => {
+                watch.ask_to_end();
+                container.clone()
+            }
+        };
+        watches.insert(name, watch);
         self.clients[index].waits_for_network = Some(container);
         None
     }
@@ -146,6 +169,7 @@ impl Sandboxer {
                 }
                 Message::Detach { id } => self.detach(&id),
                 Message::Settled { container, result } => self.settled(&container, result),
+                Message::HandedOver { container, result } => self.settled(&container, result),
                 Message::Ended { container } => {
                     self.network.watches.remove(&container);
                     self.settled(&container, Ok(()));

@@ -16,13 +16,15 @@ use crate::vm::devices::fs;
 /// cgroup (`sandbox::host_oom`): with v2, cpusets ask for `SYS_NICE` where a thread has
 /// capabilities that the mover has not, as the file server's have.
 /// To connect to sockets of the host as who the container's process is
-/// (`server::sockets`), `SETUID` and `SETGID`.
+/// (`server::sockets`), `SETUID` and `SETGID`. To listen on the ports that the guest listens on
+/// (`sandbox::network::loopback`), `NET_BIND_SERVICE`.
 const RUNNING: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SYS_NICE)
     .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::NET_ADMIN);
+    .union(CapabilitySet::NET_ADMIN)
+    .union(CapabilitySet::NET_BIND_SERVICE);
 
 /// To make namespaces, confine the file server, and leave nothing to the hypervisor.
 const STARTING: CapabilitySet = RUNNING

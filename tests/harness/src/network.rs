@@ -2,8 +2,8 @@
 //! is ever made in the namespace the tests run in.
 
 use std::fs::File;
-use std::io;
-use std::net::{Shutdown, TcpListener, UdpSocket};
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
@@ -113,6 +113,43 @@ impl Netns {
         }
     }
 
+    /// Answers in it every question for an address with 192.0.2.7, at port 53 of this
+    /// address, for as long as the process lives.
+    ///
+    /// # Panics
+    /// When the port is in use.
+    pub fn name_server(&self, address: Ipv4Addr) {
+        let (datagrams, connections) = self.enter(|| {
+            let address = (address, 53);
+            (
+                UdpSocket::bind(address).expect("port 53"),
+                TcpListener::bind(address).expect("port 53"),
+            )
+        });
+        std::thread::spawn(move || {
+            let mut query = [0; 512];
+            while let Ok((len, client)) = datagrams.recv_from(&mut query) {
+                // Who asked may be gone.
+                let _ = datagrams.send_to(&answer(&query[..len]), client);
+            }
+        });
+        std::thread::spawn(move || {
+            for mut client in connections.incoming().flatten() {
+                let mut len = [0; 2];
+                client.read_exact(&mut len).expect("a length");
+                let mut query = vec![0; u16::from_be_bytes(len).into()];
+                client.read_exact(&mut query).expect("a query");
+                let answer = answer(&query);
+                let len = u16::try_from(answer.len())
+                    .expect("a short answer")
+                    .to_be_bytes();
+                client
+                    .write_all(&[&len, &answer[..]].concat())
+                    .expect("a client that waits");
+            }
+        });
+    }
+
     /// Names of its interfaces without the loopback.
     #[must_use]
     pub fn links(&self) -> Vec<String> {
@@ -139,6 +176,22 @@ impl Drop for Netns {
         // What is left is found by the leak check.
         let _ = tool("ip", ["netns", "del", &self.name]);
     }
+}
+
+/// RFC 1035, section 4: header and question, then one record if the question is for an
+/// address of IPv4.
+fn answer(query: &[u8]) -> Vec<u8> {
+    let name = query[12..].iter().position(|byte| *byte == 0);
+    let name = name.expect("a name");
+    let question = &query[12..12 + name + 5];
+    let is_v4 = question[name + 1..name + 3] == [0, 1];
+    let mut answer = query[..2].to_vec();
+    answer.extend([0x81, 0x80, 0, 1, 0, u8::from(is_v4), 0, 0, 0, 0]);
+    answer.extend(question);
+    if is_v4 {
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 7]);
+    }
+    answer
 }
 
 /// A hardware address made of a text, so that each end of a test has its own.

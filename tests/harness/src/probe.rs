@@ -35,6 +35,7 @@ pub fn main() {
     let (check, argument) = wanted.split_once(' ').unwrap_or((&wanted, ""));
     match check {
         "files" => files(Path::new(argument)),
+        "access-list" => access_list(argument),
         "xattrs" => xattrs(Path::new(argument)),
         "memory" => memory(argument.parse().unwrap()),
         "system-calls" => system_calls(),
@@ -42,6 +43,8 @@ pub fn main() {
         "echo" => crate::network::echo(),
         "one-in-two-places" => volumes::one_in_two_places(argument),
         "huge-pages" => volumes::huge_pages(Path::new(argument)),
+        "hold-locks" => volumes::hold_locks(Path::new(argument)),
+        "want-locks" => volumes::want_locks(Path::new(argument)),
         "particular-files" => volumes::particular(Path::new(argument)),
         "socket" => sockets::connect(Path::new(argument)),
         "vsock" => sockets::vsock(argument.parse().unwrap()),
@@ -318,9 +321,28 @@ pub fn set_xattr(path: &Path, name: &str, value: &[u8]) -> io::Result<&'static s
     check(rc).map(|()| "ok")
 }
 
+/// Sets an access list, given in hexadecimal behind the file's name, and reads it.
+fn access_list(argument: &str) {
+    const NAME: &str = "system.posix_acl_access";
+    let (path, hex) = argument.split_once(' ').expect("a file and a list");
+    let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal");
+    let list: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
+    let path = Path::new(path);
+    fact("set", set_xattr(path, NAME, &list));
+    let got = get_xattr_bytes(path, NAME);
+    let text = |bytes: Vec<u8>| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    fact("get", got.map(text));
+}
+
 /// # Errors
 /// As getxattr(2).
 pub fn get_xattr(path: &Path, name: &str) -> io::Result<String> {
+    get_xattr_bytes(path, name).map(|value| String::from_utf8_lossy(&value).into_owned())
+}
+
+/// # Errors
+/// As getxattr(2).
+pub fn get_xattr_bytes(path: &Path, name: &str) -> io::Result<Vec<u8>> {
     let (path, name) = (c_path(path), CString::new(name).unwrap());
     let mut value = [0u8; 256];
     // SAFETY: the strings are C strings and the buffer has the length given.
@@ -333,7 +355,7 @@ pub fn get_xattr(path: &Path, name: &str) -> io::Result<String> {
         )
     };
     match usize::try_from(len) {
-        Ok(len) => Ok(String::from_utf8_lossy(&value[..len]).into_owned()),
+        Ok(len) => Ok(value[..len].to_vec()),
         Err(_) => Err(io::Error::last_os_error()),
     }
 }

@@ -91,6 +91,25 @@ pub fn untie(netlink: &mut Rtnetlink, endpoint: u32, tied: &TiedTo) -> io::Resul
     }
 }
 
+/// Lets answers to questions for names, of which the first port is `first`, reach the
+/// namespace's own network stack; whether the model can.
+///
+/// # Errors
+/// The kernel's.
+pub fn pass_answers(
+    netlink: &mut Rtnetlink,
+    endpoint: u32,
+    tied: &TiedTo,
+    first: u16,
+) -> io::Result<bool> {
+    match tied.model {
+        NetworkModel::Tcfilter => {
+            tcfilter::pass_answers(netlink, endpoint, tied.index, first).map(|()| true)
+        }
+        NetworkModel::Macvtap | NetworkModel::None => Ok(false),
+    }
+}
+
 /// What is remembered of a [`Tied`] when its queues have been handed over.
 #[derive(Clone, Copy, Debug)]
 pub struct TiedTo {

@@ -25,6 +25,10 @@ use crate::sandbox::network::tap::Tap;
 
 /// Preference of our filters: "RV".
 const PREFERENCE: u16 = 0x5256;
+/// Those of the filters for what is not only the guest's, which are asked before: of
+/// answers to "who has", and of name servers.
+const PREFERENCE_ARP: u16 = PREFERENCE - 2;
+const PREFERENCE_DNS: u16 = PREFERENCE - 1;
 /// Where filters at the ingress belong, under `ingress` and under `clsact`.
 const AT_INGRESS: TcHandle = TcHandle {
     major: 0xffff,
@@ -67,11 +71,17 @@ pub(super) fn tie(host: &mut Host<'_>, link: &Link) -> io::Result<Tied> {
 /// # Errors
 /// The kernel's; an interface that is gone is no error.
 pub(super) fn untie(netlink: &mut Rtnetlink, index: u32) -> io::Result<()> {
-    let mut filter = TcMessage::with_index(signed(index));
-    filter.header.parent = AT_INGRESS;
-    filter.header.info = filter_info();
-    let delete = RouteNetlinkMessage::DelTrafficFilter(filter);
-    gone_is_fine(netlink.request(delete, 0))?;
+    for info in [
+        filter_info(),
+        info_of(PREFERENCE_ARP, libc::ETH_P_ARP),
+        info_of(PREFERENCE_DNS, libc::ETH_P_IP),
+    ] {
+        let mut filter = TcMessage::with_index(signed(index));
+        filter.header.parent = AT_INGRESS;
+        filter.header.info = info;
+        let delete = RouteNetlinkMessage::DelTrafficFilter(filter);
+        gone_is_fine(netlink.request(delete, 0))?;
+    }
     if filters(netlink, index)?.is_empty() && has_ingress(netlink, index)? {
         let mut qdisc = TcMessage::with_index(signed(index));
         qdisc.header.parent = TcHandle::INGRESS;
@@ -117,39 +127,110 @@ fn add_qdisc(netlink: &mut Rtnetlink, index: u32) -> io::Result<()> {
 }
 
 fn add_filter(netlink: &mut Rtnetlink, from: u32, to: u32) -> io::Result<()> {
-    let mut redirect = TcMirror::default();
-    redirect.generic.action = TcActionType::Stolen;
-    redirect.eaction = TcMirrorActionType::EgressRedir;
-    redirect.ifindex = to;
+    let everything = vec![TcU32Key::default()];
+    let redirect = mirred(to, TcMirrorActionType::EgressRedir, TcActionType::Stolen);
+    let flags = NLM_F_CREATE | NLM_F_EXCL;
+    let filter = u32_filter(from, filter_info(), everything, Some(redirect));
+    netlink.request(RouteNetlinkMessage::NewTrafficFilter(filter), flags)
+}
+
+/// Has the namespace's own network stack see the answers to its questions for names,
+/// which go out by themselves: those of name servers to its ports from `first` to
+/// 65535, and who has which address. The latter the guest sees as well, which may have
+/// asked itself.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn pass_answers(
+    netlink: &mut Rtnetlink,
+    endpoint: u32,
+    tap: u32,
+    first: u16,
+) -> io::Result<()> {
+    /// ARPOP_REPLY, behind two lengths (RFC 826).
+    const REPLY: (i32, u32, u32) = (4, 0x0000_ffff, 0x0000_0002);
+    let mirror = mirred(tap, TcMirrorActionType::EgressMirror, TcActionType::Ok);
+    let arp = info_of(PREFERENCE_ARP, libc::ETH_P_ARP);
+    let mut filters = vec![u32_filter(endpoint, arp, keys(&[REPLY]), Some(mirror))];
+    for protocol in [libc::IPPROTO_UDP, libc::IPPROTO_TCP] {
+        // RFC 791: a header without options, not a fragment, the protocol; then both
+        // ports. `first` is a power of two below 65536.
+        let answer = [
+            (0, 0x0f00_0000, 0x0500_0000),
+            (4, 0x0000_3fff, 0),
+            (8, 0x00ff_0000, protocol.cast_unsigned() << 16),
+            (
+                20,
+                0xffff_0000 | u32::from(first),
+                53 << 16 | u32::from(first),
+            ),
+        ];
+        let dns = info_of(PREFERENCE_DNS, libc::ETH_P_IP);
+        filters.push(u32_filter(endpoint, dns, keys(&answer), None));
+    }
+    for filter in filters {
+        netlink.request(RouteNetlinkMessage::NewTrafficFilter(filter), NLM_F_CREATE)?;
+    }
+    Ok(())
+}
+
+/// An action: a packet goes out of `to`, and then what `then` says happens to it.
+fn mirred(to: u32, how: TcMirrorActionType, then: TcActionType) -> TcAction {
+    let mut parms = TcMirror::default();
+    parms.generic.action = then;
+    parms.eaction = how;
+    parms.ifindex = to;
     let mut action = TcAction::default();
     action.attributes = vec![
         TcActionAttribute::Kind("mirred".into()),
         TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
-            redirect,
+            parms,
         ))]),
     ];
-    let mut everything = TcU32Selector::default();
-    everything.flags = TcU32SelectorFlags::Terminal;
-    everything.nkeys = 1;
-    everything.keys = vec![TcU32Key::default()];
-    let mut filter = TcMessage::with_index(signed(from));
-    filter.header.parent = AT_INGRESS;
-    filter.header.info = filter_info();
-    filter.attributes = vec![
-        TcAttribute::Kind("u32".into()),
-        TcAttribute::Options(vec![
-            TcOption::U32(TcFilterU32Option::Selector(everything)),
-            TcOption::U32(TcFilterU32Option::Action(vec![action])),
-        ]),
-    ];
-    let add = RouteNetlinkMessage::NewTrafficFilter(filter);
-    netlink.request(add, NLM_F_CREATE | NLM_F_EXCL)
+    action
 }
 
-/// `tcm_info` of a filter: preference and protocol, which is `ETH_P_ALL` in network
-/// byte order.
+/// Offset in the packet, mask and value, each of 32 bits.
+fn keys(of: &[(i32, u32, u32)]) -> Vec<TcU32Key> {
+    let key = |(offset, mask, value): &(i32, u32, u32)| {
+        let mut key = TcU32Key::default();
+        key.off = *offset;
+        key.mask = mask.to_be();
+        key.val = value.to_be();
+        key
+    };
+    of.iter().map(key).collect()
+}
+
+/// A filter at the ingress of an interface. Without an action it lets packets pass.
+fn u32_filter(index: u32, info: u32, keys: Vec<TcU32Key>, action: Option<TcAction>) -> TcMessage {
+    let mut selector = TcU32Selector::default();
+    selector.flags = TcU32SelectorFlags::Terminal;
+    // A handful.
+    selector.nkeys = keys.len() as u8;
+    selector.keys = keys;
+    let mut options = vec![TcOption::U32(TcFilterU32Option::Selector(selector))];
+    if let Some(action) = action {
+        options.push(TcOption::U32(TcFilterU32Option::Action(vec![action])));
+    }
+    let mut filter = TcMessage::with_index(signed(index));
+    filter.header.parent = AT_INGRESS;
+    filter.header.info = info;
+    filter.attributes = vec![
+        TcAttribute::Kind("u32".into()),
+        TcAttribute::Options(options),
+    ];
+    filter
+}
+
+/// Of the filter for everything.
 fn filter_info() -> u32 {
-    (u32::from(PREFERENCE) << 16) | u32::from((libc::ETH_P_ALL as u16).to_be())
+    info_of(PREFERENCE, libc::ETH_P_ALL)
+}
+
+/// `tcm_info` of a filter: preference and protocol, which is in network byte order.
+fn info_of(preference: u16, protocol: libc::c_int) -> u32 {
+    (u32::from(preference) << 16) | u32::from((protocol as u16).to_be())
 }
 
 fn filters(netlink: &mut Rtnetlink, index: u32) -> io::Result<Vec<TcMessage>> {

@@ -207,3 +207,66 @@ pub fn huge_pages(path: &Path) {
         fact(key, mapped);
     }
 }
+
+/// Locks a file in both ways until there is a file `end` beside it.
+pub fn hold_locks(path: &Path) {
+    let held = || -> io::Result<File> {
+        let file = open_or_new(path)?;
+        // SAFETY: flock takes integers.
+        check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) })?;
+        set_record_lock(&file, libc::F_WRLCK)?;
+        Ok(file)
+    };
+    let file = held();
+    fact(
+        "held",
+        file.as_ref()
+            .map(|_| true)
+            .map_err(|e| io::Error::from(e.kind())),
+    );
+    let end = Instant::now() + Duration::from_secs(60);
+    while !path.with_file_name("end").exists() && Instant::now() < end {
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Tries both kinds of lock on a file that somebody else may hold, has them let go, and
+/// waits for them.
+pub fn want_locks(path: &Path) {
+    let is_free = |result: io::Result<()>| match result {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        other => other.map(|()| true),
+    };
+    let want = || -> io::Result<()> {
+        let file = open_or_new(path)?;
+        // SAFETY: flock takes integers.
+        let tried = check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) });
+        fact("flock", is_free(tried));
+        fact("record", is_free(set_record_lock(&file, libc::F_WRLCK)));
+        drop(file);
+        fs::write(path.with_file_name("end"), "")?;
+        let file = open_or_new(path)?;
+        // SAFETY: as above.
+        check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) })?;
+        wait_for_record_lock(&file)
+    };
+    fact("waited", want().map(|()| true));
+}
+
+fn open_or_new(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+}
+
+fn wait_for_record_lock(file: &File) -> io::Result<()> {
+    // SAFETY: flock is plain integers, for which zero is valid.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::F_WRLCK as libc::c_short;
+    // SAFETY: the lock outlives the call.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLKW, &raw const lock) })
+}

@@ -1,0 +1,131 @@
+//! The loopback interface of a container's network namespace, as those see it who enter
+//! the namespace from the host: engines that forward ports, check the health of servers,
+//! and answer names.
+
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+
+use kuasar_runv_test_harness::{Bundle, Netns, SHORT, World, wait_until};
+
+/// A namespace with `eth0`, whose other end is in the second.
+fn wire(world: &World) -> (Netns, Netns) {
+    let (inner, outer) = (Netns::new(world, "in"), Netns::new(world, "out"));
+    inner.connect("eth0", &["10.77.0.2/24", "fd77::2/64"], &outer, "veth0");
+    outer.address("veth0", &["10.77.0.1/24", "fd77::1/64"]);
+    (inner, outer)
+}
+
+fn bundle(world: &World, inner: &Netns, script: &str) -> Bundle {
+    world.bundle().sh(script).network(&inner.path())
+}
+
+/// Connects in a namespace.
+fn connect(from: &Netns, to: &str) -> io::Result<TcpStream> {
+    let to: SocketAddr = to.parse().unwrap();
+    from.enter(|| {
+        let stream = TcpStream::connect_timeout(&to, SHORT)?;
+        stream.set_read_timeout(Some(SHORT))?;
+        stream.set_write_timeout(Some(SHORT))?;
+        Ok(stream)
+    })
+}
+
+fn wait_for_port(from: &Netns, to: &str) {
+    wait_until(&format!("{to} is listened on"), SHORT, || {
+        connect(from, to).is_ok()
+    });
+}
+
+/// Sends bytes and takes them back.
+fn echo(from: &Netns, to: &str, bytes: usize) {
+    let mut stream = connect(from, to).unwrap();
+    let data: Vec<u8> = (0..bytes).map(|n| (n % 251) as u8).collect();
+    let mut writer = stream.try_clone().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            writer.write_all(&data).unwrap();
+            writer.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back).unwrap();
+        assert!(back == data, "{} of {bytes} bytes", back.len());
+    });
+}
+
+fn is_refused(from: &Netns, to: &str) -> bool {
+    matches!(connect(from, to), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+#[test]
+fn a_server_is_reached_at_localhost_of_its_namespace() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let container = world.start(&bundle(&world, &inner, "").probe("echo"), "c");
+    container.wait_for_output("listening");
+    for to in ["127.0.0.1:80", "[::1]:80"] {
+        wait_for_port(&inner, to);
+        // More than any buffer on the way.
+        echo(&inner, to, 3_000_000);
+    }
+    std::thread::scope(|scope| {
+        for _ in 0..20 {
+            scope.spawn(|| echo(&inner, "127.0.0.1:80", 10_000));
+        }
+    });
+    assert!(is_refused(&inner, "127.0.0.1:81"));
+    let mut open = connect(&inner, "127.0.0.1:80").unwrap();
+    let _ = container.delete_force().ok();
+    wait_until("nobody listens any more", SHORT, || {
+        is_refused(&inner, "127.0.0.1:80")
+    });
+    // It has ended with its server, in one way or the other.
+    assert!(matches!(open.read(&mut [0]), Ok(0) | Err(_)));
+}
+
+/// Also one that is started later.
+#[test]
+fn ports_come_and_go_with_their_servers() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let container = world.start(&bundle(&world, &inner, "echo up; sleep 1000"), "c");
+    container.wait_for_output("up");
+    for round in 0..2 {
+        assert!(is_refused(&inner, "127.0.0.1:8080"));
+        std::thread::scope(|scope| {
+            let server = scope.spawn(|| {
+                let script = format!("echo hello {round} | nc -l -p 8080");
+                container.exec_sh(&[], &script).ok()
+            });
+            let mut said = String::new();
+            wait_until("somebody says hello", SHORT, || {
+                let answer = connect(&inner, "127.0.0.1:8080")
+                    .and_then(|mut stream| stream.read_to_string(&mut said));
+                answer.is_ok() && !said.is_empty()
+            });
+            assert_eq!(said, format!("hello {round}\n"));
+            let _ = server.join().unwrap();
+        });
+        wait_until("nobody listens any more", SHORT, || {
+            is_refused(&inner, "127.0.0.1:8080")
+        });
+    }
+}
+
+/// As docker's, which is not in the container.
+#[test]
+fn a_name_server_of_the_namespace_serves_the_container() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
+    let script = "nslookup some.name 127.0.0.11
+        printf '\\0\\032\\1\\2\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\4some\\3org\\0\\0\\1\\0\\1' |
+            nc 127.0.0.11 53 | od -An -tu1 | tr -s ' \\n' ' '
+        echo done";
+    let out = world.run(&bundle(&world, &inner, script), "c").ok();
+    assert!(
+        out.stdout().contains("Address: 192.0.2.7"),
+        "{}",
+        out.stdout()
+    );
+    assert!(out.stdout().contains(" 192 0 2 7"), "{}", out.stdout());
+}

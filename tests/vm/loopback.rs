@@ -1,0 +1,152 @@
+//! The loopback interface of a container's network namespace: what only a machine of
+//! its own has to do for it. What runc does as well is in tests/oci.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream, UdpSocket};
+
+use kuasar_runv_test_harness::{Bundle, Container, Netns, SHORT, World, wait_until};
+
+use crate::victims::{self, Victim};
+
+/// A namespace with `eth0`, whose other end is in the second.
+fn wire(world: &World) -> (Netns, Netns) {
+    let (inner, outer) = (Netns::new(world, "in"), Netns::new(world, "out"));
+    inner.connect("eth0", &["10.77.0.2/24"], &outer, "veth0");
+    outer.address("veth0", &["10.77.0.1/24"]);
+    (inner, outer)
+}
+
+fn server(world: &World, inner: &Netns) -> Bundle {
+    world.bundle().sh("").network(&inner.path()).probe("echo")
+}
+
+fn resolves(container: &Container<'_>) -> bool {
+    let out = container.exec_sh(&[], "nslookup some.name 127.0.0.11");
+    out.stdout().contains("192.0.2.7")
+}
+
+/// It comes with a network that the container is connected to later, and does not take
+/// the port from a server in the container.
+#[test]
+fn a_name_server_may_come_later() {
+    let world = World::new();
+    let (inner, outer) = wire(&world);
+    let container = world.start(&server(&world, &inner), "c");
+    container.wait_for_output("listening");
+    assert!(!resolves(&container));
+    inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
+    inner.connect("eth1", &["10.78.0.2/24"], &outer, "veth1");
+    wait_until("names are answered", SHORT, || resolves(&container));
+    // The container's own server still has the port.
+    let own = outer.enter(|| {
+        let socket = UdpSocket::bind("10.77.0.1:0").unwrap();
+        socket.set_read_timeout(Some(SHORT)).unwrap();
+        socket.send_to(b"mine", "10.77.0.2:53").unwrap();
+        let mut buffer = [0; 10];
+        let (len, _) = socket.recv_from(&mut buffer).unwrap();
+        buffer[..len].to_vec()
+    });
+    assert_eq!(own, b"mine");
+}
+
+/// What it asks others for goes past the machine, as docker's does that has to ask the
+/// name servers of the host.
+#[test]
+fn a_name_server_can_ask_others() {
+    let world = World::new();
+    let (inner, outer) = wire(&world);
+    outer.name_server(Ipv4Addr::new(10, 77, 0, 1));
+    let question =
+        *b"\x01\x02\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04some\x03org\x00\x00\x01\x00\x01";
+    let ask = || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(SHORT)).unwrap();
+        socket.connect("10.77.0.1:53").unwrap();
+        socket.send(&question).unwrap();
+        let mut answer = [0; 512];
+        let len = socket.recv(&mut answer).unwrap();
+        answer[..len].ends_with(&[192, 0, 2, 7])
+    };
+    inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
+    let container = world.start(&server(&world, &inner), "c");
+    container.wait_for_output("listening");
+    assert!(inner.enter(ask));
+    // The container asks for itself as before.
+    let out = container.exec_sh(&[], "nslookup some.name 10.77.0.1").ok();
+    assert!(out.stdout().contains("192.0.2.7"), "{}", out.stdout());
+    let _ = container.delete_force().ok();
+    assert!(!inner.has_filters("eth0"));
+}
+
+/// An open connection has threads too.
+#[test]
+fn its_threads_may_only_listen() {
+    const NET_BIND_SERVICE: u64 = 1 << 10;
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
+    let container = world.start(&server(&world, &inner), "c");
+    container.wait_for_output("listening");
+    let connect = || inner.enter(|| TcpStream::connect("127.0.0.1:80"));
+    let mut open = None;
+    wait_until("the port is listened on", SHORT, || {
+        open = connect().ok();
+        open.is_some()
+    });
+    let sandboxer = victims::the(&world, Victim::Sandboxer);
+    let mut all = Vec::new();
+    wait_until("there are all threads", SHORT, || {
+        let threads = victims::threads(sandboxer).into_iter();
+        all = threads
+            .filter(|(name, _)| ["loopback", "resolver"].contains(&name.as_str()))
+            .collect();
+        all.len() == 3
+    });
+    let expected = [
+        ("loopback", 0),
+        ("loopback", NET_BIND_SERVICE),
+        ("resolver", 0),
+    ];
+    assert_eq!(all, expected.map(|(name, caps)| (name.to_owned(), caps)));
+}
+
+/// As many as there may be; the others wait.
+#[test]
+fn connections_have_a_bound() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let container = world.start(&server(&world, &inner), "c");
+    container.wait_for_output("listening");
+    let connect = || inner.enter(|| TcpStream::connect("127.0.0.1:80"));
+    let mut open = Vec::new();
+    wait_until("the port is listened on", SHORT, || {
+        open.extend(connect().ok());
+        !open.is_empty()
+    });
+    while open.len() < 150 {
+        open.push(connect().unwrap());
+    }
+    let sandboxer = victims::the(&world, Victim::Sandboxer);
+    let threads = || {
+        let threads = victims::threads(sandboxer);
+        threads
+            .iter()
+            .filter(|(name, _)| name == "loopback")
+            .count()
+    };
+    // One listens.
+    wait_until("all threads there may be", SHORT, || threads() == 129);
+    drop(open);
+    wait_until("the others have had their turn", SHORT, || threads() == 1);
+    echo(&inner);
+}
+
+/// Something there and back.
+fn echo(inner: &Netns) {
+    let mut stream = inner.enter(|| TcpStream::connect("127.0.0.1:80")).unwrap();
+    stream.set_read_timeout(Some(SHORT)).unwrap();
+    stream.write_all(b"hello").unwrap();
+    let mut back = [0; 5];
+    stream.read_exact(&mut back).unwrap();
+    assert_eq!(back, *b"hello");
+}
