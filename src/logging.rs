@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use clap::ValueEnum;
+use kuasar_runv_protocol::words::words;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use serde_json::json;
 
@@ -35,7 +36,7 @@ pub fn init(file: Option<&Path>, format: Format, debug: bool) -> io::Result<()> 
     let file = match file {
         None => None,
         Some(path) => Some(Mutex::new(open(path).map_err(|e| {
-            io::Error::new(e.kind(), format!("opening the log {}: {e}", path.display()))
+            io::Error::new(e.kind(), format!("open {}: {}", path.display(), words(&e)))
         })?)),
     };
     let level = if debug {

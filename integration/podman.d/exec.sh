@@ -67,3 +67,11 @@ case_attach_to_running() {
   (timeout 10 podman attach --no-stdin --sig-proxy=false "$C" || true) | head -n 2 >"$W/out"
   contains "$(cat "$W/out")" tick
 }
+
+case_exec_preserves_descriptors() {
+  up
+  equal 'in a pipe' "$(echo 'in a pipe' | p exec --preserve-fds 1 "$C" cat /proc/self/fd/3 3<&0 </dev/null)"
+  equal out "$(p exec --preserve-fds 2 "$C" sh -c 'echo out >&4' 3</dev/null 4>&1 >/dev/null)"
+  echo 'in a file' >"$W/in"
+  equal 'in a file' "$(p exec --preserve-fds 1 "$C" sh -c 'cat <&3' 3<"$W/in")"
+}

@@ -88,3 +88,7 @@ case_run_several_at_once() {
   done
   for i in 1 2 3 4; do wait -n || fail 'one of them failed'; done
 }
+
+case_run_preserves_descriptors() {
+  equal 'in a pipe' "$(echo 'in a pipe' | run --preserve-fds 1 "$IMAGE" sh -c 'cat <&3' 3<&0 </dev/null)"
+}

@@ -10,6 +10,7 @@ mod env;
 mod events;
 mod exec;
 mod features;
+mod go_flags;
 mod kill;
 mod list;
 mod man;
@@ -24,10 +25,11 @@ mod state;
 mod update;
 mod values;
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::logging::{self, Format};
 use crate::root::Root;
@@ -45,6 +47,8 @@ pub const OCI_VERSION: &str = "1.2.0";
     name = "kuasar-runv",
     version = version_text(),
     disable_version_flag = true,
+    // As with runc, the last one counts.
+    args_override_self = true,
     max_term_width = 100,
     after_help = "Example: run a bundle (a directory with config.json and rootfs/)\n    \
                   kuasar-runv spec --bundle mybundle\n    \
@@ -76,21 +80,14 @@ struct Global {
     #[arg(long)]
     systemd_cgroup: bool,
     /// Accepted for compatibility with runc: true, false or auto
-    #[arg(long, value_name = "MODE", value_enum, default_value_t = Rootless::Auto)]
-    rootless: Rootless,
+    #[arg(long, value_name = "MODE", default_value = "auto", value_parser = values::rootless)]
+    rootless: String,
     /// Accepted for compatibility with runc
     #[arg(long, value_name = "FILE", hide = true)]
     criu: Option<PathBuf>,
     /// Print the version
     #[arg(long, short = 'v', action = clap::ArgAction::Version)]
     version: Option<bool>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Rootless {
-    True,
-    False,
-    Auto,
 }
 
 #[derive(Subcommand)]
@@ -157,11 +154,21 @@ const UNKNOWN_COMMAND: u8 = 3;
 /// Runs the command line and returns the exit code.
 pub fn run() -> u8 {
     inherited::note();
-    let cli = match Cli::try_parse() {
+    // Built once: that is a good part of what a short command does.
+    let mut command = Cli::command();
+    let args = go_flags::translated(std::env::args_os(), &command);
+    let parsed = command
+        .try_get_matches_from_mut(&args)
+        .and_then(|matches| Cli::from_arg_matches(&matches))
+        .map_err(|e| e.format(&mut command));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
             // To a closed pipe there is nothing more to say.
             let _ = e.print();
+            if e.use_stderr() {
+                log_usage_error(&args, &e);
+            }
             return match e.kind() {
                 _ if !e.use_stderr() => 0,
                 clap::error::ErrorKind::InvalidSubcommand => UNKNOWN_COMMAND,
@@ -173,7 +180,9 @@ pub fn run() -> u8 {
     // Accepted and without meaning here: a VM runs with what rights the user has.
     let _ = (global.rootless, global.criu);
     if let Err(e) = logging::init(global.log.as_deref(), global.log_format, global.debug) {
-        let _ = writeln!(io::stderr(), "{e}");
+        // Without a file it cannot fail.
+        let _ = logging::init(None, global.log_format, global.debug);
+        logging::fatal(&e.to_string());
         return 1;
     }
     let context = Context {
@@ -213,6 +222,26 @@ pub fn run() -> u8 {
     }
 }
 
+/// Puts what is wrong with the command line into the log, if it names one: that is
+/// where engines look for the reason why a command failed.
+fn log_usage_error(args: &[OsString], error: &clap::Error) {
+    let Ok(matches) = Cli::command()
+        .ignore_errors(true)
+        .try_get_matches_from(args)
+    else {
+        return;
+    };
+    let Some(path) = matches.get_one::<PathBuf>("log") else {
+        return;
+    };
+    let format = matches.get_one("log_format").copied();
+    if logging::init(Some(path), format.unwrap_or(Format::Text), false).is_ok() {
+        let text = error.to_string();
+        let line = text.lines().next().unwrap_or_default();
+        log::error!("{}", line.strip_prefix("error: ").unwrap_or(line));
+    }
+}
+
 /// What `--version` prints; docker reads the first two lines.
 fn version_text() -> &'static str {
     concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0")
@@ -232,7 +261,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
         Cli::command().debug_assert();
         assert!(version_text().ends_with(OCI_VERSION));
     }
@@ -240,7 +268,6 @@ mod tests {
     /// Who asks for help wants to see how it is done.
     #[test]
     fn every_command_has_an_example_and_help_for_every_argument() {
-        use clap::CommandFactory;
         for command in Cli::command().get_subcommands() {
             let name = command.get_name();
             let after = command.get_after_help().map(ToString::to_string);

@@ -50,6 +50,17 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         .map_err(|_| invalid())
 }
 
+/// What runc takes for `--rootless`.
+///
+/// # Errors
+/// A text for the user.
+pub fn rootless(text: &str) -> Result<String, String> {
+    match text == "auto" || super::go_flags::boolean(text).is_some() {
+        true => Ok(text.to_owned()),
+        false => Err("neither a boolean value nor auto".to_owned()),
+    }
+}
+
 /// Bytes, with a unit of a power of 1024 if any: `512m`, `1.5GiB`; -1 is no limit.
 ///
 /// # Errors

@@ -4,14 +4,14 @@
 //! a step that fails removes it all through the same path as `delete --force`.
 //! While the VM boots, everything the host has to do is done.
 
-use std::borrow::Cow;
-use std::fs;
+mod created;
+mod in_guest;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kuasar_runv_protocol::agent::{CreateContainerRequest, NamespaceJoin};
 use kuasar_runv_protocol::hook;
 use kuasar_runv_protocol::namespace::Kind;
 use nix::pty::Winsize;
@@ -21,31 +21,30 @@ use super::bundle::Bundle;
 use super::cgroup::limits::Holds;
 use super::cgroup::systemd::{Placeholder, Scope};
 use super::console::Console;
-use super::guest_spec::{self, Bind, GuestSpec, ROOTFS};
+use super::guest_spec::{self, Bind, GuestSpec};
 use super::hooks::{self, Hooks};
 use super::membership::{self, Membership};
 use super::mount_options::Depth;
-use super::pod::{self, Unreachable};
+use super::pod;
 use super::preserved::Preserved;
 use super::resources::Resources;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
 use super::{
-    Error, cgroup, check_id, context, delete, execs, guest_volumes, host_mounts, net_devices,
-    network, size,
+    Error, cgroup, check_id, context, execs, guest_volumes, host_mounts, net_devices, size,
 };
-use crate::agent_client::streams::{self, Wanted};
-use crate::agent_client::{self, Agent};
 use crate::config::Config;
 use crate::root::{self, Root};
+use crate::sandbox::Sandbox;
 use crate::sandbox::control::monotonic_us;
-use crate::sandbox::{Guest, Sandbox};
 use crate::standin::spawn::{self, Plan, StandIn, Volume};
-use crate::standin::{ATTACHED, HAS_STDERR, HAS_STDIN, HAS_STDOUT, TERMINAL};
 use crate::sys::interrupt::Interrupt;
-use crate::sys::lock::DirLock;
 use crate::sys::mount as mounts;
 use crate::sys::process::ProcessRef;
+pub use created::Created;
+use created::Undo;
+use in_guest::{attach, create_in_guest, share};
+pub(super) use in_guest::{stream_flags, wanted_streams};
 
 /// The sandboxer reports a boot that takes too long; this is for a sandboxer
 /// that does not even do that.
@@ -65,119 +64,6 @@ pub struct Options {
     pub foreground: bool,
     pub systemd_cgroup: bool,
     pub debug: bool,
-}
-
-/// A created container, still locked. Unless [`keep`](Created::keep) is called,
-/// dropping it removes the container.
-pub struct Created {
-    pub agent: Agent,
-    /// Where the container's terminal is to be shown, if it has one and the
-    /// caller stays.
-    pub terminal: Option<CallersTerminal>,
-    record: ContainerRecord,
-    root: Root,
-    sandbox: Sandbox,
-    standin: StandIn,
-    standin_ref: ProcessRef,
-    undo: Undo,
-    // Behind `undo`: who is interrupted cleans up first.
-    interrupt: Interrupt,
-}
-
-impl Created {
-    /// Lets the container outlive this process.
-    ///
-    /// # Errors
-    /// When its processes have ended meanwhile, or this one was interrupted.
-    pub fn keep(self) -> Result<(), Error> {
-        self.check_interrupted()?;
-        self.keep_attached().map(drop)
-    }
-
-    /// # Errors
-    /// When a signal asked this process to give up.
-    pub fn check_interrupted(&self) -> Result<(), Error> {
-        match self.interrupt.has_come() {
-            true => Err(Error::Interrupted),
-            false => Ok(()),
-        }
-    }
-
-    /// Lets the container outlive this process, even when a signal has come: once
-    /// the program runs, the signals are meant for it. A stand-in with a terminal
-    /// ends its use of this process's terminal when the value is dropped.
-    ///
-    /// # Errors
-    /// When its processes have ended meanwhile.
-    pub fn keep_attached(self) -> Result<StandIn, Error> {
-        self.sandbox.commit()?;
-        self.standin.commit()?;
-        self.undo.disarm();
-        // What comes now comes too late: the container exists.
-        self.interrupt.ignore();
-        Ok(self.standin)
-    }
-
-    /// Gives the container its network; before its program starts.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn connect_network(&self) -> Result<(), Error> {
-        network::connect(&self.sandbox, &self.record)
-    }
-
-    /// Runs the hooks that follow the start of the program.
-    ///
-    /// # Errors
-    /// Of the first that fails; the container is to be dropped then.
-    pub fn poststart(&self) -> Result<(), Error> {
-        let state = hooks::State::of(&self.record, Status::Running);
-        hooks::run(&self.record.hooks.poststart, &state, None, None).map_err(Error::Hook)
-    }
-
-    #[must_use]
-    pub fn standin(&self) -> ProcessRef {
-        self.standin_ref
-    }
-
-    /// Writes how far it got to the record.
-    ///
-    /// # Errors
-    /// See [`Error`].
-    pub fn record_phase(&mut self, phase: Phase) -> Result<(), Error> {
-        self.record.phase = phase;
-        Ok(self.record.write(&self.root)?)
-    }
-}
-
-/// Removes a half-made container when dropped.
-struct Undo {
-    root: Root,
-    id: String,
-    pid_file: Option<PathBuf>,
-    armed: bool,
-    _lock: DirLock,
-}
-
-impl Undo {
-    fn disarm(mut self) {
-        self.armed = false;
-    }
-}
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        if !self.armed {
-            return;
-        }
-        if let Some(path) = &self.pid_file {
-            // It may not have been written yet.
-            let _ = fs::remove_file(path);
-        }
-        if let Err(e) = delete::destroy(&self.root, &self.id, Unreachable::IsLeftBehind) {
-            log::warn!("cleaning up after a failed create: {e}");
-        }
-    }
 }
 
 /// Creates a container.
@@ -275,11 +161,18 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     if let (Some(console), Some(socket)) = (console, &options.console_socket) {
         console
             .send(socket)
-            .map_err(context(format!("console socket {}", socket.display())))?;
+            .map_err(|source| Error::ConsoleSocket {
+                path: socket.clone(),
+                source,
+            })?;
     }
     if let Some(path) = &options.pid_file {
-        crate::sys::atomic_file::write(path, standin.pid.to_string().as_bytes(), 0o644)
-            .map_err(context(format!("writing the pid file {}", path.display())))?;
+        crate::sys::atomic_file::write(path, standin.pid.to_string().as_bytes(), 0o644).map_err(
+            |source| Error::PidFile {
+                path: path.clone(),
+                source,
+            },
+        )?;
     }
     let mut created = Created {
         agent,
@@ -406,13 +299,7 @@ fn begin(
     record.network_path.clone_from(&membership.adopted_network);
     record.hooks = hooks.late.clone();
     record.resources = Resources::of_config(&bundle.json).map_err(super::bundle::Error::Json)?;
-    let undo = Undo {
-        root: root.clone(),
-        id: options.id.clone(),
-        pid_file: options.pid_file.clone(),
-        armed: true,
-        _lock: lock,
-    };
+    let undo = Undo::new(root, &options.id, options.pid_file.as_deref(), lock);
     record.write(root)?;
     execs::prepare(root, &options.id)?;
     Ok((record, undo))
@@ -538,137 +425,6 @@ fn clone_bind(bind: &Bind) -> Result<OwnedFd, Error> {
         mounts::set_read_only(tree.as_fd(), depth == Depth::All).map_err(failed())?;
     }
     Ok(tree)
-}
-
-/// Puts rootfs and volumes into the pod's shared directory.
-fn share(
-    sandbox: &Sandbox,
-    options: &Options,
-    bundle: &Bundle,
-    guest: &GuestSpec,
-) -> Result<(), Error> {
-    sandbox.share(&options.id, ROOTFS, clone_rootfs(bundle)?.as_fd())?;
-    for bind in guest.binds.iter().filter(|bind| bind.is_shared) {
-        let (tree, writes) = (clone_bind(bind)?, bind.read_only.is_none());
-        sandbox.share_volume(&options.id, &bind.volume, writes, tree.as_fd())?;
-    }
-    Ok(())
-}
-
-/// Lets the agent create the container; the streams are for its stand-in.
-fn create_in_guest(
-    sandbox: &Sandbox,
-    options: &Options,
-    parts: &Parts<'_>,
-) -> Result<(Agent, Vec<OwnedFd>), Error> {
-    let Parts {
-        bundle,
-        guest,
-        membership,
-        preserved,
-        ..
-    } = *parts;
-    let terminal = has_terminal(bundle);
-    let wanted = wanted_streams(terminal).with_preserved(&preserved.relayed());
-    let mut config = Cow::Borrowed(&guest.json);
-    if !guest.volumes.is_empty() {
-        guest_volumes::make(sandbox, &options.id, &guest.volumes, config.to_mut())?;
-    }
-    let request = CreateContainerRequest {
-        container_id: options.id.clone(),
-        spec_json: config.to_string().into_bytes(),
-        stdin: wanted.stdin,
-        stdout: wanted.stdout,
-        stderr: wanted.stderr,
-        no_pivot: options.no_pivot,
-        no_new_keyring: options.no_new_keyring,
-        plain_newlines: terminal && options.foreground,
-        preserved: preserved.wanted(&options.id, ""),
-        joins: joins(membership),
-        shared_memory: guest.shared_memory.clone(),
-        ..Default::default()
-    };
-    let _files = preserved.share(sandbox, &options.id, "")?;
-    let mut created = ask_to_create(sandbox.guest(), &request, wanted);
-    if matches!(&created, Err(Error::Agent(e)) if e.is_already_there()) {
-        // Left behind by one that was deleted while the guest did not answer. The
-        // streams go with it.
-        pod::remove_from_guest(sandbox, &options.id)?;
-        created = ask_to_create(sandbox.guest(), &request, wanted);
-    }
-    created.map_err(|e| match e {
-        Error::Agent(agent_client::Error::Refused { message, .. }) => Error::Process(message),
-        other => other,
-    })
-}
-
-fn ask_to_create(
-    guest: &Guest,
-    request: &CreateContainerRequest,
-    wanted: Wanted,
-) -> Result<(Agent, Vec<OwnedFd>), Error> {
-    // All connections at once; the agent waits for what belongs together.
-    let agent = guest.start_agent()?;
-    let opening = guest.start_streams(&request.container_id, "", wanted)?;
-    let agent = guest.finish_agent(agent)?;
-    agent.create_container(request).map_err(Error::Agent)?;
-    Ok((agent, guest.finish_streams(opening)?))
-}
-
-/// Gives the streams to the stand-in.
-fn attach(
-    standin: &StandIn,
-    options: &Options,
-    parts: &Parts<'_>,
-    streams: &[OwnedFd],
-) -> Result<(), Error> {
-    let terminal = has_terminal(parts.bundle);
-    let mut flags = stream_flags(wanted_streams(terminal), terminal);
-    if options.foreground {
-        flags |= ATTACHED;
-    }
-    Ok(standin.attach(flags, streams, parts.preserved.relays())?)
-}
-
-fn joins(membership: &Membership) -> Vec<NamespaceJoin> {
-    let join = |(kind, id): (&Kind, &String)| NamespaceJoin {
-        type_: kind.name().to_owned(),
-        container_id: id.clone(),
-        ..Default::default()
-    };
-    membership.joins.iter().map(join).collect()
-}
-
-pub(super) fn wanted_streams(terminal: bool) -> Wanted {
-    if terminal {
-        return Wanted {
-            stdin: true,
-            stdout: true,
-            stderr: false,
-            preserved: 0,
-        };
-    }
-    Wanted {
-        stdin: streams::leads_somewhere(rustix::stdio::stdin()),
-        stdout: streams::leads_somewhere(rustix::stdio::stdout()),
-        stderr: streams::leads_somewhere(rustix::stdio::stderr()),
-        preserved: 0,
-    }
-}
-
-pub(super) fn stream_flags(wanted: Wanted, terminal: bool) -> u8 {
-    let mut flags = 0;
-    for (is_set, flag) in [
-        (wanted.stdin, HAS_STDIN),
-        (wanted.stdout, HAS_STDOUT),
-        (wanted.stderr, HAS_STDERR),
-        (terminal, TERMINAL),
-    ] {
-        if is_set {
-            flags |= flag;
-        }
-    }
-    flags
 }
 
 /// The bundle of a command without `--bundle`: where the caller is.

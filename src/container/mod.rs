@@ -45,6 +45,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kuasar_runv_protocol::words::words;
+
 use crate::root::Root;
 use crate::sys::lock::DirLock;
 
@@ -59,6 +61,8 @@ pub enum Error {
     NotFound,
     #[error("container with given ID already exists")]
     Exists,
+    #[error("container id cannot be empty")]
+    EmptyId,
     #[error("invalid container ID format")]
     InvalidId,
     #[error("container not running")]
@@ -141,6 +145,10 @@ pub enum Error {
     },
     #[error("cgroup {}: {source}", path.display())]
     Cgroup { path: PathBuf, source: io::Error },
+    #[error("dial unix {}: connect: {}", path.display(), words(source))]
+    ConsoleSocket { path: PathBuf, source: io::Error },
+    #[error("open {}: {}", path.display(), words(source))]
+    PidFile { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Preserved(#[from] preserved::Error),
     #[error("interrupted")]
@@ -194,11 +202,14 @@ fn lock(root: &Root, id: &str) -> Result<DirLock, Error> {
 /// Container ids become file names: runc's alphabet, and not `.` or `..`.
 ///
 /// # Errors
-/// [`Error::InvalidId`].
+/// [`Error::EmptyId`], [`Error::InvalidId`].
 pub fn check_id(id: &str) -> Result<(), Error> {
+    if id.is_empty() {
+        return Err(Error::EmptyId);
+    }
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '+' | '-' | '.');
     let fits = id.len() <= kuasar_runv_protocol::stream::MAX_ID_LEN;
-    if id.is_empty() || id == "." || id == ".." || !fits || !id.chars().all(allowed) {
+    if id == "." || id == ".." || !fits || !id.chars().all(allowed) {
         return Err(Error::InvalidId);
     }
     Ok(())
@@ -213,8 +224,8 @@ mod tests {
         for good in ["a", "A_b+c-d.e", "0123456789abcdef", "..."] {
             assert!(check_id(good).is_ok(), "{good}");
         }
+        assert!(matches!(check_id(""), Err(Error::EmptyId)));
         for bad in [
-            "",
             ".",
             "..",
             "a/b",

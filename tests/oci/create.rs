@@ -206,6 +206,9 @@ fn a_pid_file_that_cannot_be_written_fails_create() {
     let call = world.call(["create", "--pid-file"]);
     let call = call.arg(world.path("missing/pid")).arg("--bundle");
     let call = call.arg(bundle.path()).arg(world.id("c"));
-    let _ = call.output().fails_about(1, "no such file or directory");
+    let out = call.output().fails_with(1, "no such file or directory");
+    // runc names the temporary file.
+    let words = format!("open {}/", world.path("missing").display());
+    assert!(out.stderr().contains(&words), "{}", out.stderr());
     world.assert_clean();
 }

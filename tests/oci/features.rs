@@ -120,3 +120,31 @@ fn unknown_commands_and_flags_are_errors() {
         assert_ne!(out.code(), 0, "{args:?}");
     }
 }
+
+/// Go's flag package: one hyphen is as good as two, switches may have a value, the last
+/// of several values counts.
+#[test]
+fn flags_are_read_as_by_go() {
+    let world = World::new();
+    let container = world.start(&world.bundle().sh("sleep 1000"), "c");
+    let id = container.id.as_str();
+    for args in [
+        &["list", "-quiet"][..],
+        &["list", "--quiet=true"],
+        &["list", "-q=1"],
+        &["list", "-format", "table", "-format=json", "--quiet=T"],
+    ] {
+        let out = world.call(args).output().ok();
+        assert_eq!(out.stdout(), format!("{id}\n"), "{args:?}");
+    }
+    let listed = world.call(["-debug=false", "list", "--quiet=false", "-f=json"]);
+    assert!(listed.output().ok().stdout().starts_with('['));
+    // What follows the container is the program's.
+    let out = world.call(["exec", "-cwd", "/tmp", "-env=A=1", id, "sh", "-c"]);
+    let out = out.args(["pwd; echo $A $0", "-tty"]).output().ok();
+    assert_eq!(out.stdout(), "/tmp\n1 -tty\n");
+    let _ = world.call(["kill", "-all=false", id, "KILL"]).output().ok();
+    assert_eq!(container.exit_code(), 137);
+    let _ = world.call(["delete", id, "-force"]).output().ok();
+    world.assert_clean();
+}

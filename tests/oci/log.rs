@@ -105,9 +105,23 @@ fn an_unknown_log_format_is_refused() {
 #[test]
 fn a_log_that_cannot_be_opened_fails_the_call() {
     let world = World::new();
-    let call = world.call(["--log"]).arg(world.path("missing/log"));
-    let _ = call
-        .arg("list")
-        .output()
-        .fails_about(1, "no such file or directory");
+    let path = world.path("missing/log");
+    let call = world.call(["--log"]).arg(&path).arg("list");
+    let words = format!("open {}: no such file or directory", path.display());
+    let _ = call.output().fails_with(1, &words);
+}
+
+/// An engine that passes a flag the runtime does not know shows what is in the log.
+#[test]
+fn what_is_wrong_with_the_command_line_is_in_the_log() {
+    let world = World::new();
+    let call = world.call(["--log-format", "json", "--log"]);
+    let call = call
+        .arg(world.path("log"))
+        .args(["state", "--no-such-flag", "c"]);
+    let _ = call.output().exits_with(1);
+    let entry: Value = serde_json::from_str(&last_line(&world, "log")).unwrap();
+    assert_eq!(entry["level"], "error");
+    let message = entry["msg"].as_str().unwrap();
+    assert!(message.contains("-no-such-flag"), "{message}");
 }

@@ -303,6 +303,27 @@ fn a_namespace_may_have_several_interfaces_of_several_kinds() {
     }
 }
 
+/// A hypervisor may have only so many places for cards.
+#[test]
+fn each_of_many_interfaces_works() {
+    const MANY: usize = 14;
+    let world = World::new();
+    let wire = Wire::bare(&world);
+    for n in 1..=MANY {
+        let (inner, outer) = (format!("net{n}"), format!("veth{n}"));
+        let address = format!("10.80.{n}.2/24");
+        wire.inner.connect(&inner, &[&address], &wire.outer, &outer);
+        wire.outer.address(&outer, &[&format!("10.80.{n}.1/24")]);
+    }
+    let script = format!(
+        "for n in $(seq {MANY}); do
+            ping -q -c 1 -W 5 10.80.$n.1 | grep -q ' 0% packet loss' && echo reached
+        done"
+    );
+    let out = world.run(&wire.bundle(&script), "c").ok();
+    assert_eq!(out.stdout(), "reached\n".repeat(MANY));
+}
+
 #[test]
 fn two_containers_talk_over_a_bridge() {
     let world = World::new();

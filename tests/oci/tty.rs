@@ -161,10 +161,13 @@ fn a_console_socket_that_does_not_exist_fails_create() {
         .bundle()
         .sh("exit 0")
         .with(|c| c["process"]["terminal"] = json!(true));
-    let call = world
-        .call(["create", "--console-socket"])
-        .arg(world.path("missing.sock"));
+    let socket = world.path("missing.sock");
+    let call = world.call(["create", "--console-socket"]).arg(&socket);
     let call = call.arg("--bundle").arg(bundle.path()).arg(world.id("c"));
-    let _ = call.output().fails_about(1, "no such file or directory");
+    let words = format!(
+        "dial unix {}: connect: no such file or directory",
+        socket.display()
+    );
+    let _ = call.output().fails_with(1, &words);
     world.assert_clean();
 }

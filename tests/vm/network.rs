@@ -5,6 +5,7 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
+use std::time::Duration;
 
 use kuasar_runv_test_harness::world::configuration;
 use kuasar_runv_test_harness::{
@@ -270,8 +271,10 @@ fn a_network_outlives_the_container_it_was_made_for() {
 /// processor.
 #[test]
 fn streams_go_both_ways_whoever_moves_the_frames() {
-    const THERE: usize = 3_000_000;
-    const BACK: usize = 2_000_000;
+    const THERE: usize = 1_500_000;
+    const BACK: usize = 1_000_000;
+    /// Nested emulation is slow.
+    const LONG: Duration = Duration::from_secs(120);
     for vhost in ["off", "auto"] {
         let mut world = World::new();
         let text = configuration(Flavour::Source);
@@ -282,7 +285,7 @@ fn streams_go_both_ways_whoever_moves_the_frames() {
         let listener = outer.enter(|| TcpListener::bind("10.77.0.1:7777").unwrap());
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            stream.set_read_timeout(Some(SHORT)).unwrap();
+            stream.set_read_timeout(Some(LONG)).unwrap();
             let mut data = vec![1; THERE];
             stream.read_exact(&mut data).unwrap();
             assert!(data.iter().all(|byte| *byte == 0));
@@ -292,7 +295,9 @@ fn streams_go_both_ways_whoever_moves_the_frames() {
             "echo got=$(head -c {THERE} /dev/zero | nc 10.77.0.1 7777 | wc -c); sleep 1000"
         );
         let container = world.start(&bundle(&world, &inner, &script), "c");
-        container.wait_for_output(&format!("got={BACK}"));
+        wait_until("the streams' ends", LONG, || {
+            container.stdout().contains(&format!("got={BACK}"))
+        });
         server.join().unwrap();
     }
 }

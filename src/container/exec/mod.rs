@@ -131,12 +131,19 @@ pub fn exec(root: &Root, options: &Options) -> Result<Outcome, Error> {
     if let (Some(console), Some(socket)) = (console, &options.console_socket) {
         console
             .send(socket)
-            .map_err(context(format!("console socket {}", socket.display())))?;
+            .map_err(|source| Error::ConsoleSocket {
+                path: socket.clone(),
+                source,
+            })?;
     }
     if let Some(path) = &options.pid_file {
         let pid = standin.process.pid.to_string();
-        crate::sys::atomic_file::write(path, pid.as_bytes(), 0o644)
-            .map_err(context(format!("writing the pid file {}", path.display())))?;
+        crate::sys::atomic_file::write(path, pid.as_bytes(), 0o644).map_err(|source| {
+            Error::PidFile {
+                path: path.clone(),
+                source,
+            }
+        })?;
     }
     let raw = match callers.map(CallersTerminal::raw) {
         Some(raw) => Some(raw.map_err(context("setting the terminal to raw mode"))?),

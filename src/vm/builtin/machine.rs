@@ -65,12 +65,10 @@ impl Board {
         rings: Box<dyn Rings>,
         events: &Arc<Events>,
     ) -> Result<(), kvm_ioctls::Error> {
-        let address = IoEventAddress::Mmio(virtio_address(slot) + QUEUE_NOTIFY);
-        for (number, kick) in events.kicks.iter().enumerate() {
-            // Fewer than 2^16 queues.
-            vm.register_ioevent(kick, &address, number as u32)?;
+        if let Err(e) = wire(vm, slot, events) {
+            unwire(vm, slot, events);
+            return Err(e);
         }
-        vm.register_irqfd(&events.call, VIRTIO_LINES[slot])?;
         lock(&self.slots[slot]).insert(identity, rings);
         Ok(())
     }
@@ -84,19 +82,27 @@ impl Board {
     pub fn is_free(&self, slot: usize) -> bool {
         lock(&self.slots[slot]).is_empty()
     }
+}
 
-    /// Takes the wires of a slot away, which nothing is in any more. What KVM does not
-    /// let go of is reported: it would be in the next device's way.
-    pub fn unwire(&self, vm: &VmFd, slot: usize, events: &Events) {
-        let address = IoEventAddress::Mmio(virtio_address(slot) + QUEUE_NOTIFY);
-        for (number, kick) in events.kicks.iter().enumerate() {
-            // Fewer than 2^16 queues.
-            if let Err(e) = vm.unregister_ioevent(kick, &address, number as u32) {
-                log::warn!("virtio slot {slot}: queue {number}: {e}");
-            }
+fn wire(vm: &VmFd, slot: usize, events: &Events) -> Result<(), kvm_ioctls::Error> {
+    let address = IoEventAddress::Mmio(virtio_address(slot) + QUEUE_NOTIFY);
+    for (number, kick) in events.kicks.iter().enumerate() {
+        // Fewer than 2^16 queues.
+        vm.register_ioevent(kick, &address, number as u32)?;
+    }
+    vm.register_irqfd(&events.call, VIRTIO_LINES[slot])
+}
+
+/// Takes the wires of a slot away, in which nothing is any more.
+pub fn unwire(vm: &VmFd, slot: usize, events: &Events) {
+    let address = IoEventAddress::Mmio(virtio_address(slot) + QUEUE_NOTIFY);
+    for (number, kick) in events.kicks.iter().enumerate() {
+        // Fewer than 2^16 queues.
+        if let Err(e) = vm.unregister_ioevent(kick, &address, number as u32) {
+            log::debug!("virtio slot {slot}: queue {number}: {e}");
         }
-        if let Err(e) = vm.unregister_irqfd(&events.call, VIRTIO_LINES[slot]) {
-            log::warn!("virtio slot {slot}: interrupt: {e}");
-        }
+    }
+    if let Err(e) = vm.unregister_irqfd(&events.call, VIRTIO_LINES[slot]) {
+        log::debug!("virtio slot {slot}: interrupt: {e}");
     }
 }

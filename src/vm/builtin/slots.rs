@@ -16,6 +16,7 @@ use super::BuiltinVm;
 use super::devices::plugged::{BackEnd, Plugged};
 use super::devices::{block, net};
 use super::layout::{BOOT_SLOTS, VIRTIO_SLOTS};
+use super::machine::unwire;
 use super::setup::Machine;
 use super::virtio::rings::Events;
 use crate::vm::devices::vhost_user::Handle;
@@ -124,7 +125,7 @@ impl Slots {
         self.taken.retain(|&slot, taken| {
             let gone = taken.id.is_none() && machine.board.is_free(slot);
             if gone {
-                machine.board.unwire(&machine.vm, slot, &taken.events);
+                unwire(&machine.vm, slot, &taken.events);
             }
             !gone
         });

@@ -69,6 +69,7 @@ impl Balloon {
 
 #[cfg(test)]
 mod tests {
+    use super::super::hostile;
     use super::super::test_ring::TestRing;
     use super::*;
 
@@ -105,5 +106,34 @@ mod tests {
         ring.add(&[(0x20_000, 0x1000, true)]);
         report(&ring, 0);
         assert_eq!(ring.read(0x20_000, 4), b"data");
+    }
+
+    #[test]
+    fn no_sequence_of_chains_ends_it() {
+        let ring = TestRing::new();
+        let balloon = Balloon {
+            file: ring.file.clone(),
+            memory: ring.memory.clone(),
+        };
+        let request = |random: &mut hostile::Random, ring: &mut TestRing| {
+            let buffer = random.buffer();
+            ring.add(&[buffer]);
+        };
+        let mut ring = hostile::drive(ring, 10_000, request, |ring| {
+            balloon
+                .handle(
+                    2,
+                    &[ring.ring.clone(), ring.ring.clone(), ring.ring.clone()],
+                )
+                .unwrap();
+        });
+        ring.add(&[(0x20_000, 0x1000, true)]);
+        balloon
+            .handle(
+                2,
+                &[ring.ring.clone(), ring.ring.clone(), ring.ring.clone()],
+            )
+            .unwrap();
+        assert_eq!(ring.used().len(), 1);
     }
 }

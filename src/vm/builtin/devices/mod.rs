@@ -7,6 +7,8 @@
 mod balloon;
 pub mod block;
 mod buffers;
+#[cfg(test)]
+mod hostile;
 mod more_memory;
 pub mod net;
 pub mod plugged;

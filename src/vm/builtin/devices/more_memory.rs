@@ -224,6 +224,7 @@ impl Plugger {
 
 #[cfg(test)]
 mod tests {
+    use super::super::hostile;
     use super::super::test_ring::TestRing;
     use super::*;
 
@@ -336,5 +337,30 @@ mod tests {
         driver.ring.add_loop();
         driver.work();
         assert_eq!(driver.field(field::PLUGGED_SIZE), 0);
+    }
+
+    #[test]
+    fn no_sequence_of_requests_gets_more_than_was_offered() {
+        let Driver {
+            ring,
+            plugger,
+            start,
+        } = Driver::new();
+        let offered = 16 * BLOCK;
+        plugger.more.offer(offered, &Events::new(1).unwrap());
+        let request = |random: &mut hostile::Random, ring: &mut TestRing| {
+            let kind = random.below(5) as u16;
+            let address = start.wrapping_add(random.number(20).wrapping_mul(BLOCK));
+            ring.write(0x8000, &kind.to_le_bytes());
+            ring.write(0x8008, &address.to_le_bytes());
+            ring.write(0x8010, &(random.number(6) as u16).to_le_bytes());
+            ring.add(&[(0x8000, 24, false), (0x9000, 10, true)]);
+        };
+        let _ = hostile::drive(ring, 20_000, request, |ring| {
+            let rings = std::slice::from_ref(&ring.ring);
+            plugger.handle(0, rings).unwrap();
+            let plugged = lock(&plugger.more.state).plugged_size();
+            assert!(plugged <= offered, "{plugged}");
+        });
     }
 }

@@ -64,6 +64,7 @@ fn random(len: usize) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::hostile;
     use super::super::test_ring::TestRing;
     use super::*;
 
@@ -99,5 +100,23 @@ mod tests {
         let used = ring.used();
         assert_eq!(used[..4], [0, 0, 0, 0]);
         assert!(used[4] <= 4096);
+    }
+
+    #[test]
+    fn no_sequence_of_chains_ends_it() {
+        let ring = TestRing::new();
+        let rng = Rng {
+            memory: ring.memory.clone(),
+        };
+        let request = |random: &mut hostile::Random, ring: &mut TestRing| {
+            let buffer = random.buffer();
+            ring.add(&[buffer]);
+        };
+        let mut ring = hostile::drive(ring, 10_000, request, |ring| {
+            rng.handle(0, std::slice::from_ref(&ring.ring)).unwrap();
+        });
+        ring.add(&[(0x20_000, 0x1000, true)]);
+        rng.handle(0, std::slice::from_ref(&ring.ring)).unwrap();
+        assert_eq!(ring.used().len(), 1);
     }
 }

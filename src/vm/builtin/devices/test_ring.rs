@@ -138,7 +138,7 @@ pub struct TestRing {
     pub memory: ServiceMemory<()>,
     pub ring: ServiceRing<()>,
     queue: TestQueue,
-    _rings: SharedRings<ServiceMemory<()>>,
+    rings: SharedRings<ServiceMemory<()>>,
 }
 
 impl std::ops::Deref for TestRing {
@@ -177,7 +177,17 @@ impl TestRing {
             file,
             memory,
             queue,
-            _rings: rings,
+            rings,
         }
+    }
+
+    /// The driver starts anew.
+    pub fn reset(&mut self) {
+        self.rings.stop();
+        let start = self.queue.start;
+        self.queue = TestQueue::new(self.queue.memory.clone(), start);
+        self.queue.write(start + AVAILABLE, &[0; 4]);
+        self.queue.write(start + USED, &[0; 4]);
+        assert!(self.rings.start(1 << 32, &[self.queue.setup()]));
     }
 }

@@ -2,6 +2,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use super::super::hostile;
 use super::super::test_ring::TestRing;
 use super::*;
 
@@ -26,6 +27,22 @@ fn image(size: u64) -> File {
     file
 }
 
+fn worker(file: &File, read_only: bool, ring: &TestRing) -> Worker {
+    let device = BlockDevice {
+        file: file.try_clone().unwrap().into(),
+        is_device: false,
+        read_only,
+    };
+    let block = Arc::new(Block {
+        disk: RwLock::new(Some(Disk::new(&device).unwrap())),
+        serial: "disk-1".into(),
+    });
+    Worker {
+        block,
+        memory: ring.memory.clone(),
+    }
+}
+
 struct Driver {
     ring: TestRing,
     worker: Worker,
@@ -35,26 +52,13 @@ struct Driver {
 impl Driver {
     fn new(file: &File, read_only: bool) -> Driver {
         let ring = TestRing::new();
-        let device = BlockDevice {
-            file: file.try_clone().unwrap().into(),
-            is_device: false,
-            read_only,
-        };
-        let block = Arc::new(Block {
-            disk: RwLock::new(Some(Disk::new(&device).unwrap())),
-            serial: "disk-1".into(),
-        });
-        let worker = Worker {
-            block,
-            memory: ring.memory.clone(),
-        };
+        let worker = worker(file, read_only, &ring);
         Driver {
             ring,
             worker,
             requests: 0,
         }
     }
-
     fn work(&self) {
         let rings = std::slice::from_ref(&self.ring.ring);
         self.worker.handle(0, rings).unwrap();
@@ -303,4 +307,49 @@ fn a_device_is_made_and_ends_with_its_handles() {
     assert_eq!(identity.features & (feature::RO | writes), feature::RO);
     assert_eq!(plugged.handles.len(), 4);
     assert!(plugged.handles.iter().all(|h| h.failure().is_none()));
+}
+
+#[test]
+fn no_sequence_of_requests_harms_a_disk_beyond_its_file() {
+    let file = image(SIZE);
+    let ring = TestRing::new();
+    let worker = worker(&file, false, &ring);
+    let request = |random: &mut hostile::Random, ring: &mut TestRing| {
+        let kind = match random.below(8) {
+            0 => random.next() as u32,
+            n => [IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, IN][n as usize - 1],
+        };
+        // Several requests share the header, as it suits a hostile driver.
+        ring.write(HEADER, &kind.to_le_bytes());
+        let sector = random.number(SIZE / 512 + 2);
+        ring.write(HEADER + 8, &sector.to_le_bytes());
+        for range in 0..4 {
+            let at = DATA + range * 16;
+            let (start, sectors) = (random.number(140), random.number(64) as u32);
+            ring.write(at, &start.to_le_bytes());
+            ring.write(at + 8, &sectors.to_le_bytes());
+            ring.write(at + 12, &(random.below(3) as u32).to_le_bytes());
+        }
+        let len = [512, 1024, 16, 64, 20, 700][random.below(6) as usize];
+        let mut chain = vec![(HEADER, 16, false), (DATA, len, random.below(2) == 0)];
+        if random.below(4) == 0 {
+            chain.push(random.buffer());
+        }
+        chain.push((STATUS, 1, true));
+        ring.add(&chain);
+    };
+    let ring = hostile::drive(ring, 20_000, request, |ring| {
+        worker.handle(0, std::slice::from_ref(&ring.ring)).unwrap();
+    });
+    assert_eq!(file.metadata().unwrap().len(), SIZE);
+    let mut driver = Driver {
+        ring,
+        worker,
+        requests: 0,
+    };
+    driver.ring.write(DATA, &[9; 512]);
+    assert_eq!(driver.request(OUT, 5, 512), 0);
+    driver.ring.write(DATA, &[0; 512]);
+    assert_eq!(driver.request(IN, 5, 512), 0);
+    assert_eq!(driver.ring.read(DATA, 512), [9; 512]);
 }

@@ -70,7 +70,8 @@ impl Control {
         let features = self.net.features.load(Ordering::Acquire);
         for tap in &self.net.taps {
             if let Err(e) = tap.set_offloads(features & feature::OF_GUEST) {
-                log::warn!("net: offloads: {e}");
+                // A driver can have this as often as it likes, as what follows.
+                log::debug!("net: offloads: {e}");
                 return false;
             }
         }
@@ -91,7 +92,7 @@ impl Control {
             }
             let started = vhost.start(features, setup, kicks, &self.events.call, &tap.file());
             if let Err(e) = started {
-                log::warn!("net: vhost-net: {e}");
+                log::debug!("net: vhost-net: {e}");
                 vhost.stop();
                 return false;
             }
@@ -142,7 +143,7 @@ impl Net {
             match tap.set_active(number < pairs) {
                 // It is in this state already.
                 Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
-                Err(e) => log::warn!("net: queue {number}: {e}"),
+                Err(e) => log::debug!("net: queue {number}: {e}"),
                 Ok(()) => {}
             }
         }
