@@ -29,7 +29,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::logging::{self, Format};
 use crate::root::Root;
@@ -37,6 +37,78 @@ use crate::sys::inherited;
 
 /// Version of the runtime specification that is implemented.
 pub const OCI_VERSION: &str = "1.2.0";
+
+struct Cli {
+    global: Global,
+    command: Command,
+}
+
+impl Parser for Cli {}
+
+impl CommandFactory for Cli {
+    fn command() -> clap::Command {
+        Command::augment_subcommands(without_commands())
+    }
+
+    fn command_for_update() -> clap::Command {
+        Command::augment_subcommands_for_update(without_commands())
+    }
+}
+
+impl FromArgMatches for Cli {
+    fn from_arg_matches(matches: &clap::ArgMatches) -> Result<Cli, clap::Error> {
+        Ok(Cli {
+            global: Global::from_arg_matches(matches)?,
+            command: Command::from_arg_matches(matches)?,
+        })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &clap::ArgMatches) -> Result<(), clap::Error> {
+        self.global.update_from_arg_matches(matches)?;
+        self.command.update_from_arg_matches(matches)
+    }
+}
+
+fn without_commands() -> clap::Command {
+    Global::command()
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+}
+
+/// The commands that engines call.
+const OFTEN: [(&str, fn(clap::Command) -> clap::Command); 14] = [
+    ("create", create::Args::augment_args),
+    ("delete", delete::Args::augment_args),
+    ("events", events::Args::augment_args),
+    ("exec", exec::Args::augment_args),
+    ("features", features::Args::augment_args),
+    ("kill", kill::Args::augment_args),
+    ("list", list::Args::augment_args),
+    ("pause", pause::Args::augment_args),
+    ("ps", ps::Args::augment_args),
+    ("resume", resume::Args::augment_args),
+    ("run", run::Args::augment_args),
+    ("start", start::Args::augment_args),
+    ("state", state::Args::augment_args),
+    ("update", update::Args::augment_args),
+];
+
+/// The command line with nothing but the command of [`OFTEN`] that `args` seem to
+/// mean: to define all of them is a good part of what a short one does. When it does
+/// not take `args`, the whole has to decide.
+fn narrowed(args: &[OsString]) -> Option<clap::Command> {
+    let called = |arg: &OsString| OFTEN.iter().find(|(name, _)| arg == name);
+    let (name, define) = args.iter().skip(1).find_map(called)?;
+    Some(without_commands().subcommand(define(clap::Command::new(*name))))
+}
+
+/// Takes the command line apart, as `command` understands it.
+fn parse(args: &[OsString], command: &mut clap::Command) -> Result<Cli, clap::Error> {
+    let args = go_flags::translated(args.iter().cloned(), command);
+    command
+        .try_get_matches_from_mut(args)
+        .and_then(|matches| Cli::from_arg_matches(&matches))
+}
 
 /// OCI runtime that runs every pod in its own virtual machine.
 ///
@@ -55,14 +127,6 @@ pub const OCI_VERSION: &str = "1.2.0";
                   kuasar-runv run --bundle mybundle mycontainer\n\n\
                   Configuration: /etc/kuasar-runv/config.toml"
 )]
-struct Cli {
-    #[command(flatten)]
-    global: Global,
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(clap::Args)]
 struct Global {
     /// Directory for the state of containers (should be on a tmpfs)
     #[arg(long, value_name = "DIR")]
@@ -154,13 +218,15 @@ const UNKNOWN_COMMAND: u8 = 3;
 /// Runs the command line and returns the exit code.
 pub fn run() -> u8 {
     inherited::note();
-    // Built once: that is a good part of what a short command does.
-    let mut command = Cli::command();
-    let args = go_flags::translated(std::env::args_os(), &command);
-    let parsed = command
-        .try_get_matches_from_mut(&args)
-        .and_then(|matches| Cli::from_arg_matches(&matches))
-        .map_err(|e| e.format(&mut command));
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let quickly = narrowed(&args).and_then(|mut command| parse(&args, &mut command).ok());
+    let parsed = match quickly {
+        Some(cli) => Ok(cli),
+        None => {
+            let mut command = Cli::command();
+            parse(&args, &mut command).map_err(|e| e.format(&mut command))
+        }
+    };
     let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
@@ -279,6 +345,34 @@ mod tests {
                 assert!(argument.get_help().is_some(), "{name} {id}");
             }
         }
+    }
+
+    #[test]
+    fn every_command_of_the_narrowed_line_is_that_of_the_whole() {
+        let whole = Cli::command();
+        let mut narrow = 0;
+        for command in whole.get_subcommands() {
+            let name = command.get_name();
+            let args: Vec<OsString> = vec!["kuasar-runv".into(), name.into()];
+            let Some(narrowed) = narrowed(&args) else {
+                continue;
+            };
+            narrow += 1;
+            narrowed.clone().debug_assert();
+            let other = narrowed.find_subcommand(name).unwrap();
+            let help = |command: &clap::Command| command.clone().render_long_help().to_string();
+            assert_eq!(help(other), help(command));
+        }
+        assert_eq!(narrow, OFTEN.len());
+    }
+
+    #[test]
+    fn a_value_that_is_the_name_of_a_command_does_not_confuse() {
+        let args = ["kuasar-runv", "--root", "state", "list"].map(OsString::from);
+        assert!(parse(&args, &mut narrowed(&args).unwrap()).is_err());
+        let cli = parse(&args, &mut Cli::command()).unwrap();
+        assert!(matches!(cli.command, Command::List(_)));
+        assert_eq!(cli.global.root, Some("state".into()));
     }
 
     #[test]
