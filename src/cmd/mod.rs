@@ -75,8 +75,11 @@ fn without_commands() -> clap::Command {
         .arg_required_else_help(true)
 }
 
+/// Adds a command's flags and examples to its name.
+type Define = fn(clap::Command) -> clap::Command;
+
 /// The commands that engines call.
-const OFTEN: [(&str, fn(clap::Command) -> clap::Command); 14] = [
+const OFTEN: [(&str, Define); 14] = [
     ("create", create::Args::augment_args),
     ("delete", delete::Args::augment_args),
     ("events", events::Args::augment_args),
