@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 
-use kuasar_runv_test_harness::{World, process};
+use kuasar_runv_test_harness::{Bundle, World, process};
 
 /// containerd's shim signals an exec'd process with kill(2), not with the runtime.
 #[test]
@@ -75,32 +75,28 @@ fn pid_1_of_a_container_ignores_what_it_does_not_handle() {
 #[test]
 fn run_in_the_foreground_passes_signals_on() {
     let world = World::new();
-    let bundle = world
-        .bundle()
-        .sh("trap 'echo got TERM; exit 42' TERM; echo ready; while :; do sleep 0.1; done");
-    let mut running = world.run_call(&bundle, "c").stdout_pipe().spawn();
-    let mut stdout = running.stdout.take().unwrap();
-    stdout.read_exact(&mut [0; 6]).unwrap();
-    process::signal(running.pid, libc::SIGTERM).unwrap();
-    let mut rest = String::new();
-    stdout.read_to_string(&mut rest).unwrap();
-    assert_eq!(rest, "got TERM\n");
-    let _ = running.wait().exits_with(42);
+    let bundle = world.bundle().sh(CATCHES_TERM);
+    term_to_run_reaches_the_program(&world, &bundle);
 }
 
 /// Between the start of the program and the moment `run` begins to wait for it.
 #[test]
 fn a_signal_that_comes_early_is_the_programs() {
     let world = World::new();
-    let bundle = world
-        .bundle()
-        .sh("trap 'echo got TERM; exit 42' TERM; echo ready; while :; do sleep 0.1; done")
-        .with(|c| {
-            c["hooks"] = serde_json::json!({
-                "poststart": [{"path": "/bin/sleep", "args": ["sleep", "2"]}],
-            });
+    let bundle = world.bundle().sh(CATCHES_TERM).with(|c| {
+        c["hooks"] = serde_json::json!({
+            "poststart": [{"path": "/bin/sleep", "args": ["sleep", "2"]}],
         });
-    let mut running = world.run_call(&bundle, "c").stdout_pipe().spawn();
+    });
+    term_to_run_reaches_the_program(&world, &bundle);
+}
+
+const CATCHES_TERM: &str =
+    "trap 'echo got TERM; exit 42' TERM; echo ready; while :; do sleep 0.1; done";
+
+/// Of a bundle with [`CATCHES_TERM`].
+fn term_to_run_reaches_the_program(world: &World, bundle: &Bundle) {
+    let mut running = world.run_call(bundle, "c").stdout_pipe().spawn();
     let mut stdout = running.stdout.take().unwrap();
     stdout.read_exact(&mut [0; 6]).unwrap();
     process::signal(running.pid, libc::SIGTERM).unwrap();
