@@ -24,6 +24,8 @@ const MAX_CONNECTIONS: usize = 128;
 /// How often the guest may say something.
 const INTERVAL: Duration = Duration::from_millis(50);
 const STACK_SIZE: usize = 128 * 1024;
+/// After a connection that could not be accepted.
+const RETRY: Duration = Duration::from_millis(100);
 /// Bytes that are read at once.
 const CHUNK: usize = 1024;
 
@@ -204,7 +206,12 @@ fn accept(listener: &TcpListener, port: Port, way: &Way, connections: &Arc<Conne
     let stream = match listener.accept() {
         Ok((stream, _)) => stream,
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-        Err(e) => return log::warn!("accepting a connection to {}: {e}", port.address()),
+        Err(e) => {
+            log::warn!("accepting a connection to {}: {e}", port.address());
+            // EMFILE: the listener stays ready until some have ended.
+            std::thread::sleep(RETRY);
+            return;
+        }
     };
     let way = way.clone();
     let connection = Connection::new(connections);
