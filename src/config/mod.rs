@@ -44,6 +44,7 @@ pub struct Config {
     pub guest: Guest,
     pub vm: Vm,
     pub network: Network,
+    pub template: Template,
     pub timeouts: Timeouts,
 }
 
@@ -205,6 +206,17 @@ impl Network {
     }
 }
 
+/// `[template]`: machines that are saved once and go on many times.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Template {
+    /// Makes machines of a template where one fits. They are booted otherwise.
+    pub enabled: bool,
+    /// Where `kuasar-runv template create` puts them. Only root may write there.
+    #[serde(deserialize_with = "values::absolute_path")]
+    pub dir: PathBuf,
+}
+
 /// `[timeouts]`: longest waits, in seconds, 1 to 86400.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -287,6 +299,7 @@ impl Default for Config {
             guest: Guest::default(),
             vm: Vm::default(),
             network: Network::default(),
+            template: Template::default(),
             timeouts: Timeouts::default(),
         }
     }
@@ -324,6 +337,15 @@ impl Default for Vm {
             max_vcpus: 0,
             max_memory_mib: 0,
             overhead_mib: 128,
+        }
+    }
+}
+
+impl Default for Template {
+    fn default() -> Template {
+        Template {
+            enabled: false,
+            dir: "/var/lib/kuasar-runv/templates".into(),
         }
     }
 }

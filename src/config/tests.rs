@@ -80,7 +80,7 @@ fn an_unknown_key_is_reported_with_its_line_and_the_likely_name() {
     assert_eq!(
         error_of("\n[zebra]\nx = 1\n"),
         "config.toml:2: unknown key \"zebra\", there are console_log, debug, debug_console, \
-         guest, hypervisor, network, qemu, timeouts, vm"
+         guest, hypervisor, network, qemu, template, timeouts, vm"
     );
     assert_eq!(
         load_files("[vm]\nvcpus = 1\n", &[("1.toml", "\nvm.memory = 1\n")]).unwrap_err(),

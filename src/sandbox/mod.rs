@@ -14,6 +14,7 @@ pub mod record;
 pub mod server;
 mod share;
 pub mod size;
+pub mod template;
 mod volumes;
 
 use std::io::{self, Read};

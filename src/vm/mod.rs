@@ -23,6 +23,7 @@ mod log_pump;
 mod process;
 mod qemu;
 pub mod selection;
+pub mod template;
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -71,6 +72,17 @@ pub trait Vm {
     /// No thread, descriptor or socket is to be had; [`Error::NotRunning`] at the
     /// wrong time.
     fn serve(&mut self, back_ends: BackEnds) -> Result<Vec<Served>, Error>;
+
+    /// Whether the machine was made of a template ([`VmConfig::template`]) when it was
+    /// served: its guest waits for an identity of its own.
+    fn is_restored(&self) -> bool;
+
+    /// Saves a machine that was made for that ([`Templates::Make`]) as a new template, and
+    /// returns the template's key. The machine is of no use any more.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], [`Error::Template`], [`Error::NotRunning`].
+    fn save(&mut self, new: &template::New) -> Result<String, Error>;
 
     /// Pid of the hypervisor's process while it has one of its own.
     fn pid(&self) -> Option<i32>;
@@ -139,6 +151,8 @@ pub struct Capabilities {
     pub resize_memory: bool,
     pub attach_block: bool,
     pub attach_net: bool,
+    /// Machines can be saved and made of what was saved.
+    pub templates: bool,
     /// Guest instructions are emulated: everything in the guest takes about ten
     /// times as long, so do the waits for it.
     pub emulated: bool,
@@ -183,6 +197,17 @@ pub struct VmConfig {
     pub console_log: Option<String>,
     /// Lets the kernel print its messages, not only errors.
     pub verbose_console: bool,
+    pub template: Templates,
+}
+
+/// What a machine has to do with templates.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Templates {
+    None,
+    /// It may be made of one of this directory, if one fits, and is booted otherwise.
+    Use { dir: PathBuf },
+    /// It is going to be one; the kernel parameter that tells its agent.
+    Make { parameter: &'static str },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -301,6 +326,8 @@ pub enum Error {
     },
     #[error("{0}")]
     Boot(#[source] builtin::BootError),
+    #[error("template: {0}")]
+    Template(#[from] template::Error),
     #[error("the virtual CPUs did not {operation} within {seconds} s")]
     Unanswered {
         operation: &'static str,

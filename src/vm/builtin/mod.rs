@@ -21,6 +21,7 @@ mod processors;
 mod seccomp;
 mod setup;
 mod slots;
+pub mod snapshot;
 mod vcpu;
 mod virtio;
 
@@ -42,9 +43,14 @@ use self::memory::{MemoryFile, Range};
 use self::processors::{Processors, Report};
 use self::setup::{Machine, Plan};
 use self::slots::Slots;
+use self::snapshot::fit::MadeFor;
+use self::snapshot::format::State;
+use self::snapshot::restore::Restored;
+use self::snapshot::store::{New, Store};
+use self::snapshot::{self as saved, pages};
 use super::log_pump::{LogPump, PERIOD};
 use super::{
-    BackEnds, Capabilities, Device, Error, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
+    BackEnds, Capabilities, Device, Error, Served, Templates, Vm, VmConfig, VmEvent, VmExit, VmSize,
     requirements,
 };
 use crate::config::Config;
@@ -71,6 +77,9 @@ pub struct BuiltinVm {
     slots: Slots,
     /// How the guest gets more memory, and where.
     growth: Option<(Growth, Range)>,
+    /// Memory and purpose of a machine that is to be saved.
+    to_save: Option<(MemoryFile, MadeFor)>,
+    is_restored: bool,
     state: Stage,
     events: VecDeque<VmEvent>,
 }
@@ -118,8 +127,7 @@ impl BuiltinVm {
         if vm.size.vcpus > MAX_VCPUS {
             return Err(Self::unsupported("more than 64 virtual CPUs"));
         }
-        vm.most.vcpus = vm.most.vcpus.clamp(vm.size.vcpus, MAX_VCPUS);
-        vm.most.memory_mib = vm.most.memory_mib.max(vm.size.memory_mib);
+        vm.most = most(&vm);
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| watching(e.into()))?;
         let timer = TimerFd::new(
             ClockId::CLOCK_MONOTONIC,
@@ -137,6 +145,8 @@ impl BuiltinVm {
             reported,
             slots: Slots::default(),
             growth: None,
+            to_save: None,
+            is_restored: false,
             state: Stage::New,
             events: VecDeque::new(),
         };
@@ -284,6 +294,51 @@ impl BuiltinVm {
         Ok(())
     }
 
+    /// The machine of a template, if one fits and can be used.
+    fn of_template(&self) -> Option<Restored> {
+        let Templates::Use { dir } = &self.vm.template else {
+            return None;
+        };
+        let restore = || -> Result<Option<Restored>, saved::Error> {
+            let made_for = MadeFor::now(&self.vm)?;
+            let Some(template) = Store::new(dir).find(&made_for)? else {
+                log::info!("no template in {} fits: booting", dir.display());
+                return Ok(None);
+            };
+            let restored = Restored::new(template)?;
+            log::info!("made of the template {}", made_for.key());
+            Ok(Some(restored))
+        };
+        restore().unwrap_or_else(|e| {
+            log::warn!("booting, because the template cannot be used: {e}");
+            None
+        })
+    }
+
+    fn save_running(&self, machine: &Machine, new: &New) -> Result<String, Error> {
+        let to_save = self.to_save.as_ref();
+        let Some((memory, made_for)) = to_save.and_then(|(m, f)| Some((m.file()?, f))) else {
+            return Err(Error::NotRunning { operation: "save" });
+        };
+        // The devices have stopped with this, so that the memory stays as it is.
+        let machine = machine.save()?;
+        let size = u64::from(self.vm.size.memory_mib) << 20;
+        let path = new.memory();
+        let extents = pages::write(memory, size, &path).map_err(saved::Error::file(&path))?;
+        let since_1970 = std::time::UNIX_EPOCH.elapsed();
+        let state = State {
+            made_for: made_for.clone(),
+            created: since_1970.map_or(0, |time| time.as_secs()),
+            extents,
+            chips: machine.chips,
+            processors: machine.processors,
+            serial: machine.serial,
+            devices: machine.devices,
+        };
+        state.write(&new.state())?;
+        Ok(made_for.key())
+    }
+
     fn processors(&self, operation: &'static str) -> Result<&Processors, Error> {
         match &self.state {
             Stage::Running { machine, .. } => Ok(&machine.processors),
@@ -296,6 +351,15 @@ impl BuiltinVm {
             hypervisor: NAME,
             operation,
         }
+    }
+}
+
+/// What a machine of this configuration may become.
+fn most(vm: &VmConfig) -> VmSize {
+    let VmConfig { size, most, .. } = vm;
+    VmSize {
+        vcpus: most.vcpus.clamp(size.vcpus, MAX_VCPUS.max(size.vcpus)),
+        memory_mib: most.memory_mib.max(size.memory_mib),
     }
 }
 
@@ -318,6 +382,7 @@ impl Vm for BuiltinVm {
             resize_memory: self.vm.most.memory_mib > self.vm.size.memory_mib,
             attach_block: true,
             attach_net: true,
+            templates: true,
             emulated: false,
         }
     }
@@ -347,13 +412,27 @@ impl Vm for BuiltinVm {
         let VmConfig { size, most, .. } = self.vm;
         let bytes = |mib: u32| u64::from(mib) << 20;
         let room = bytes(most.memory_mib - size.memory_mib);
-        let memory = MemoryFile::new(bytes(size.memory_mib), room).map_err(starting)?;
+        let restored = self.of_template();
+        let memory = match &restored {
+            Some(restored) => restored.memory.clone(),
+            None => MemoryFile::new(bytes(size.memory_mib), room).map_err(starting)?,
+        };
         let devices::Started {
             planned,
             served,
             growth,
         } = devices::start(&memory, &self.vm, back_ends)?;
         self.growth = growth.zip(memory.room());
+        if let Some(restored) = restored {
+            let reported = self.reported.try_clone().map_err(starting)?;
+            let machine = Box::new(restored.start(planned, sink, reported)?);
+            self.is_restored = true;
+            self.state = Stage::Running { console, machine };
+            return Ok(served);
+        }
+        if matches!(self.vm.template, Templates::Make { .. }) {
+            self.to_save = Some((memory.clone(), MadeFor::now(&self.vm)?));
+        }
         let plan = Plan {
             config: self.vm.clone(),
             kernel: self.kernel.try_clone().map_err(starting)?,
@@ -375,6 +454,18 @@ impl Vm for BuiltinVm {
             .map_err(starting)?;
         self.state = Stage::Starting { console, machine };
         Ok(served)
+    }
+
+    fn is_restored(&self) -> bool {
+        self.is_restored
+    }
+
+    fn save(&mut self, new: &New) -> Result<String, Error> {
+        self.pause()?;
+        match &self.state {
+            Stage::Running { machine, .. } => self.save_running(machine, new),
+            _ => Err(Error::NotRunning { operation: "save" }),
+        }
     }
 
     fn pid(&self) -> Option<i32> {

@@ -34,6 +34,7 @@ use self::events::on_message;
 use self::hotplug::HotPlug;
 use self::qmp::Qmp;
 use self::resize::Resizing;
+use super::template::New;
 use super::devices::{fs, vsock};
 use super::log_pump::{LogPump, PERIOD};
 use super::process::{FIRST_FD, Process, Spawn};
@@ -383,6 +384,7 @@ impl Vm for QemuVm {
             resize_memory: self.vm.most.memory_mib > self.vm.size.memory_mib,
             attach_block: true,
             attach_net: true,
+            templates: false,
             emulated: matches!(self.accel, Accel::Tcg { .. }),
         }
     }
@@ -408,6 +410,14 @@ impl Vm for QemuVm {
         let fs = fs::spawn(fs, back_ends.shared).map_err(io)?;
         let vsock = vsock::spawn(vsock, back_ends.sockets, back_ends.guest_cid).map_err(io)?;
         Ok(vec![served("vsock", vsock), served("virtio-fs", fs)])
+    }
+
+    fn is_restored(&self) -> bool {
+        false
+    }
+
+    fn save(&mut self, _new: &New) -> Result<String, Error> {
+        Err(unsupported("templates"))
     }
 
     fn pid(&self) -> Option<i32> {

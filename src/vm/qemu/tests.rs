@@ -56,6 +56,7 @@ impl Fixture {
             fs_tag: "tag".into(),
             console_log: Some("console.log".into()),
             verbose_console: false,
+            template: crate::vm::Templates::None,
         };
         QemuVm::new(&self.config, vm, &self.path("cache"))
     }

@@ -301,6 +301,7 @@ mod tests {
             fs_tag: "tag".into(),
             console_log: None,
             verbose_console: false,
+            template: crate::vm::Templates::None,
         };
         let back_ends = BackEnds {
             sockets: directory(&dir),
