@@ -143,7 +143,10 @@ fn table(templates: &[Listed]) -> String {
             Status::Stale => "stale",
             Status::Broken => "broken",
         };
-        let reason = template.reason.as_ref().map(|reason| format!(" ({reason})"));
+        let reason = template
+            .reason
+            .as_ref()
+            .map(|reason| format!(" ({reason})"));
         // Writing to a String cannot fail.
         let _ = writeln!(
             text,
@@ -159,7 +162,9 @@ fn table(templates: &[Listed]) -> String {
 }
 
 fn created(template: &Listed) -> String {
-    let seconds = template.created.and_then(|seconds| i64::try_from(seconds).ok());
+    let seconds = template
+        .created
+        .and_then(|seconds| i64::try_from(seconds).ok());
     let time = seconds.and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
     time.map_or_else(
         || "-".to_owned(),

@@ -205,9 +205,13 @@ pub struct VmConfig {
 pub enum Templates {
     None,
     /// It may be made of one of this directory, if one fits, and is booted otherwise.
-    Use { dir: PathBuf },
+    Use {
+        dir: PathBuf,
+    },
     /// It is going to be one; the kernel parameter that tells its agent.
-    Make { parameter: &'static str },
+    Make {
+        parameter: &'static str,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

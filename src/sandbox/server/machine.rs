@@ -6,8 +6,8 @@ use std::time::Instant;
 use kuasar_runv_protocol::{SHARE_TAG, cmdline};
 
 use super::{DEVICE_GRACE, End, Sandboxer, clock};
-use crate::sandbox::CONSOLE_LOG;
 use crate::config::Config;
+use crate::sandbox::CONSOLE_LOG;
 use crate::sandbox::control::Reply;
 use crate::sandbox::size::{self, Demand};
 use crate::vm::{self, Templates, Vm, VmConfig, VmEvent, VmSize};

@@ -357,7 +357,8 @@ mod tests {
         }
         assert!(one.write_obj(0u64, GuestAddress(HOLE_START)).is_err());
         assert!(one.write_obj(0u64, GuestAddress(7 * GIB)).is_err());
-        let blocks = std::os::unix::fs::MetadataExt::blocks(&file.file().unwrap().metadata().unwrap());
+        let blocks =
+            std::os::unix::fs::MetadataExt::blocks(&file.file().unwrap().metadata().unwrap());
         assert!(blocks <= 3 * 8, "{blocks}");
     }
 

@@ -50,8 +50,8 @@ use self::snapshot::store::{New, Store};
 use self::snapshot::{self as saved, pages};
 use super::log_pump::{LogPump, PERIOD};
 use super::{
-    BackEnds, Capabilities, Device, Error, Served, Templates, Vm, VmConfig, VmEvent, VmExit, VmSize,
-    requirements,
+    BackEnds, Capabilities, Device, Error, Served, Templates, Vm, VmConfig, VmEvent, VmExit,
+    VmSize, requirements,
 };
 use crate::config::Config;
 

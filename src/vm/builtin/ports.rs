@@ -234,7 +234,15 @@ mod tests {
     #[test]
     fn saved_registers_are_those_of_the_ports_that_go_on() {
         let (mut ports, _reader) = ports();
-        for (offset, value) in [(1, 2), (3, 0x83), (0, 12), (1, 34), (3, 3), (4, 11), (7, 99)] {
+        for (offset, value) in [
+            (1, 2),
+            (3, 0x83),
+            (0, 12),
+            (1, 34),
+            (3, 3),
+            (4, 11),
+            (7, 99),
+        ] {
             assert_eq!(ports.write(SERIAL_PORT + offset, &[value]), None);
         }
         let saved = ports.save();

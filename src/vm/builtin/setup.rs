@@ -69,13 +69,10 @@ impl Machine {
     /// # Errors
     /// KVM refuses, or a device cannot be saved.
     pub fn save(&self) -> Result<Saved, snapshot::Error> {
-        let (serial, devices) =
-            self.board
-                .save()
-                .map_err(|e| snapshot::Error::Unsavable {
-                    what: "machine's devices",
-                    reason: e.to_string(),
-                })?;
+        let (serial, devices) = self.board.save().map_err(|e| snapshot::Error::Unsavable {
+            what: "machine's devices",
+            reason: e.to_string(),
+        })?;
         let msrs = processor::msrs(&self.kvm)?;
         let save = |vcpu| processor::save(vcpu, &msrs);
         Ok(Saved {

@@ -163,8 +163,17 @@ impl Host {
         cpuid::adapt(&mut features, 0, 1, deadline);
         let mut sum = crc32fast::Hasher::new();
         for leaf in features.as_slice() {
-            let words = [leaf.function, leaf.index, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx];
-            words.iter().for_each(|word| sum.update(&word.to_le_bytes()));
+            let words = [
+                leaf.function,
+                leaf.index,
+                leaf.eax,
+                leaf.ebx,
+                leaf.ecx,
+                leaf.edx,
+            ];
+            words
+                .iter()
+                .for_each(|word| sum.update(&word.to_le_bytes()));
         }
         let mut registers = crc32fast::Hasher::new();
         for number in processor::msrs(&kvm).map_err(io::Error::other)? {

@@ -92,7 +92,11 @@ impl State {
         let write = || -> io::Result<()> {
             use std::os::unix::fs::OpenOptionsExt;
             let mut options = File::options();
-            let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
+            let mut file = options
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(path)?;
             let (len, sum) = (json.len(), crc32fast::hash(&json));
             writeln!(file, "{MAGIC} {VERSION} {len} {sum:08x}")?;
             file.write_all(&json)?;

@@ -23,7 +23,11 @@ const BLOCK: usize = 64 << 10;
 /// Those of the file system.
 pub fn write(memory: &File, size: u64, path: &Path) -> io::Result<Vec<Extent>> {
     let mut options = File::options();
-    let file = options.write(true).create_new(true).mode(0o600).open(path)?;
+    let file = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
     file.set_len(size)?;
     let mut extents: Vec<Extent> = Vec::new();
     let mut block = vec![0; BLOCK];
@@ -129,11 +133,14 @@ mod tests {
         let merged = merge(many.clone());
         assert!(merged.len() <= MAX_EXTENTS, "{}", merged.len());
         let covers = |e: &Extent| {
-            let inside =
-                |m: &Extent| m.offset <= e.offset && e.offset + e.len <= m.offset + m.len;
+            let inside = |m: &Extent| m.offset <= e.offset && e.offset + e.len <= m.offset + m.len;
             merged.iter().any(inside)
         };
         assert!(many.iter().step_by(1000).all(covers));
-        assert!(merged.windows(2).all(|m| m[0].offset + m[0].len < m[1].offset));
+        assert!(
+            merged
+                .windows(2)
+                .all(|m| m[0].offset + m[0].len < m[1].offset)
+        );
     }
 }

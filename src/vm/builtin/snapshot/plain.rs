@@ -79,7 +79,9 @@ impl<'de, T: Integers> Deserialize<'de> for Plain<T> {
             )));
         }
         // SAFETY: as many bytes as the type has, and any are a value of it.
-        Ok(Plain(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() }))
+        Ok(Plain(unsafe {
+            bytes.as_ptr().cast::<T>().read_unaligned()
+        }))
     }
 }
 

@@ -97,8 +97,11 @@ pub fn restore(vcpu: &VcpuFd, saved: &Processor) -> Result<(), Error> {
     vcpu.set_debug_regs(&saved.debug.0)
         .map_err(e("a CPU's breakpoints"))?;
     vcpu.set_lapic(&saved.lapic.0).map_err(e("a CPU's APIC"))?;
-    let (last, first): (Vec<_>, Vec<_>) =
-        saved.msrs.iter().copied().partition(|msr| msr.0 == TSC_DEADLINE);
+    let (last, first): (Vec<_>, Vec<_>) = saved
+        .msrs
+        .iter()
+        .copied()
+        .partition(|msr| msr.0 == TSC_DEADLINE);
     write_msrs(vcpu, &first)?;
     write_msrs(vcpu, &last)?;
     vcpu.set_vcpu_events(&saved.events.0)

@@ -38,8 +38,8 @@ impl Restored {
         let mapped = memory
             .map()
             .map_err(|e| Error::Misfit(format!("its memory cannot be mapped: {e}")))?;
-        let regions = setup::add_memory(&vm, &mapped, memory.size())
-            .map_err(Error::kvm("adding memory"))?;
+        let regions =
+            setup::add_memory(&vm, &mapped, memory.size()).map_err(Error::kvm("adding memory"))?;
         // All of them before the first gets its state: they have one clock.
         let vcpus = (0..state.processors.len() as u64)
             .map(|number| vm.create_vcpu(number))

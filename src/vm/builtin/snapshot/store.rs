@@ -74,7 +74,13 @@ impl Store {
             Err(e) => return Err(Error::file(&dir)(e)),
             Ok(metadata) => check_owner(&dir, &metadata)?,
         }
-        check_owner(&self.dir, &self.dir.symlink_metadata().map_err(Error::file(&self.dir))?)?;
+        check_owner(
+            &self.dir,
+            &self
+                .dir
+                .symlink_metadata()
+                .map_err(Error::file(&self.dir))?,
+        )?;
         let state = State::read(&dir.join(STATE))?;
         if state.made_for != *made_for {
             return Err(Error::invalid(&dir, "it was made for another machine"));
@@ -165,7 +171,11 @@ fn open_memory(path: &Path, state: &State) -> Result<MemoryFile, Error> {
     let mib = |mib: u32| u64::from(mib) << 20;
     let (size, most) = (state.made_for.size, state.made_for.most);
     if metadata.len() != mib(size.memory_mib) {
-        let what = format!("it has {} bytes, not {}", metadata.len(), mib(size.memory_mib));
+        let what = format!(
+            "it has {} bytes, not {}",
+            metadata.len(),
+            mib(size.memory_mib)
+        );
         return Err(Error::invalid(path, what));
     }
     let room = mib(most.memory_mib.saturating_sub(size.memory_mib));
