@@ -23,6 +23,7 @@ mod pods;
 mod pods_end;
 mod resources;
 mod sizes;
+mod templates;
 mod terminal;
 mod unsupported;
 mod victims;

@@ -360,7 +360,8 @@ fn what_no_driver_can_have_set_up_is_refused() {
     let mut registers = slot(&log);
     drive(&mut registers, FEATURES);
     let saved = registers.save().unwrap().unwrap();
-    let changes: [(fn(&mut SavedDevice), Unfit); 13] = [
+    type Change = fn(&mut SavedDevice);
+    let changes: [(Change, Unfit); 13] = [
         (|s| s.id = 18, Unfit::Device),
         (|s| s.offered |= 2, Unfit::Device),
         (|s| s.queue_sizes[1] = 65, Unfit::Device),
