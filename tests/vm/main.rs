@@ -22,6 +22,7 @@ mod network;
 mod pods;
 mod pods_end;
 mod resources;
+mod served;
 mod sizes;
 mod terminal;
 mod unsupported;

@@ -44,7 +44,7 @@ use self::setup::{Machine, Plan};
 use self::slots::Slots;
 use super::log_pump::{LogPump, PERIOD};
 use super::{
-    BackEnds, Capabilities, Device, Error, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
+    BackEnds, Capabilities, Device, Error, Place, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
     requirements,
 };
 use crate::config::Config;
@@ -451,20 +451,21 @@ impl Vm for BuiltinVm {
         Ok(())
     }
 
-    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
+    fn attach(&mut self, id: &str, device: &Device) -> Result<Place, Error> {
         let operation = "attaching a device";
         self.take_over(self.command_deadline);
         let Stage::Running { machine, .. } = &self.state else {
             return Err(Error::NotRunning { operation });
         };
         let vcpus = self.vm.size.vcpus;
-        let handles = self.slots.attach(machine, vcpus, id, device)?;
+        let deadline = self.command_deadline;
+        let (place, handles) = self.slots.attach(machine, vcpus, id, device, deadline)?;
         for handle in handles {
             let data = epoll::EventData::new_u64(Source::Device as u64);
             let once = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
             epoll::add(&self.epoll, handle, data, once).map_err(|e| watching(e.into()))?;
         }
-        Ok(())
+        Ok(place)
     }
 
     fn detach(&mut self, id: &str) -> Result<(), Error> {

@@ -16,6 +16,7 @@ mod hotplug;
 mod qmp;
 pub mod requirements;
 mod resize;
+mod vhost_user;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -37,7 +38,9 @@ use self::resize::Resizing;
 use super::devices::{fs, vsock};
 use super::log_pump::{LogPump, PERIOD};
 use super::process::{FIRST_FD, Process, Spawn};
-use super::{BackEnds, Capabilities, Device, Error, Served, Vm, VmConfig, VmEvent, VmExit, VmSize};
+use super::{
+    BackEnds, Capabilities, Device, Error, Place, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
+};
 use crate::config::{self, Config};
 use crate::sys::unix_socket;
 
@@ -334,11 +337,11 @@ impl QemuVm {
     }
 
     /// Does something that takes commands and answers.
-    fn with_qmp(
+    fn with_qmp<T>(
         &mut self,
         operation: &'static str,
-        work: impl FnOnce(&mut Qmp, &mut HotPlug, Duration) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+        work: impl FnOnce(&mut Qmp, &mut HotPlug, Duration) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let Some(running) = self.running.as_mut() else {
             return Err(Error::NotRunning { operation });
         };
@@ -474,7 +477,7 @@ impl Vm for QemuVm {
         })
     }
 
-    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
+    fn attach(&mut self, id: &str, device: &Device) -> Result<Place, Error> {
         self.with_qmp("attaching a device", |qmp, hotplug, deadline| {
             hotplug.attach(qmp, id, device, deadline)
         })

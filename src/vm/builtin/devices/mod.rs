@@ -9,12 +9,14 @@ pub mod block;
 mod buffers;
 #[cfg(test)]
 mod hostile;
+mod mailbox;
 mod more_memory;
 pub mod net;
 pub mod plugged;
 mod rng;
 #[cfg(test)]
 mod test_ring;
+pub mod vhost_user;
 
 use std::io;
 use std::os::fd::OwnedFd;
