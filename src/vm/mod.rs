@@ -19,6 +19,7 @@
 mod builtin;
 pub mod detect;
 pub mod devices;
+mod huge_pages;
 mod log_pump;
 mod process;
 mod qemu;
@@ -32,7 +33,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{Config, Console, HugePages};
 
 pub use qemu::requirements;
 use selection::Choice;
@@ -183,6 +184,8 @@ pub struct VmConfig {
     pub console_log: Option<String>,
     /// Lets the kernel print its messages, not only errors.
     pub verbose_console: bool,
+    pub console: Console,
+    pub huge_pages: HugePages,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -319,6 +322,9 @@ pub enum Error {
         wanted: &'static str,
         reason: String,
     },
+    /// The host's are too few, or switched off; the text says what to do.
+    #[error("[vm] hugepages: {0}")]
+    HugePages(String),
     #[error("KVM: {operation}: {}", reason(source))]
     Kvm {
         operation: &'static str,

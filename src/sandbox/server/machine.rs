@@ -168,5 +168,7 @@ pub(super) fn vm_config(config: &SandboxerConfig, size: VmSize, dir: &Path) -> V
         fs_tag: SHARE_TAG.to_owned(),
         console_log: settings.console_log.then(|| CONSOLE_LOG.to_owned()),
         verbose_console: settings.debug,
+        console: settings.vm.console,
+        huge_pages: settings.vm.hugepages,
     }
 }

@@ -71,11 +71,7 @@ impl Slots {
             Device::VhostUser(device) => {
                 vhost_user::plug(&machine.memory, vcpus, id, device, deadline)
             }
-            Device::Vfio { .. } => {
-                return Err(BuiltinVm::unsupported(
-                    "passing a physical device through: set hypervisor = \"qemu\"",
-                ));
-            }
+            Device::Vfio { .. } => return Err(no_vfio()),
         };
         let Plugged {
             planned,
@@ -155,4 +151,31 @@ impl Slots {
 /// the how manieth of this id it is.
 fn place(slot: usize) -> Place {
     Place(format!("{}:{slot:02x}", acpi::VIRTIO_ID))
+}
+
+/// Nothing of it is written: the whole memory of the guest would have to be pinned.
+fn no_vfio() -> Error {
+    BuiltinVm::unsupported(
+        "physical devices in the virtual machine; set hypervisor = \"qemu\", which does",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_needs_a_physical_device_is_told_who_has_them() {
+        let message = no_vfio().to_string();
+        assert_eq!(
+            message,
+            "the hypervisor builtin does not support physical devices in the virtual machine; set \
+             hypervisor = \"qemu\", which does"
+        );
+    }
+
+    #[test]
+    fn places_are_named_as_linux_names_them() {
+        assert_eq!(place(11).0, "LNRO0005:0b");
+    }
 }

@@ -40,6 +40,7 @@ use super::log_pump::{LogPump, PERIOD};
 use super::process::{FIRST_FD, Process, Spawn};
 use super::{
     BackEnds, Capabilities, Device, Error, Place, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
+    huge_pages,
 };
 use crate::config::{self, Config};
 use crate::sys::unix_socket;
@@ -112,6 +113,10 @@ impl QemuVm {
         if matches!(accel, Accel::Tcg { .. }) && config.vm.max_vcpus == 0 {
             vm.most.vcpus = vm.size.vcpus;
         }
+
+        vm.size = vm.huge_pages.round_size(vm.size);
+        vm.most = vm.huge_pages.round_size(vm.most);
+        huge_pages::check(vm.huge_pages, vm.size.memory_mib)?;
 
         let io = |source| Error::Io {
             context: "cannot watch QEMU",
@@ -208,6 +213,8 @@ impl QemuVm {
             console_fd: FIRST_FD + 3,
             kernel_params: &self.vm.kernel_params,
             verbose_console: self.vm.verbose_console,
+            console: self.vm.console,
+            huge_pages: self.vm.huge_pages,
             vsock_socket: VSOCK_SOCKET,
             fs_socket: FS_SOCKET,
             fs_tag: &self.vm.fs_tag,
