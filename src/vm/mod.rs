@@ -19,6 +19,8 @@
 mod builtin;
 pub mod detect;
 pub mod devices;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod huge_pages;
 mod log_pump;
 mod process;

@@ -78,6 +78,12 @@ impl Board {
         Ok(())
     }
 
+    /// Puts a device into a slot that nobody is wired to.
+    #[cfg(any(test, fuzzing))]
+    pub fn insert_unwired(&self, slot: usize, identity: Identity, rings: Box<dyn Rings>) {
+        lock(&self.slots[slot]).insert(identity, rings);
+    }
+
     /// The device of a slot lost what is behind it, and goes as soon as its driver has
     /// given it up.
     pub fn retire(&self, slot: usize) {

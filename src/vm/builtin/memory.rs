@@ -58,6 +58,7 @@ impl MemoryFile {
     ///
     /// # Errors
     /// As memfd_create(2) and ftruncate(2).
+    #[cfg(any(test, fuzzing))]
     pub fn new(size: u64, room: u64) -> io::Result<MemoryFile> {
         MemoryFile::of_pages(size, room, HugePages::Off)
     }

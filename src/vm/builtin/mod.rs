@@ -13,6 +13,9 @@ mod acpi;
 mod boot;
 mod cpuid;
 mod devices;
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub(super) mod fuzzing;
 mod layout;
 mod machine;
 mod memory;
