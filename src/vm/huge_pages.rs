@@ -62,7 +62,13 @@ fn check_in(pools: &Path, transparent: &Path, kind: HugePages, mib: u32) -> Resu
     };
     let kib = page >> 10;
     let pool = pools.join(format!("hugepages-{kib}kB"));
-    let read = |name: &str| fs::read_to_string(pool.join(name)).ok()?.trim().parse().ok();
+    let read = |name: &str| {
+        fs::read_to_string(pool.join(name))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    };
     let wanted = u64::from(mib).div_ceil(page >> 20);
     let Some(free): Option<u64> = read("free_hugepages") else {
         return Err(Error::HugePages(format!(
@@ -123,7 +129,10 @@ mod tests {
         fs::write(pool.join("resv_hugepages"), "36\n").unwrap();
         check(HugePages::Mib2, 128).unwrap();
         let lack = message(HugePages::Mib2, 130);
-        assert!(lack.contains("takes 65 huge pages of 2048 KiB, and 64 are free"), "{lack}");
+        assert!(
+            lack.contains("takes 65 huge pages of 2048 KiB, and 64 are free"),
+            "{lack}"
+        );
         assert!(message(HugePages::Gib1, 1024).contains("no huge pages of 1048576 KiB"));
         check(HugePages::Off, 1 << 20).unwrap();
         for (modes, works) in [

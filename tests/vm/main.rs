@@ -18,6 +18,7 @@ mod guest;
 mod lack_of_memory;
 mod limits;
 mod loopback;
+mod machine_options;
 mod network;
 mod pods;
 mod pods_end;

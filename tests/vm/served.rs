@@ -57,7 +57,10 @@ impl Program {
         command
             .arg(format!("--socket-path={}", socket.display()))
             .arg("--thread-pool-size=0")
-            .args(["-o", &format!("source={},sandbox=chroot", directory.display())]);
+            .args([
+                "-o",
+                &format!("source={},sandbox=chroot", directory.display()),
+            ]);
         Program::start(&mut command, socket)
     }
 
@@ -121,7 +124,10 @@ fn a_disk_of_a_storage_daemon_is_a_block_device() {
     // Written without a sync: that is the runtime's to do.
     let script = "head -c 13 /vol; echo; wc -c </vol; stat -c '%F' /vol
         printf guest | dd of=/vol bs=1 seek=1048576 conv=notrunc 2>/dev/null; echo write=$?";
-    let bundle = world.bundle().sh(script).capabilities(&["CAP_DAC_OVERRIDE"]);
+    let bundle = world
+        .bundle()
+        .sh(script)
+        .capabilities(&["CAP_DAC_OVERRIDE"]);
     let bundle = bundle.mount(program.mount("vhost-user-blk", &[]));
     let out = world.run(&bundle, "c").ok();
     let expected = "from the host\n4194304\nblock special file\nwrite=0\n";
@@ -140,14 +146,23 @@ fn files_of_a_file_server_are_mounted_in_the_guest() {
     let program = Program::files(&world, "files", &directory);
     let script = "cat /vol/from-host; grep ' /vol ' /proc/mounts; echo guest >/vol/from-guest
         dd if=/dev/zero of=/vol/large bs=64k count=64 2>/dev/null; echo end; sleep 1000";
-    let bundle = world.bundle().sh(script).mount(program.mount("virtiofs", &["nosuid"]));
+    let bundle = world
+        .bundle()
+        .sh(script)
+        .mount(program.mount("virtiofs", &["nosuid"]));
     let container = world.start(&bundle, "c");
     container.wait_for_output("end\n");
     let said = container.stdout();
     assert!(said.starts_with("host\n"), "{said}");
     assert!(said.contains(" virtiofs rw,nosuid"), "{said}");
-    assert_eq!(fs::read_to_string(directory.join("from-guest")).unwrap(), "guest\n");
-    assert_eq!(fs::metadata(directory.join("large")).unwrap().len(), 4 << 20);
+    assert_eq!(
+        fs::read_to_string(directory.join("from-guest")).unwrap(),
+        "guest\n"
+    );
+    assert_eq!(
+        fs::metadata(directory.join("large")).unwrap().len(),
+        4 << 20
+    );
     fs::write(directory.join("later"), "later\n").unwrap();
     let out = container.exec_sh(&[], "cat /vol/later").ok();
     assert_eq!(out.stdout(), "later\n");
@@ -161,15 +176,15 @@ fn what_does_not_serve_is_an_error_that_says_so() {
     // It accepts, as far as the kernel does that, and closes.
     let listener = UnixListener::bind(&silent).unwrap();
     let closing = std::thread::spawn(move || drop(listener.accept()));
-    let mount = |source: &Path, kind: &str| {
-        json!({ "destination": "/vol", "type": kind, "source": source, "options": [] })
-    };
+    let mount = |source: &Path, kind: &str| json!({ "destination": "/vol", "type": kind, "source": source, "options": [] });
     let bundle = world.bundle().sh("exit 0").mount(mount(&silent, "ext4"));
     let words = "does not speak vhost-user";
     let _ = world.try_create(&bundle, "closes").fails_with(1, words);
     closing.join().unwrap();
     let bundle = world.bundle().sh("exit 0").mount(mount(&silent, "ext4"));
-    let _ = world.try_create(&bundle, "gone").fails_with(1, "connection refused");
+    let _ = world
+        .try_create(&bundle, "gone")
+        .fails_with(1, "connection refused");
     let file = world.path("file");
     fs::write(&file, "").unwrap();
     let bundle = world.bundle().sh("exit 0").mount(mount(&file, "virtiofs"));

@@ -273,7 +273,9 @@ mod tests {
             ("virtiofs", Some("virtiofs")),
             ("vhost-user-blk", None),
         ] {
-            let found = of_mount(&mount(&socket, &["nosuid"]), kind).unwrap().unwrap();
+            let found = of_mount(&mount(&socket, &["nosuid"]), kind)
+                .unwrap()
+                .unwrap();
             assert_eq!(found.disk.kind, DiskSource::Program);
             assert_eq!(found.disk.request("pci:03").place, "pci:03");
             let found = found.disk.file_system.map(|fs| fs.kind);

@@ -106,7 +106,10 @@ mod tests {
     #[test]
     fn whatever_else_listens_is_told_from_it() {
         for (answer, words) in [
-            (Some(&b"220 mail.example.org ESMTP ready"[..]), "does not speak"),
+            (
+                Some(&b"220 mail.example.org ESMTP ready"[..]),
+                "does not speak",
+            ),
             (Some(&b""[..]), "does not speak"),
             (None, "does not answer within"),
         ] {

@@ -5,9 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use super::Sandboxer;
-use crate::sandbox::control::{
-    self, DiskMode, DiskSource, Identities, Reply, Unused, VIRTIO_FS,
-};
+use crate::sandbox::control::{self, DiskMode, DiskSource, Identities, Reply, Unused, VIRTIO_FS};
 use crate::sandbox::guest_volumes::Found;
 use crate::vm::{BlockDevice, Device, VhostUserDevice, VhostUserKind};
 

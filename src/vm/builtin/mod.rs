@@ -358,8 +358,7 @@ impl Vm for BuiltinVm {
         let VmConfig { size, most, .. } = self.vm;
         let bytes = |mib: u32| u64::from(mib) << 20;
         let room = bytes(most.memory_mib - size.memory_mib);
-        let memory =
-            MemoryFile::of_huge_pages(bytes(size.memory_mib), room, self.vm.huge_pages)?;
+        let memory = MemoryFile::of_huge_pages(bytes(size.memory_mib), room, self.vm.huge_pages)?;
         // What does not fit into the pipe is lost: nobody in the guest waits for the host.
         rustix::io::ioctl_fionbio(&sink, true).map_err(|e| starting(e.into()))?;
         let (serial, virtio) = match self.vm.console {

@@ -97,7 +97,10 @@ impl Slots {
             handles,
             back_end,
         };
-        Ok((place(slot), &self.taken.entry(slot).or_insert(taken).handles))
+        Ok((
+            place(slot),
+            &self.taken.entry(slot).or_insert(taken).handles,
+        ))
     }
 
     fn free(&self) -> Option<usize> {

@@ -103,7 +103,14 @@ impl CommandLine<'_> {
         let ram = self.of_pages(ram);
         // Or a page that is missing later is a bus error.
         let prealloc = self.huge_pages.reserved().is_some();
-        args.option("-object", if prealloc { ram.with("prealloc", "on") } else { ram });
+        args.option(
+            "-object",
+            if prealloc {
+                ram.with("prealloc", "on")
+            } else {
+                ram
+            },
+        );
         // Tables for hot-plug that nobody reads.
         args.option(
             "-global",
@@ -151,7 +158,11 @@ impl CommandLine<'_> {
             args.option("-device", device);
         }
         // They do not go back to the host before the end.
-        let reports = if self.huge_pages.reserved().is_some() { "off" } else { "on" };
+        let reports = if self.huge_pages.reserved().is_some() {
+            "off"
+        } else {
+            "on"
+        };
         args.option(
             "-device",
             Props::of("virtio-balloon-pci").with("free-page-reporting", reports),
@@ -184,8 +195,14 @@ impl CommandLine<'_> {
             }
             Console::Virtio => {
                 chardev(args);
-                args.option("-device", Props::of("virtio-serial-pci").with("max_ports", "1"));
-                args.option("-device", Props::of("virtconsole").with("chardev", "console"));
+                args.option(
+                    "-device",
+                    Props::of("virtio-serial-pci").with("max_ports", "1"),
+                );
+                args.option(
+                    "-device",
+                    Props::of("virtconsole").with("chardev", "console"),
+                );
             }
             Console::None => {}
         }
@@ -205,8 +222,8 @@ impl CommandLine<'_> {
         // fault works without a keyboard controller or ACPI.
         let mut params = String::from(match self.console {
             Console::Serial => "console=ttyS0 ",
-            Console::Virtio => "console=hvc0 ",
-            Console::None => "",
+            Console::Virtio => "console=hvc0 8250.nr_uarts=0 ",
+            Console::None => "8250.nr_uarts=0 ",
         });
         params.push_str("panic=-1 reboot=t");
         if !self.verbose_console {
@@ -496,7 +513,7 @@ mod tests {
         };
         let virtio = with(Console::Virtio);
         for line in [
-            "-append console=hvc0 panic=-1 reboot=t quiet loglevel=4 kuasar.log=info user=1",
+            "-append console=hvc0 8250.nr_uarts=0 panic=-1 reboot=t quiet loglevel=4 kuasar.log=info user=1",
             "-chardev file,id=console,path=/proc/self/fd/6",
             "-device virtio-serial-pci,max_ports=1",
             "-device virtconsole,chardev=console",

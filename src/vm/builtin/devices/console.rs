@@ -6,8 +6,8 @@ use std::io::{self, Write};
 use std::sync::Mutex;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use virtio_queue::DescriptorChain;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::{buffers, work_through};
 use crate::vm::builtin::ports::Console as Sink;

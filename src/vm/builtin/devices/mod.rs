@@ -114,9 +114,12 @@ pub fn start(
         ),
     ];
     if let Some(sink) = console {
-        devices.push(own(file, "console", console::identity(FEATURES), |memory| {
-            console::Console::new(memory, sink.into())
-        }));
+        devices.push(own(
+            file,
+            "console",
+            console::identity(FEATURES),
+            |memory| console::Console::new(memory, sink.into()),
+        ));
     }
     if let Some(more) = &more {
         let plugger = |memory| Plugger {

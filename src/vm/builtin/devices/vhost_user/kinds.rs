@@ -57,7 +57,7 @@ impl Kind {
                 Kind {
                     id: VIRTIO_ID_FS,
                     features: FEATURES,
-                        queues: vec![FS_QUEUE; 2],
+                    queues: vec![FS_QUEUE; 2],
                     min_queues: 2,
                     config: Space::Own(space),
                 }

@@ -110,7 +110,10 @@ pub fn plug(
             return Err(match e {
                 RecvTimeoutError::Timeout => io::Error::new(
                     io::ErrorKind::TimedOut,
-                    format!("the back end has not answered within {} s", deadline.as_secs()),
+                    format!(
+                        "the back end has not answered within {} s",
+                        deadline.as_secs()
+                    ),
                 ),
                 RecvTimeoutError::Disconnected => io::Error::other("the device's thread has ended"),
             });
@@ -142,11 +145,7 @@ struct Thread {
 }
 
 impl Thread {
-    fn work(
-        self,
-        sender: &mpsc::SyncSender<Negotiated>,
-        control: &Control,
-    ) -> io::Result<()> {
+    fn work(self, sender: &mpsc::SyncSender<Negotiated>, control: &Control) -> io::Result<()> {
         limit_to(CapabilitySet::empty())?;
         seccomp::confine(Filter::VhostUser)?;
         let service = match self.negotiate() {

@@ -298,6 +298,8 @@ fn a_back_end_that_is_none_is_an_error_in_time() {
     let shared = tempfile::tempdir().unwrap();
     let directory = std::fs::File::open(shared.path()).unwrap().into();
     let _serving = crate::vm::devices::fs::spawn(listener, directory).unwrap();
-    let error = plug(&memory(), 1, "disk-1", &device, DEADLINE).err().unwrap();
+    let error = plug(&memory(), 1, "disk-1", &device, DEADLINE)
+        .err()
+        .unwrap();
     assert!(error.to_string().contains("CONFIG"), "{error}");
 }
