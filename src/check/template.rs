@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::{Finding, Subject, hypervisor};
+use crate::config::HugePages;
 use crate::sandbox::template;
 use crate::vm::selection::Choice;
 use crate::vm::template::{Listed, Status, Store, list};
@@ -22,6 +23,14 @@ pub(super) fn template(subject: &Subject) -> Finding {
         let text =
             "not used: machines are booted, because only the built-in hypervisor has templates";
         return Finding::warn(NAME, text, "set template.enabled to false in config.toml");
+    }
+    if subject.config.vm.hugepages != HugePages::Off {
+        let text = "not used: machines are booted, because those of templates have no huge pages";
+        return Finding::warn(
+            NAME,
+            text,
+            "set template.enabled or vm.hugepages to false in config.toml",
+        );
     }
     let found = template::machine(&subject.config, Path::new("/"))
         .map_err(|e| e.to_string())

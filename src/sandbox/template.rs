@@ -13,7 +13,7 @@ use kuasar_runv_protocol::{GUEST_CID, PROTOCOL_VERSION, TEMPLATE_PORT, cmdline};
 use super::VSOCK_SOCKET;
 use super::server::machine::{console_tail, vm_config};
 use super::size::{Bounds, Demand, Demands};
-use crate::config::Config;
+use crate::config::{Config, HugePages};
 use crate::root::{self, Root};
 use crate::sys::seqpacket::wait_any_readable;
 use crate::sys::unix_socket;
@@ -36,6 +36,8 @@ pub enum Error {
         context: &'static str,
         source: io::Error,
     },
+    #[error("templates have no huge pages: set hugepages in section [vm] to false")]
+    HugePages,
     #[error("interrupted")]
     Interrupted,
     #[error("the virtual machine ended: {0}")]
@@ -80,6 +82,9 @@ pub fn create(
     interrupt: BorrowedFd<'_>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Made, Error> {
+    if config.vm.hugepages != HugePages::Off {
+        return Err(Error::HugePages);
+    }
     // What is wrong with the configuration is said before anything is made.
     let known = Root::of_machine().map_err(context("the directory for what is detected"))?;
     let wanted = machine(config, Path::new("/"))?;

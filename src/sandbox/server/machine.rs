@@ -6,7 +6,7 @@ use std::time::Instant;
 use kuasar_runv_protocol::{SHARE_TAG, cmdline};
 
 use super::{DEVICE_GRACE, End, Sandboxer, clock};
-use crate::config::Config;
+use crate::config::{Config, HugePages};
 use crate::sandbox::CONSOLE_LOG;
 use crate::sandbox::control::Reply;
 use crate::sandbox::size::{self, Demand};
@@ -110,6 +110,7 @@ pub(super) enum ReserveError {
 /// What the guest printed last, for the message of a boot that failed: the log
 /// itself is removed with everything else.
 pub(in crate::sandbox) fn console_tail(dir: &Path) -> String {
+    const KERNEL_PANIC: &str = "Kernel panic - not syncing";
     const LINES: usize = 4;
     const LINE_LEN: usize = 200;
     let text = std::fs::read(dir.join(CONSOLE_LOG)).unwrap_or_default();
@@ -124,7 +125,10 @@ pub(in crate::sandbox) fn console_tail(dir: &Path) -> String {
         })
         .filter(|line: &String| !line.trim().is_empty())
         .collect();
-    let last = &lines[lines.len().saturating_sub(LINES)..];
+    // A panic is followed by a lot that says less.
+    let panic = lines.iter().position(|line| line.contains(KERNEL_PANIC));
+    let first = panic.unwrap_or(lines.len().saturating_sub(LINES));
+    let last = &lines[first..lines.len().min(first + LINES)];
     if last.is_empty() {
         return String::new();
     }
@@ -174,11 +178,14 @@ pub(in crate::sandbox) fn vm_config(
         fs_tag: SHARE_TAG.to_owned(),
         console_log: settings.console_log.then(|| CONSOLE_LOG.to_owned()),
         verbose_console: settings.debug,
-        template: match settings.template.enabled {
+        // Memory of huge pages is not a template's.
+        template: match settings.template.enabled && settings.vm.hugepages == HugePages::Off {
             true => Templates::Use {
                 dir: settings.template.dir.clone(),
             },
             false => Templates::None,
         },
+        console: settings.vm.console,
+        huge_pages: settings.vm.hugepages,
     }
 }

@@ -53,10 +53,10 @@ use self::snapshot::store::{New, Store};
 use self::snapshot::{self as saved, pages};
 use super::log_pump::{LogPump, PERIOD};
 use super::{
-    BackEnds, Capabilities, Device, Error, Served, Templates, Vm, VmConfig, VmEvent, VmExit,
-    VmSize, requirements,
+    BackEnds, Capabilities, Device, Error, Place, Served, Templates, Vm, VmConfig, VmEvent, VmExit,
+    VmSize, huge_pages, requirements,
 };
-use crate::config::Config;
+use crate::config::{Config, Console};
 
 pub use boot::Error as BootError;
 
@@ -79,7 +79,7 @@ pub struct BuiltinVm {
     /// Devices that have been attached.
     slots: Slots,
     /// How the guest gets more memory, and where.
-    growth: Option<(Growth, Range)>,
+    growth: Option<(Growth, Range, MemoryFile)>,
     /// Memory and purpose of a machine that is to be saved.
     to_save: Option<(MemoryFile, MadeFor)>,
     is_restored: bool,
@@ -131,6 +131,9 @@ impl BuiltinVm {
             return Err(Self::unsupported("more than 64 virtual CPUs"));
         }
         vm.most = most(&vm);
+        vm.size = vm.huge_pages.round_size(vm.size);
+        vm.most = vm.huge_pages.round_size(vm.most);
+        huge_pages::check(vm.huge_pages, vm.size.memory_mib)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| watching(e.into()))?;
         let timer = TimerFd::new(
             ClockId::CLOCK_MONOTONIC,
@@ -290,8 +293,13 @@ impl BuiltinVm {
                 seconds: deadline.as_secs(),
             });
         }
-        if let Stage::Running { mut console, .. } = std::mem::replace(&mut self.state, Stage::Ended)
+        if let Stage::Running {
+            mut console,
+            machine,
+        } = std::mem::replace(&mut self.state, Stage::Ended)
         {
+            let accesses = machine.board.serial_accesses();
+            log::debug!("accesses to the serial port: {accesses}");
             console.pump();
         }
         Ok(())
@@ -418,17 +426,26 @@ impl Vm for BuiltinVm {
         let restored = self.of_template();
         let memory = match &restored {
             Some(restored) => restored.memory.clone(),
-            None => MemoryFile::new(bytes(size.memory_mib), room).map_err(starting)?,
+            None => MemoryFile::of_huge_pages(bytes(size.memory_mib), room, self.vm.huge_pages)?,
+        };
+        // What does not fit into the pipe is lost: nobody in the guest waits for the host.
+        rustix::io::ioctl_fionbio(&sink, true).map_err(|e| starting(e.into()))?;
+        let (serial, virtio) = match self.vm.console {
+            Console::Serial => (Some(sink), None),
+            Console::Virtio => (None, Some(sink)),
+            Console::None => (None, None),
         };
         let devices::Started {
             planned,
             served,
             growth,
-        } = devices::start(&memory, &self.vm, back_ends)?;
-        self.growth = growth.zip(memory.room());
+        } = devices::start(&memory, &self.vm, back_ends, virtio)?;
+        self.growth = growth
+            .zip(memory.room())
+            .map(|(growth, room)| (growth, room, memory.clone()));
         if let Some(restored) = restored {
             let reported = self.reported.try_clone().map_err(starting)?;
-            let machine = Box::new(restored.start(planned, sink, reported)?);
+            let machine = Box::new(restored.start(planned, serial, reported)?);
             self.is_restored = true;
             self.state = Stage::Running { console, machine };
             return Ok(served);
@@ -442,7 +459,7 @@ impl Vm for BuiltinVm {
             image: self.image.try_clone().map_err(starting)?,
             memory,
             devices: planned,
-            console: sink,
+            serial,
             reported: self.reported.try_clone().map_err(starting)?,
         };
         let reported = self.reported.try_clone().map_err(starting)?;
@@ -536,29 +553,32 @@ impl Vm for BuiltinVm {
         }
         machine.grow_vcpus(wanted.vcpus)?;
         if wanted.memory_mib > size.memory_mib
-            && let Some((growth, room)) = &self.growth
+            && let Some((growth, room, file)) = &self.growth
         {
+            let wanted = self.vm.huge_pages.round_size(wanted);
             let added = u64::from(wanted.memory_mib - size.memory_mib) << 20;
+            file.reserve(room.offset, added)?;
             machine.grow_memory(added, *room)?;
             growth.offer(added);
         }
         Ok(())
     }
 
-    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
+    fn attach(&mut self, id: &str, device: &Device) -> Result<Place, Error> {
         let operation = "attaching a device";
         self.take_over(self.command_deadline);
         let Stage::Running { machine, .. } = &self.state else {
             return Err(Error::NotRunning { operation });
         };
         let vcpus = self.vm.size.vcpus;
-        let handles = self.slots.attach(machine, vcpus, id, device)?;
+        let deadline = self.command_deadline;
+        let (place, handles) = self.slots.attach(machine, vcpus, id, device, deadline)?;
         for handle in handles {
             let data = epoll::EventData::new_u64(Source::Device as u64);
             let once = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
             epoll::add(&self.epoll, handle, data, once).map_err(|e| watching(e.into()))?;
         }
-        Ok(())
+        Ok(place)
     }
 
     fn detach(&mut self, id: &str) -> Result<(), Error> {

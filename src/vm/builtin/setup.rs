@@ -23,6 +23,7 @@ use super::snapshot::{self, chips, processor};
 use super::vcpu;
 use super::virtio::rings::Events;
 use super::virtio::saved::SavedDevice;
+use crate::config;
 use crate::vm::{Error, Templates, VmConfig};
 
 /// What keeps a running machine together.
@@ -132,8 +133,8 @@ pub struct Plan {
     pub image: File,
     pub memory: MemoryFile,
     pub devices: Vec<Planned>,
-    /// Takes the console's output.
-    pub console: OwnedFd,
+    /// Takes the serial port's output, if anybody wants it.
+    pub serial: Option<OwnedFd>,
     /// Becomes readable when a processor has something to report.
     pub reported: EventFd,
 }
@@ -173,7 +174,7 @@ pub fn start(plan: Plan) -> Result<Machine, Error> {
         true => once_more(&vm, &vcpus)?,
         false => Vec::new(),
     };
-    let board = Board::new(serial(&vm, plan.console, Ports::new)?);
+    let board = Board::new(serial(&vm, plan.serial, Ports::new)?);
     for (slot, device) in plan.devices.into_iter().enumerate() {
         insert(&board, &vm, slot, device)?;
     }
@@ -325,7 +326,7 @@ pub fn add_memory(
 /// No descriptor is to be had, or KVM refuses.
 pub fn serial<P>(
     vm: &VmFd,
-    sink: OwnedFd,
+    sink: Option<OwnedFd>,
     make: impl FnOnce(Line, Console) -> P,
 ) -> Result<P, Error> {
     let io = |source| Error::Io {
@@ -335,8 +336,7 @@ pub fn serial<P>(
     let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(io)?;
     vm.register_irqfd(&line, SERIAL_LINE)
         .map_err(kvm_error("wiring the console"))?;
-    rustix::io::ioctl_fionbio(&sink, true).map_err(|e| io(e.into()))?;
-    Ok(make(Line(line), Console(Some(sink.into()))))
+    Ok(make(Line(line), Console(sink.map(Into::into))))
 }
 
 /// The machine's own parameters, then those of the agent and the user, who can
@@ -344,7 +344,12 @@ pub fn serial<P>(
 pub fn parameters(config: &VmConfig) -> String {
     // reboot=k resets by the keyboard controller's port, which is told from a
     // triple fault. There is no PCI to be looked for.
-    let mut line = String::from("console=ttyS0 8250.nr_uarts=1 panic=-1 reboot=k pci=off");
+    let mut line = String::from(match config.console {
+        config::Console::Serial => "console=ttyS0 8250.nr_uarts=1",
+        config::Console::Virtio => "console=hvc0 8250.nr_uarts=0",
+        config::Console::None => "8250.nr_uarts=0",
+    });
+    line.push_str(" panic=-1 reboot=k pci=off");
     if !config.verbose_console {
         line.push_str(" quiet loglevel=4");
     }

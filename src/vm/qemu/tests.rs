@@ -57,6 +57,8 @@ impl Fixture {
             console_log: Some("console.log".into()),
             verbose_console: false,
             template: crate::vm::Templates::None,
+            console: crate::config::Console::default(),
+            huge_pages: crate::config::HugePages::default(),
         };
         QemuVm::new(&self.config, vm, &self.path("cache"))
     }

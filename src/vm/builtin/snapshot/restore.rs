@@ -76,7 +76,7 @@ impl Restored {
     pub fn start(
         self,
         devices: Vec<Planned>,
-        console: OwnedFd,
+        console: Option<OwnedFd>,
         reported: EventFd,
     ) -> Result<Machine, vm::Error> {
         let vm = &self.kvms.vm;
