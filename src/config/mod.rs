@@ -156,6 +156,34 @@ pub struct Vm {
     /// 65536.
     #[serde(deserialize_with = "values::overhead_mib")]
     pub overhead_mib: u32,
+    pub console: Console,
+    pub hugepages: HugePages,
+}
+
+/// What the guest's console is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Console {
+    /// A serial port, on which the kernel prints errors and its last words.
+    #[default]
+    Serial,
+    /// A virtio device: faster, but there is no console before its driver runs.
+    Virtio,
+    None,
+}
+
+/// Pages of the host that the guest's memory is made of: `false`, `"2M"`, `"1G"` or
+/// `"thp"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HugePages {
+    /// Ordinary ones.
+    #[default]
+    Off,
+    /// Of hugetlbfs, taken when the VM is made.
+    Mib2,
+    Gib1,
+    /// Those that the kernel makes by itself.
+    Transparent,
 }
 
 /// `[network]`: how interfaces of the host become network cards of the VM.
@@ -324,6 +352,8 @@ impl Default for Vm {
             max_vcpus: 0,
             max_memory_mib: 0,
             overhead_mib: 128,
+            console: Console::default(),
+            hugepages: HugePages::default(),
         }
     }
 }

@@ -21,6 +21,7 @@ pub mod detect;
 pub mod devices;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod huge_pages;
 mod log_pump;
 mod process;
 mod qemu;
@@ -34,7 +35,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{Config, Console, HugePages};
 
 pub use qemu::requirements;
 use selection::Choice;
@@ -108,13 +109,13 @@ pub trait Vm {
     fn resize(&mut self, size: VmSize) -> Result<(), Error>;
 
     /// Adds a device to the running machine under an id of the caller's, which is
-    /// one of [`valid_device_id`]. The guest does not notice: its agent has to look
-    /// for it (`guest/src/hotplug.rs`).
+    /// one of [`valid_device_id`], and says where it is. The guest does not notice: its
+    /// agent has to look for it (`guest/src/hotplug.rs`).
     ///
     /// # Errors
     /// As [`Vm::pause`], [`Error::Unsupported`], [`Error::NoSlot`],
     /// [`Error::DeviceId`]. Nothing of the device is left then.
-    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error>;
+    fn attach(&mut self, id: &str, device: &Device) -> Result<Place, Error>;
 
     /// Removes a device that was attached under this id, whether or not the guest
     /// has let go of it, which its agent should have had it do first. The id is free
@@ -185,6 +186,8 @@ pub struct VmConfig {
     pub console_log: Option<String>,
     /// Lets the kernel print its messages, not only errors.
     pub verbose_console: bool,
+    pub console: Console,
+    pub huge_pages: HugePages,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,6 +202,7 @@ pub struct VmSize {
 pub enum Device {
     Block(BlockDevice),
     Net(NetDevice),
+    VhostUser(VhostUserDevice),
     /// A function of a physical PCI device that the driver vfio-pci has.
     Vfio {
         address: String,
@@ -218,6 +222,30 @@ pub struct NetDevice {
     pub vhost: Vec<OwnedFd>,
     pub mac: [u8; 6],
 }
+
+/// A device that another program of the host serves over vhost-user. The hypervisor
+/// gets a copy of the connection, on which nothing has been agreed yet.
+#[derive(Debug)]
+pub struct VhostUserDevice {
+    pub socket: OwnedFd,
+    pub kind: VhostUserKind,
+}
+
+/// What the program serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VhostUserKind {
+    Block,
+    /// A file system that the guest mounts by this tag, of at most 36 bytes.
+    Fs {
+        tag: String,
+    },
+}
+
+/// Where an attached device is, as the guest's agent finds it
+/// (`guest/src/hotplug.rs`): `LNRO0005:NN`, a place on the platform bus, or `pci:NN`, a
+/// slot of the bridge, both in hexadecimal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place(pub String);
 
 /// Whether an id is fit for [`Vm::attach`]: a lower-case letter, then at most 31 of
 /// lower-case letters, digits and `-`.
@@ -296,6 +324,9 @@ pub enum Error {
         wanted: &'static str,
         reason: String,
     },
+    /// The host's are too few, or switched off; the text says what to do.
+    #[error("[vm] hugepages: {0}")]
+    HugePages(String),
     #[error("KVM: {operation}: {}", reason(source))]
     Kvm {
         operation: &'static str,

@@ -109,6 +109,7 @@ pub(super) enum ReserveError {
 /// What the guest printed last, for the message of a boot that failed: the log
 /// itself is removed with everything else.
 pub(super) fn console_tail(dir: &Path) -> String {
+    const KERNEL_PANIC: &str = "Kernel panic - not syncing";
     const LINES: usize = 4;
     const LINE_LEN: usize = 200;
     let text = std::fs::read(dir.join(CONSOLE_LOG)).unwrap_or_default();
@@ -123,7 +124,10 @@ pub(super) fn console_tail(dir: &Path) -> String {
         })
         .filter(|line: &String| !line.trim().is_empty())
         .collect();
-    let last = &lines[lines.len().saturating_sub(LINES)..];
+    // A panic is followed by a lot that says less.
+    let panic = lines.iter().position(|line| line.contains(KERNEL_PANIC));
+    let first = panic.unwrap_or(lines.len().saturating_sub(LINES));
+    let last = &lines[first..lines.len().min(first + LINES)];
     if last.is_empty() {
         return String::new();
     }
@@ -168,5 +172,7 @@ pub(super) fn vm_config(config: &SandboxerConfig, size: VmSize, dir: &Path) -> V
         fs_tag: SHARE_TAG.to_owned(),
         console_log: settings.console_log.then(|| CONSOLE_LOG.to_owned()),
         verbose_console: settings.debug,
+        console: settings.vm.console,
+        huge_pages: settings.vm.hugepages,
     }
 }

@@ -32,6 +32,11 @@ impl Board {
         lock(&self.ports).write(port, data)
     }
 
+    /// See [`Ports::serial_accesses`].
+    pub fn serial_accesses(&self) -> u64 {
+        lock(&self.ports).serial_accesses()
+    }
+
     /// Reads where there is no memory. Where there is nothing, all bits are set.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.slot(address) {

@@ -11,6 +11,8 @@ use vm_memory::{
 };
 
 use super::layout::{HOLE_END, HOLE_START};
+use crate::config::HugePages;
+use crate::vm::{Error, huge_pages};
 
 /// A piece of the guest's memory: its address, its length, and its place in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +50,7 @@ pub struct MemoryFile {
     file: Arc<File>,
     size: u64,
     room: u64,
+    pages: HugePages,
 }
 
 impl MemoryFile {
@@ -55,8 +58,33 @@ impl MemoryFile {
     ///
     /// # Errors
     /// As memfd_create(2) and ftruncate(2).
+    #[cfg(any(test, fuzzing))]
     pub fn new(size: u64, room: u64) -> io::Result<MemoryFile> {
+        MemoryFile::of_pages(size, room, HugePages::Off)
+    }
+
+    /// As [`MemoryFile::new`], of huge pages. Those that are reserved are there from
+    /// the start, as far as they are not part of the room for more.
+    ///
+    /// # Errors
+    /// [`Error::HugePages`] when they are not to be had.
+    pub fn of_huge_pages(size: u64, room: u64, pages: HugePages) -> Result<MemoryFile, Error> {
+        let file = MemoryFile::of_pages(size, room, pages).map_err(|source| Error::Io {
+            context: "cannot create the guest's memory",
+            source,
+        })?;
+        file.reserve(0, size)?;
+        Ok(file)
+    }
+
+    fn of_pages(size: u64, room: u64, pages: HugePages) -> io::Result<MemoryFile> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let flags = flags
+            | match pages {
+                HugePages::Off | HugePages::Transparent => MemfdFlags::empty(),
+                HugePages::Mib2 => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+                HugePages::Gib1 => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+            };
         let file = memfd_create("guest-memory", flags)?;
         ftruncate(&file, size.saturating_add(room))?;
         // A mapping of a file that shrinks is a way to crash who uses it.
@@ -65,7 +93,41 @@ impl MemoryFile {
             file: Arc::new(file.into()),
             size,
             room,
+            pages,
         })
+    }
+
+    /// Takes the huge pages of a piece of the file, if they are reserved ones: one that
+    /// is missing when it is touched is a bus error.
+    ///
+    /// # Errors
+    /// [`Error::HugePages`] when the host has too few.
+    pub fn reserve(&self, offset: u64, len: u64) -> Result<(), Error> {
+        let Some(page) = self.pages.reserved() else {
+            return Ok(());
+        };
+        let flags = rustix::fs::FallocateFlags::KEEP_SIZE;
+        let taken = loop {
+            match rustix::fs::fallocate(&*self.file, flags, offset, len) {
+                // It takes long, and a signal is no reason to give up.
+                Err(rustix::io::Errno::INTR) => {}
+                other => break other,
+            }
+        };
+        taken.map_err(|e| match e {
+            rustix::io::Errno::NOSPC | rustix::io::Errno::NOMEM => {
+                huge_pages::too_few(page >> 10, len.div_ceil(page), "fewer")
+            }
+            e => Error::Io {
+                context: "cannot take huge pages",
+                source: e.into(),
+            },
+        })
+    }
+
+    /// Whether memory can go back to the host, and come again when it is touched.
+    pub fn can_discard(&self) -> bool {
+        self.pages.reserved().is_none()
     }
 
     /// Without what may be added.
@@ -111,16 +173,26 @@ impl MemoryFile {
             if result != 0 {
                 return Err(io::Error::last_os_error());
             }
+            if self.pages == HugePages::Transparent {
+                // SAFETY: as above.
+                let result = unsafe { libc::madvise(address, len, libc::MADV_HUGEPAGE) };
+                if result != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
         }
         Ok(memory)
     }
 
     /// Gives pages back to the host; the guest reads zeros there from now on.
-    /// What is not memory is left out.
+    /// What is not memory is left out; reserved huge pages stay, and what is in them.
     ///
     /// # Errors
     /// As fallocate(2).
     pub fn discard(&self, address: GuestAddress, len: u64) -> io::Result<()> {
+        if !self.can_discard() {
+            return Ok(());
+        }
         for range in self.all() {
             let start = address.raw_value().max(range.address);
             let end = address.raw_value().saturating_add(len);
@@ -203,6 +275,36 @@ mod tests {
         file.discard(GuestAddress(2 * GIB), u64::MAX).unwrap();
         let read = |address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
         assert_eq!((read(0x1000), read(0x2000), read(4 * GIB)), (0, 7, 0));
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_there_are_an_error_and_no_bus_error() {
+        // More than any host has.
+        let error = MemoryFile::of_huge_pages(1 << 46, 0, HugePages::Mib2);
+        assert!(matches!(error, Err(Error::HugePages(_))), "{error:?}");
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("33554432 huge pages of 2048 KiB"), "{text}");
+        // The room for more takes none.
+        let file = MemoryFile::of_pages(2 << 20, 1 << 40, HugePages::Mib2).unwrap();
+        let error = file.reserve(2 << 20, 1 << 40);
+        assert!(matches!(error, Err(Error::HugePages(_))), "{error:?}");
+        assert!(!file.can_discard());
+    }
+
+    #[test]
+    fn transparent_huge_pages_are_advised() {
+        let file = MemoryFile::of_huge_pages(1 << 30, 0, HugePages::Transparent).unwrap();
+        let memory = file.map::<()>().unwrap();
+        memory.write_obj(7u8, GuestAddress(0x1000)).unwrap();
+        let start = memory.iter().next().unwrap().as_ptr() as usize;
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let of_mapping = maps.split(&format!("{start:x}-")).nth(1).unwrap();
+        let flags = of_mapping
+            .lines()
+            .find(|line| line.starts_with("VmFlags"))
+            .unwrap();
+        assert!(flags.split(' ').any(|flag| flag == "hg"), "{flags}");
+        assert!(file.can_discard());
     }
 
     #[test]

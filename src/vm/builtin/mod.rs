@@ -47,10 +47,10 @@ use self::setup::{Machine, Plan};
 use self::slots::Slots;
 use super::log_pump::{LogPump, PERIOD};
 use super::{
-    BackEnds, Capabilities, Device, Error, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
-    requirements,
+    BackEnds, Capabilities, Device, Error, Place, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
+    huge_pages, requirements,
 };
-use crate::config::Config;
+use crate::config::{Config, Console};
 
 pub use boot::Error as BootError;
 
@@ -73,7 +73,7 @@ pub struct BuiltinVm {
     /// Devices that have been attached.
     slots: Slots,
     /// How the guest gets more memory, and where.
-    growth: Option<(Growth, Range)>,
+    growth: Option<(Growth, Range, MemoryFile)>,
     state: Stage,
     events: VecDeque<VmEvent>,
 }
@@ -123,6 +123,9 @@ impl BuiltinVm {
         }
         vm.most.vcpus = vm.most.vcpus.clamp(vm.size.vcpus, MAX_VCPUS);
         vm.most.memory_mib = vm.most.memory_mib.max(vm.size.memory_mib);
+        vm.size = vm.huge_pages.round_size(vm.size);
+        vm.most = vm.huge_pages.round_size(vm.most);
+        huge_pages::check(vm.huge_pages, vm.size.memory_mib)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| watching(e.into()))?;
         let timer = TimerFd::new(
             ClockId::CLOCK_MONOTONIC,
@@ -280,8 +283,13 @@ impl BuiltinVm {
                 seconds: deadline.as_secs(),
             });
         }
-        if let Stage::Running { mut console, .. } = std::mem::replace(&mut self.state, Stage::Ended)
+        if let Stage::Running {
+            mut console,
+            machine,
+        } = std::mem::replace(&mut self.state, Stage::Ended)
         {
+            let accesses = machine.board.serial_accesses();
+            log::debug!("accesses to the serial port: {accesses}");
             console.pump();
         }
         Ok(())
@@ -350,20 +358,29 @@ impl Vm for BuiltinVm {
         let VmConfig { size, most, .. } = self.vm;
         let bytes = |mib: u32| u64::from(mib) << 20;
         let room = bytes(most.memory_mib - size.memory_mib);
-        let memory = MemoryFile::new(bytes(size.memory_mib), room).map_err(starting)?;
+        let memory = MemoryFile::of_huge_pages(bytes(size.memory_mib), room, self.vm.huge_pages)?;
+        // What does not fit into the pipe is lost: nobody in the guest waits for the host.
+        rustix::io::ioctl_fionbio(&sink, true).map_err(|e| starting(e.into()))?;
+        let (serial, virtio) = match self.vm.console {
+            Console::Serial => (Some(sink), None),
+            Console::Virtio => (None, Some(sink)),
+            Console::None => (None, None),
+        };
         let devices::Started {
             planned,
             served,
             growth,
-        } = devices::start(&memory, &self.vm, back_ends)?;
-        self.growth = growth.zip(memory.room());
+        } = devices::start(&memory, &self.vm, back_ends, virtio)?;
+        self.growth = growth
+            .zip(memory.room())
+            .map(|(growth, room)| (growth, room, memory.clone()));
         let plan = Plan {
             config: self.vm.clone(),
             kernel: self.kernel.try_clone().map_err(starting)?,
             image: self.image.try_clone().map_err(starting)?,
             memory,
             devices: planned,
-            console: sink,
+            serial,
             reported: self.reported.try_clone().map_err(starting)?,
         };
         let reported = self.reported.try_clone().map_err(starting)?;
@@ -445,29 +462,32 @@ impl Vm for BuiltinVm {
         }
         machine.grow_vcpus(wanted.vcpus)?;
         if wanted.memory_mib > size.memory_mib
-            && let Some((growth, room)) = &self.growth
+            && let Some((growth, room, file)) = &self.growth
         {
+            let wanted = self.vm.huge_pages.round_size(wanted);
             let added = u64::from(wanted.memory_mib - size.memory_mib) << 20;
+            file.reserve(room.offset, added)?;
             machine.grow_memory(added, *room)?;
             growth.offer(added);
         }
         Ok(())
     }
 
-    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
+    fn attach(&mut self, id: &str, device: &Device) -> Result<Place, Error> {
         let operation = "attaching a device";
         self.take_over(self.command_deadline);
         let Stage::Running { machine, .. } = &self.state else {
             return Err(Error::NotRunning { operation });
         };
         let vcpus = self.vm.size.vcpus;
-        let handles = self.slots.attach(machine, vcpus, id, device)?;
+        let deadline = self.command_deadline;
+        let (place, handles) = self.slots.attach(machine, vcpus, id, device, deadline)?;
         for handle in handles {
             let data = epoll::EventData::new_u64(Source::Device as u64);
             let once = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
             epoll::add(&self.epoll, handle, data, once).map_err(|e| watching(e.into()))?;
         }
-        Ok(())
+        Ok(place)
     }
 
     fn detach(&mut self, id: &str) -> Result<(), Error> {

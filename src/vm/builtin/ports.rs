@@ -61,13 +61,21 @@ impl Write for Console {
 /// All ports.
 pub struct Ports {
     serial: Serial<Line, NoEvents, Console>,
+    /// Each is an exit of a processor.
+    serial_accesses: u64,
 }
 
 impl Ports {
     pub fn new(line: Line, console: Console) -> Ports {
         Ports {
             serial: Serial::new(line, console),
+            serial_accesses: 0,
         }
+    }
+
+    /// How often the guest has touched the serial port.
+    pub fn serial_accesses(&self) -> u64 {
+        self.serial_accesses
     }
 
     /// The guest reads. What is not there reads as ones.
@@ -75,6 +83,7 @@ impl Ports {
         data.fill(0xff);
         match (port, data) {
             (SERIAL_PORT.., [value]) if port < SERIAL_PORT + 8 => {
+                self.serial_accesses += 1;
                 // Below 8.
                 *value = self.serial.read((port - SERIAL_PORT) as u8);
             }
@@ -95,6 +104,7 @@ impl Ports {
     pub fn write(&mut self, port: u16, data: &[u8]) -> Option<Request> {
         match (port, data) {
             (SERIAL_PORT.., [value]) if port < SERIAL_PORT + 8 => {
+                self.serial_accesses += 1;
                 // It fails when the line's counter is full, that is, when it is set.
                 let _ = self.serial.write((port - SERIAL_PORT) as u8, *value);
                 None
@@ -170,6 +180,7 @@ mod tests {
         let mut text = [0; 6];
         reader.read_exact(&mut text).unwrap();
         assert_eq!(&text, b"hello\n");
+        assert_eq!(ports.serial_accesses(), 6);
         for _ in 0..100_000 {
             ports.write(SERIAL_PORT, b"x");
         }

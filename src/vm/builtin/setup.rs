@@ -19,6 +19,7 @@ use super::memory::{MemoryFile, Range, ranges};
 use super::ports::{Console, Line, Ports};
 use super::processors::Processors;
 use super::vcpu;
+use crate::config;
 use crate::vm::{Error, VmConfig};
 
 /// What keeps a running machine together.
@@ -98,8 +99,8 @@ pub struct Plan {
     pub image: File,
     pub memory: MemoryFile,
     pub devices: Vec<Planned>,
-    /// Takes the console's output.
-    pub console: OwnedFd,
+    /// Takes the serial port's output, if anybody wants it.
+    pub serial: Option<OwnedFd>,
     /// Becomes readable when a processor has something to report.
     pub reported: EventFd,
 }
@@ -128,7 +129,7 @@ pub fn start(plan: Plan) -> Result<Machine, Error> {
     if let Some(first) = vcpus.first() {
         vcpu::set_entry(first, entry).map_err(kvm_error("setting the first CPU up"))?;
     }
-    let board = Board::new(serial(&vm, plan.console)?);
+    let board = Board::new(serial(&vm, plan.serial)?);
     for (slot, device) in plan.devices.into_iter().enumerate() {
         board
             .insert(&vm, slot, device.identity, device.rings, &device.events)
@@ -199,7 +200,7 @@ fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap, size: u64) -> Result<u32, Err
     Ok(booted as u32)
 }
 
-fn serial(vm: &VmFd, sink: OwnedFd) -> Result<Ports, Error> {
+fn serial(vm: &VmFd, sink: Option<OwnedFd>) -> Result<Ports, Error> {
     let io = |source| Error::Io {
         context: "cannot make the console",
         source,
@@ -207,8 +208,7 @@ fn serial(vm: &VmFd, sink: OwnedFd) -> Result<Ports, Error> {
     let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(io)?;
     vm.register_irqfd(&line, SERIAL_LINE)
         .map_err(kvm_error("wiring the console"))?;
-    rustix::io::ioctl_fionbio(&sink, true).map_err(|e| io(e.into()))?;
-    Ok(Ports::new(Line(line), Console(Some(sink.into()))))
+    Ok(Ports::new(Line(line), Console(sink.map(Into::into))))
 }
 
 /// The machine's own parameters, then those of the agent and the user, who can
@@ -216,7 +216,12 @@ fn serial(vm: &VmFd, sink: OwnedFd) -> Result<Ports, Error> {
 fn parameters(config: &VmConfig) -> String {
     // reboot=k resets by the keyboard controller's port, which is told from a
     // triple fault. There is no PCI to be looked for.
-    let mut line = String::from("console=ttyS0 8250.nr_uarts=1 panic=-1 reboot=k pci=off");
+    let mut line = String::from(match config.console {
+        config::Console::Serial => "console=ttyS0 8250.nr_uarts=1",
+        config::Console::Virtio => "console=hvc0 8250.nr_uarts=0",
+        config::Console::None => "8250.nr_uarts=0",
+    });
+    line.push_str(" panic=-1 reboot=k pci=off");
     if !config.verbose_console {
         line.push_str(" quiet loglevel=4");
     }

@@ -221,6 +221,10 @@ impl Device {
         self.driver.status & status::DRIVER_OK != 0
     }
 
+    fn needs_reset(&self) -> bool {
+        self.retired || self.is_running() && self.identity.config.has_failed()
+    }
+
     fn has_driver(&self) -> bool {
         self.driver.status & status::DRIVER != 0
     }
@@ -238,7 +242,7 @@ impl Device {
                 INTERRUPT_QUEUE | if changed { INTERRUPT_CONFIG } else { 0 }
             }
             at::CONFIG_GENERATION => self.identity.config.generation(),
-            at::STATUS if self.retired => driver.status | status::NEEDS_RESET,
+            at::STATUS if self.needs_reset() => driver.status | status::NEEDS_RESET,
             at::STATUS => driver.status,
             // No region has a length of all ones.
             _ if at::SHARED_MEMORY.contains(&offset) => u32::MAX,
