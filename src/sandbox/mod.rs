@@ -11,6 +11,7 @@ mod guest_volumes;
 pub mod host_oom;
 pub mod network;
 pub mod record;
+mod relay;
 pub mod server;
 mod share;
 pub mod size;
