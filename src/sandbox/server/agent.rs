@@ -153,6 +153,7 @@ impl Sandboxer {
             ready: Some(info.clone()),
             ..Reply::default()
         });
+        self.identity = None;
         self.boot = Boot::Ready(info);
         Ok(())
     }

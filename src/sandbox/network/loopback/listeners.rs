@@ -15,7 +15,8 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::thread::CapabilitySet;
 
-use super::{CAPABILITIES, Way, relay};
+use super::{CAPABILITIES, Way};
+use crate::sandbox::relay::relay;
 use crate::sys::capabilities::limit_to;
 use crate::sys::seqpacket::wait_any_readable;
 use crate::sys::wake::Wake;
@@ -247,7 +248,7 @@ fn connect(client: &TcpStream, port: Port, way: &Way, stop: &Wake) -> io::Result
         purpose: Purpose::Connect(port),
         container_id: way.container.clone(),
     })?;
-    relay::relay(client, &server, stop)
+    relay(client, &server, Some(stop))
 }
 
 /// Counts while it exists.
