@@ -21,6 +21,8 @@ pub enum Trust {
 /// A running machine and its file server.
 pub struct Peer {
     processes: Vec<i32>,
+    world: String,
+    socket: PathBuf,
 }
 
 impl Peer {
@@ -45,7 +47,17 @@ impl Peer {
         join_cgroups(world, machine);
         Peer {
             processes: vec![machine, server],
+            world: world.name().to_owned(),
+            socket,
         }
+    }
+
+    fn is_served(&self) -> bool {
+        let socket = self.socket.display().to_string();
+        leaks::processes(&self.world).into_iter().any(|p| {
+            let line = fs::read(format!("/proc/{}/cmdline", p.pid)).unwrap_or_default();
+            p.comm.starts_with("virtiofsd") && String::from_utf8_lossy(&line).contains(&socket)
+        })
     }
 }
 
@@ -69,6 +81,9 @@ impl Drop for Peer {
             let _ = process::signal(*pid, libc::SIGKILL);
             let _ = reaper::wait(*pid, SHORT);
         }
+        // virtiofsd has a process in other namespaces, which ends after the one that was
+        // killed, and which the container's cgroups are not to wait for.
+        wait_until("the end of virtiofsd", SHORT, || !self.is_served());
     }
 }
 
