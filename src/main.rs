@@ -1,30 +1,7 @@
-//! `kuasar-runv`: an OCI runtime with runc's command line that runs every pod
-//! in its own virtual machine. `docs/architecture.md` explains the parts.
+//! `kuasar-runv`. Everything is in the library, so that fuzz targets reach it.
 
 use std::process::ExitCode;
 
-mod agent_client;
-mod check;
-mod cmd;
-mod config;
-mod container;
-mod logging;
-mod root;
-mod sandbox;
-mod standin;
-mod sys;
-mod vm;
-
 fn main() -> ExitCode {
-    // The resident processes are this binary too. They come first, so that the
-    // stand-in touches as few of its pages as possible.
-    let code = match std::env::args_os().nth(1) {
-        Some(name) if name == standin::COMMAND => standin::main(),
-        Some(name) if name == sandbox::server::COMMAND => sandbox::server::main(),
-        Some(name) if name == sandbox::host_oom::victim::COMMAND => {
-            sandbox::host_oom::victim::main()
-        }
-        _ => cmd::run(),
-    };
-    ExitCode::from(code)
+    kuasar_runv::run()
 }

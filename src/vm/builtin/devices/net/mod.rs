@@ -9,7 +9,6 @@
 //! there ([`vhost`]), or else by a thread for each pair ([`pair`]).
 
 mod control;
-mod mailbox;
 mod pair;
 mod tap;
 mod vhost;
@@ -22,11 +21,11 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use self::control::Control;
-use self::mailbox::{Mailbox, Request};
 use self::pair::Pair;
 use self::tap::TapQueue;
 pub use self::tap::{TUNSETOFFLOAD, TUNSETQUEUE};
 use self::vhost::VhostNet;
+use super::mailbox::{Mailbox, Request};
 use super::plugged::{BackEnd, Plugged, worker_thread};
 use super::{FEATURES, Planned};
 use crate::vm::NetDevice;
@@ -104,7 +103,7 @@ impl Rings for NetRings {
         }
         self.net.features.store(features, Ordering::Release);
         let mut queues = queues.to_vec();
-        if !self.mailbox.ask(Request::Start(queues.clone())) {
+        if !self.mailbox.ask(Request::Start(features, queues.clone())) {
             return false;
         }
         if self.in_kernel {
