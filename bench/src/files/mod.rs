@@ -13,7 +13,7 @@
 //!
 //! Files are made anew for each round, so that no guest has seen them before. While
 //! they are measured the host changes nothing near them: orders lie in another
-//! directory, and what is done with stays until the end of the round.
+//! directory, and the guest itself removes what it is done with.
 
 mod peer;
 pub mod workload;
@@ -101,12 +101,6 @@ pub fn measure(rounds: u32) -> Section {
                     way.samples[index].add(rate);
                 }
             }
-        }
-        for (way, task) in ways
-            .iter()
-            .flat_map(|way| Task::ALL.map(|task| (way, task)))
-        {
-            fs::remove_dir_all(way.area(round, task)).expect("the files of the task");
         }
     }
     eprintln!();
