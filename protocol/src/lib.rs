@@ -23,6 +23,7 @@ pub mod hook;
 pub mod loopback;
 pub mod namespace;
 pub mod rtnetlink;
+pub mod seccomp;
 pub mod socket;
 pub mod stream;
 pub mod template;
@@ -45,7 +46,7 @@ pub use generated::{
 };
 
 /// Bumped with every incompatible change of anything in this crate.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// The guest's context id. Each VM has a vsock device of its own, so all can
 /// use the same.
