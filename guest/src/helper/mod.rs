@@ -27,12 +27,12 @@ mod joins;
 mod late_mounts;
 mod lookup;
 mod namespaces;
-mod passwd;
+pub(crate) mod passwd;
 mod preserved;
 mod resources;
 mod rlimits;
 mod rootfs;
-mod spec;
+pub(crate) mod spec;
 mod tenant;
 mod terminal;
 

@@ -68,6 +68,11 @@ impl MemoryFile {
         })
     }
 
+    #[cfg(any(test, fuzzing))]
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
     /// Without what may be added.
     pub fn size(&self) -> u64 {
         self.size
