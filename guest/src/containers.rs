@@ -36,7 +36,7 @@ use crate::cgroup::Cgroup;
 use crate::cgroup::oom::OomWatch;
 use crate::cgroup::settings::SettingError;
 use crate::events::Events;
-use crate::helper::{NOTIFY_SOCKET, SPEC_FILE};
+use crate::helper::{NOTIFY_SOCKET, SECCOMP_FILE, SPEC_FILE};
 use crate::process::{Process, SignalError};
 use crate::reaper::Reaper;
 use crate::streams::{Connection, Streams};
@@ -126,6 +126,8 @@ pub struct NewContainer {
     pub preserved: Vec<WantedDescriptor>,
     pub joins: Vec<NamespaceJoin>,
     pub shared_memory: Vec<WantedMemory>,
+    /// A system call filter, as the host has compiled it; empty without one.
+    pub seccomp: Vec<u8>,
 }
 
 /// A created container.
@@ -333,6 +335,10 @@ impl Containers {
         fs::create_dir_all(dir).map_err(ContainerError::io("making the container's directory"))?;
         fs::write(dir.join(SPEC_FILE), &new.spec)
             .map_err(ContainerError::io("writing the spec"))?;
+        if !new.seccomp.is_empty() {
+            fs::write(dir.join(SECCOMP_FILE), &new.seccomp)
+                .map_err(ContainerError::io("writing the system call filter"))?;
+        }
         let joins = self.find_joins(&new.joins)?;
         let memory = self.memory.take_all(&new.shared_memory)?;
         let announced = [new.stdin, new.stdout, new.stderr];

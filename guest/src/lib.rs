@@ -14,7 +14,7 @@
 //! a child of its helper, becomes the agent's when the helper exits.
 //!
 //! [`boot`] turns the initial state of PID 1 into a system, [`serve`] is the
-//! rest of the agent's life.
+//! rest of the agent's life. A machine may be saved in between ([`template`]).
 
 pub mod boot;
 pub mod bpf;
@@ -41,6 +41,7 @@ pub mod service;
 pub mod storage;
 pub mod streams;
 pub mod sys;
+pub mod template;
 pub mod transport;
 pub mod zygote;
 
@@ -48,11 +49,25 @@ pub mod zygote;
 pub fn init() {
     let start_us = sys::boottime_us();
     logging::install_panic_hook();
-    let config = match boot::prepare() {
+    let restored = template::is_restored();
+    let prepared = if restored {
+        boot::config()
+    } else {
+        boot::prepare()
+    };
+    let config = match prepared {
         Ok(config) => config,
         Err(e) => return logging::fatal(&format!("boot: {e}")),
     };
     logging::init(config.log_level);
+    if config.template && !restored {
+        // Does not return: the machine that goes on executes the agent anew.
+        let e = template::hand_over();
+        return logging::fatal(&format!("template: {e}"));
+    }
+    if let Err(e) = boot::mount_share() {
+        return logging::fatal(&format!("boot: {e}"));
+    }
     let zygote = match zygote::Zygote::spawn() {
         Ok(zygote) => zygote,
         Err(e) => return logging::fatal(&format!("starting the zygote: {e}")),

@@ -8,6 +8,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use crate::hotplug;
+
 const DEVICES: &str = "/sys/bus/platform/devices";
 const PROBE: &str = "/sys/bus/platform/drivers_probe";
 /// The id of a place by ACPI.
@@ -28,7 +30,7 @@ pub fn rescan() -> io::Result<()> {
             continue;
         }
         let place = device.path();
-        if is_gone(&place)? {
+        if is_gone(&place)? && !hotplug::is_kept(&place) {
             release(&place)?;
         }
         if !place.join("driver").exists() {
@@ -42,8 +44,12 @@ pub fn rescan() -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the host has taken away what was in a place.
-fn is_gone(place: &Path) -> io::Result<bool> {
+/// Whether what is in a place does not work any more, usually because the host has
+/// taken it away.
+///
+/// # Errors
+/// As readdir(3).
+pub fn is_gone(place: &Path) -> io::Result<bool> {
     for entry in fs::read_dir(place)? {
         let entry = entry?;
         if !entry.file_name().as_encoded_bytes().starts_with(b"virtio") {

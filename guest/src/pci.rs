@@ -5,6 +5,8 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 
+use crate::hotplug;
+
 const DEVICES: &str = "/sys/bus/pci/devices";
 
 /// Has the kernel look for devices behind bridges, where all that are plugged in
@@ -25,7 +27,7 @@ pub fn rescan() -> io::Result<()> {
         let path = device?.path();
         if path.join("pci_bus").exists() {
             bridges.push(path);
-        } else if is_gone(&path) {
+        } else if is_gone(&path) && !is_kept(&path)? {
             forget(&path)?;
         }
     }
@@ -41,6 +43,11 @@ fn is_gone(device: &Path) -> bool {
     let mut ids = [0; 4];
     let read = fs::File::open(device.join("config")).and_then(|mut f| f.read_exact(&mut ids));
     read.is_ok() && ids == [0xff; 4]
+}
+
+/// The links of the bus's directory do not show where a device is.
+fn is_kept(device: &Path) -> io::Result<bool> {
+    Ok(hotplug::is_kept(&fs::canonicalize(device)?))
 }
 
 /// Has the kernel let go of a device.

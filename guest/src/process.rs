@@ -68,6 +68,11 @@ impl Process {
         !self.started.swap(true, Ordering::Relaxed)
     }
 
+    /// Whether its program was started.
+    pub fn is_started(&self) -> bool {
+        self.started.load(Ordering::Relaxed)
+    }
+
     /// Sends a signal.
     ///
     /// Before the start there is no program yet that could handle it, and as the

@@ -94,6 +94,7 @@ impl Agent for AgentService {
             preserved: request.preserved,
             joins: request.joins,
             shared_memory: request.shared_memory,
+            seccomp: request.seccomp,
         };
         let pid = to_the_end(Arc::clone(&self.containers).create(new)).await?;
         Ok(CreateContainerResponse {

@@ -1,6 +1,6 @@
 //! What the host and the guest agent of kuasar-runv say to each other.
 //!
-//! Six kinds of connection cross the VM's vsock device. On the host each one
+//! Seven kinds of connection cross the VM's vsock device. On the host each one
 //! is a unix stream socket of the sandbox directory:
 //!
 //! | port | opened by | carries |
@@ -11,6 +11,7 @@
 //! | [`EVENT_PORT`] | guest | length-prefixed `Event` messages, the first is `Ready`, see [`event`]; the other way `FromHost` messages |
 //! | [`LOOPBACK_PORT`] | host (sandboxer) | what lies between the loopback interfaces of host and guest, see [`loopback`] |
 //! | [`SOCKET_PORT`] | guest | what a process of a container says to a socket of the host, see [`socket`] |
+//! | [`TEMPLATE_PORT`] | guest, then host | what makes a machine a template, and itself again, see [`template`] |
 //!
 //! Both sides are built from one commit; [`PROTOCOL_VERSION`] is checked in
 //! `Ready` so that a stale guest image is reported instead of misunderstood.
@@ -22,8 +23,10 @@ pub mod hook;
 pub mod loopback;
 pub mod namespace;
 pub mod rtnetlink;
+pub mod seccomp;
 pub mod socket;
 pub mod stream;
+pub mod template;
 pub mod words;
 
 #[allow(clippy::all, clippy::pedantic, clippy::unwrap_used)]
@@ -43,7 +46,7 @@ pub use generated::{
 };
 
 /// Bumped with every incompatible change of anything in this crate.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// The guest's context id. Each VM has a vsock device of its own, so all can
 /// use the same.
@@ -56,6 +59,7 @@ pub const STREAM_PORT: u32 = 1026;
 pub const EVENT_PORT: u32 = 1027;
 pub const SOCKET_PORT: u32 = 1028;
 pub const LOOPBACK_PORT: u32 = 1029;
+pub const TEMPLATE_PORT: u32 = 1030;
 
 /// Annotation of a config.json on its way to the guest: the bundle's path on the
 /// host, which the state of `startContainer` hooks names. The guest takes it out.
@@ -85,4 +89,7 @@ pub mod cmdline {
     pub const LOG_LEVEL: &str = "kuasar.log";
     /// `kuasar.debug_console=1` serves a shell on `DEBUG_CONSOLE_PORT`.
     pub const DEBUG_CONSOLE: &str = "kuasar.debug_console";
+    /// `kuasar.template=1` has the agent wait to be saved, see [`crate::template`].
+    pub const TEMPLATE: &str = "kuasar.template";
+    pub const TEMPLATE_ON: &str = "kuasar.template=1";
 }

@@ -5,7 +5,7 @@
 //! or another line with the reason why not. After `OK` the socket is the stream.
 
 use std::io::{self, Read, Write};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -61,6 +61,13 @@ impl Dialing {
         }
         stream.set_read_timeout(None)?;
         Ok(stream)
+    }
+}
+
+impl AsFd for Dialing {
+    /// Readable when there is an answer.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -30,7 +30,7 @@ pub(super) fn choice(subject: &Subject) -> Finding {
     }
 }
 
-fn chosen(subject: &Subject) -> Choice {
+pub(super) fn chosen(subject: &Subject) -> Choice {
     selection::choose(&subject.config, || detect::kvm(&Root::machine_path()))
 }
 

@@ -5,6 +5,7 @@ mod facts;
 mod guest;
 mod host;
 mod hypervisor;
+mod template;
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -79,7 +80,7 @@ struct Subject {
 type Question = (&'static str, fn(&Subject) -> Finding);
 
 /// In the order of the output.
-const QUESTIONS: [Question; 15] = [
+const QUESTIONS: [Question; 16] = [
     ("user", host::user),
     ("kernel", host::kernel),
     ("hypervisor", hypervisor::choice),
@@ -88,6 +89,7 @@ const QUESTIONS: [Question; 15] = [
     ("firmware", hypervisor::firmware),
     ("guest kernel", guest::kernel),
     ("guest image", guest::image),
+    ("template", template::template),
     ("state root", host::state_root),
     ("cgroups", host::cgroups),
     ("vsock", host::vsock),

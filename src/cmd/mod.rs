@@ -22,6 +22,7 @@ mod run;
 mod spec;
 mod start;
 mod state;
+mod template;
 mod update;
 mod values;
 
@@ -179,6 +180,7 @@ enum Command {
     Spec(spec::Args),
     Start(start::Args),
     State(state::Args),
+    Template(template::Args),
     Update(update::Args),
 }
 
@@ -280,6 +282,7 @@ pub fn run() -> u8 {
         Command::Spec(args) => spec::run(&context, &args),
         Command::Start(args) => start::run(&context, &args),
         Command::State(args) => state::run(&context, &args),
+        Command::Template(args) => template::run(&args),
         Command::Update(args) => update::run(&context, &args),
     };
     match done {

@@ -44,6 +44,7 @@ pub struct Config {
     pub guest: Guest,
     pub vm: Vm,
     pub network: Network,
+    pub template: Template,
     pub timeouts: Timeouts,
 }
 
@@ -156,6 +157,34 @@ pub struct Vm {
     /// 65536.
     #[serde(deserialize_with = "values::overhead_mib")]
     pub overhead_mib: u32,
+    pub console: Console,
+    pub hugepages: HugePages,
+}
+
+/// What the guest's console is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Console {
+    /// A serial port, on which the kernel prints errors and its last words.
+    #[default]
+    Serial,
+    /// A virtio device: faster, but there is no console before its driver runs.
+    Virtio,
+    None,
+}
+
+/// Pages of the host that the guest's memory is made of: `false`, `"2M"`, `"1G"` or
+/// `"thp"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HugePages {
+    /// Ordinary ones.
+    #[default]
+    Off,
+    /// Of hugetlbfs, taken when the VM is made.
+    Mib2,
+    Gib1,
+    /// Those that the kernel makes by itself.
+    Transparent,
 }
 
 /// `[network]`: how interfaces of the host become network cards of the VM.
@@ -203,6 +232,17 @@ impl Network {
             queues => queues,
         }
     }
+}
+
+/// `[template]`: machines that are saved once and go on many times.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Template {
+    /// Makes machines of a template where one fits. They are booted otherwise.
+    pub enabled: bool,
+    /// Where `kuasar-runv template create` puts them. Only root may write there.
+    #[serde(deserialize_with = "values::absolute_path")]
+    pub dir: PathBuf,
 }
 
 /// `[timeouts]`: longest waits, in seconds, 1 to 86400.
@@ -287,6 +327,7 @@ impl Default for Config {
             guest: Guest::default(),
             vm: Vm::default(),
             network: Network::default(),
+            template: Template::default(),
             timeouts: Timeouts::default(),
         }
     }
@@ -324,6 +365,17 @@ impl Default for Vm {
             max_vcpus: 0,
             max_memory_mib: 0,
             overhead_mib: 128,
+            console: Console::default(),
+            hugepages: HugePages::default(),
+        }
+    }
+}
+
+impl Default for Template {
+    fn default() -> Template {
+        Template {
+            enabled: false,
+            dir: "/var/lib/kuasar-runv/templates".into(),
         }
     }
 }

@@ -80,12 +80,12 @@ fn an_unknown_key_is_reported_with_its_line_and_the_likely_name() {
     assert_eq!(
         error_of("\n[zebra]\nx = 1\n"),
         "config.toml:2: unknown key \"zebra\", there are console_log, debug, debug_console, \
-         guest, hypervisor, network, qemu, timeouts, vm"
+         guest, hypervisor, network, qemu, template, timeouts, vm"
     );
     assert_eq!(
         load_files("[vm]\nvcpus = 1\n", &[("1.toml", "\nvm.memory = 1\n")]).unwrap_err(),
-        "config.d/1.toml:2: unknown key \"memory\" in [vm], there are max_memory_mib, max_vcpus, memory_mib, \
-         overhead_mib, vcpus"
+        "config.d/1.toml:2: unknown key \"memory\" in [vm], there are console, hugepages, max_memory_mib, \
+         max_vcpus, memory_mib, overhead_mib, vcpus"
     );
 }
 
@@ -95,6 +95,14 @@ fn wrong_values_are_reported_with_line_and_key() {
         (
             "[vm]\nvcpus = 0\n",
             "config.toml:2: vm.vcpus: must be between 1 and 255, not 0",
+        ),
+        (
+            "[vm]\nhugepages = \"4M\"\n",
+            "config.toml:2: vm.hugepages: must be false, \"2M\", \"1G\" or \"thp\"",
+        ),
+        (
+            "[vm]\nhugepages = true\n",
+            "config.toml:2: vm.hugepages: must be false, \"2M\", \"1G\" or \"thp\"",
         ),
         (
             "[vm]\nmemory_mib = 64\n",

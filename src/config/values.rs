@@ -4,9 +4,9 @@
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Deserializer, de::Error};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
-use super::Hypervisor;
+use super::{HugePages, Hypervisor};
 
 const AVAILABLE_HYPERVISORS: &str = "\"auto\", \"builtin\", \"qemu\"";
 /// Hypervisors that other versions of this program have.
@@ -26,6 +26,43 @@ impl<'de> Deserialize<'de> for Hypervisor {
                 "no hypervisor is called \"{other}\", there are {AVAILABLE_HYPERVISORS}"
             ))),
         }
+    }
+}
+
+/// `false`, or a kind of huge pages.
+#[derive(Deserialize, Serialize)]
+#[serde(untagged)]
+enum Pages {
+    Switch(bool),
+    Kind(String),
+}
+
+impl<'de> Deserialize<'de> for HugePages {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let none = || D::Error::custom("must be false, \"2M\", \"1G\" or \"thp\"");
+        match Pages::deserialize(deserializer).map_err(|_| none())? {
+            Pages::Switch(false) => Ok(HugePages::Off),
+            Pages::Kind(kind) => match kind.as_str() {
+                "2M" => Ok(HugePages::Mib2),
+                "1G" => Ok(HugePages::Gib1),
+                "thp" => Ok(HugePages::Transparent),
+                _ => Err(none()),
+            },
+            Pages::Switch(true) => Err(none()),
+        }
+    }
+}
+
+impl Serialize for HugePages {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let kind = |name: &str| Pages::Kind(name.to_owned());
+        match self {
+            HugePages::Off => Pages::Switch(false),
+            HugePages::Mib2 => kind("2M"),
+            HugePages::Gib1 => kind("1G"),
+            HugePages::Transparent => kind("thp"),
+        }
+        .serialize(serializer)
     }
 }
 

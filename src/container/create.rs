@@ -28,6 +28,7 @@ use super::mount_options::Depth;
 use super::pod;
 use super::preserved::Preserved;
 use super::resources::Resources;
+use super::seccomp;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
 use super::{
@@ -136,6 +137,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         standin.enter_rootfs()?;
         standin.wait_entered(hooks.create_container_time(), interrupt.as_fd())?;
     }
+    let filter = guest.seccomp.as_ref().map(seccomp::compile).transpose()?;
     trace("host-ready");
 
     wait_for_guest(&sandbox, &config, interrupt.as_fd())?;
@@ -143,7 +145,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         guest_volumes::note(root, &record.sandbox_id).map_err(context("noting volumes"))?;
     }
     let turn = pod::take_turn(root, &record)?;
-    let (agent, streams) = create_in_guest(&sandbox, options, &parts)?;
+    let (agent, streams) = create_in_guest(&sandbox, options, &parts, filter.as_ref())?;
     drop(turn);
     trace("guest-created");
     // Not before: they are meant for the container, not for the boot.

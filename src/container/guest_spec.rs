@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use kuasar_runv_protocol::agent::SharedMemory;
 use kuasar_runv_protocol::words::words;
 use kuasar_runv_protocol::{BUNDLE_ANNOTATION, GUEST_SHARE_DIR, GUEST_SHM_DIR, VOLUMES_DIR};
-use oci_spec::runtime::{LinuxNamespaceType, Mount};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Mount};
 use serde_json::{Value, json};
 
 use super::bundle::Bundle;
 use super::guest_volumes::{self as volume, GuestVolume, Place, disk, huge_pages, socket};
 use super::mount_options::{self, Depth};
 use super::network::Sysctl;
-use super::{devices, labels, shared_memory, validate, volume_name};
+use super::{devices, labels, seccomp, shared_memory, validate, volume_name};
 
 /// Name of the rootfs below the container's part of the shared directory.
 pub const ROOTFS: &str = "rootfs";
@@ -75,6 +75,8 @@ pub struct GuestSpec {
     pub volumes: Vec<GuestVolume>,
     /// What containers of the pod share, see [`shared_memory`].
     pub shared_memory: Vec<SharedMemory>,
+    /// The system call filter, which the guest gets compiled.
+    pub seccomp: Option<LinuxSeccomp>,
     /// Settings of its network namespace.
     pub sysctls: Vec<Sysctl>,
 }
@@ -134,17 +136,15 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
         linux.remove("mountLabel");
         // They reach it by the container's network namespace.
         linux.remove("netDevices");
+        linux.remove("seccomp");
     }
     labels::strip(&mut json["process"]);
     json["linux"]["cgroupsPath"] = json!(format!("/containers/{id}"));
     forget_namespace_paths(&mut json);
     keep_guest_hooks(&mut json, bundle);
-    let sysctls = bundle
-        .spec
-        .linux()
-        .as_ref()
-        .map(Sysctl::of)
-        .unwrap_or_default();
+    let linux = bundle.spec.linux().as_ref();
+    let sysctls = linux.map(Sysctl::of).unwrap_or_default();
+    let seccomp = linux.and_then(|linux| linux.seccomp().clone());
     if let Some(guests) = json["linux"]["sysctl"].as_object_mut() {
         guests.retain(|key, _| !sysctls.iter().any(|s| s.of_interface && s.key == *key));
     }
@@ -153,6 +153,7 @@ pub fn translate(bundle: &Bundle, id: &str) -> Result<GuestSpec, Error> {
         binds,
         volumes: guest_volumes,
         shared_memory: memory,
+        seccomp: seccomp.filter(seccomp::filters),
         sysctls,
     })
 }

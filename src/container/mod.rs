@@ -33,6 +33,7 @@ mod preserved;
 pub mod ps;
 pub mod resources;
 pub mod run;
+mod seccomp;
 mod shared_memory;
 pub mod signal;
 pub mod size;
@@ -114,6 +115,8 @@ pub enum Error {
     Bundle(#[from] bundle::Error),
     #[error(transparent)]
     GuestSpec(#[from] guest_spec::Error),
+    #[error("unable to start container process: error during container init: {0}")]
+    Seccomp(#[from] seccomp::Error),
     #[error(transparent)]
     Membership(#[from] membership::Error),
     #[error(transparent)]

@@ -136,8 +136,29 @@ pub struct DiskMode {
     /// What the guest mounts; `None` for the device.
     pub file_system: Option<String>,
     pub read_only: bool,
-    /// A block device, not a file.
-    pub is_device: bool,
+    pub source: DiskSource,
+}
+
+/// What is behind a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskSource {
+    Image,
+    Device,
+    /// A program that speaks vhost-user; instead of a file there is a connection to it.
+    /// With the file system [`VIRTIO_FS`] it serves that and no disk.
+    Program,
+}
+
+/// The file system of which the device is a file server and no disk.
+pub const VIRTIO_FS: &str = "virtiofs";
+
+/// A disk in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestDisk {
+    pub name: String,
+    /// Where it is plugged in.
+    pub place: String,
 }
 
 /// Who a container's processes can be on the host, if not everybody: ranges of ids,
@@ -202,6 +223,9 @@ pub struct Reply {
     /// Name of a volume in the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub volume: Option<String>,
+    /// Where it is plugged in, if it is a disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub place: Option<String>,
     /// What the guest needs to use it, of a socket.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<Token>,

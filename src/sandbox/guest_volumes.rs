@@ -14,6 +14,8 @@ struct Volume {
     key: String,
     /// Of a disk.
     mode: Option<DiskMode>,
+    /// Where it is plugged in.
+    place: Option<String>,
     users: Vec<String>,
 }
 
@@ -52,10 +54,23 @@ impl GuestVolumes {
         let volume = Volume {
             key: key.to_owned(),
             mode,
+            place: None,
             users: vec![container.to_owned()],
         };
         self.volumes.insert(name.clone(), volume);
         Ok(Found::New(name))
+    }
+
+    /// It is plugged in.
+    pub fn place(&mut self, name: &str, place: String) {
+        if let Some(volume) = self.volumes.get_mut(name) {
+            volume.place = Some(place);
+        }
+    }
+
+    /// Where it is plugged in.
+    pub fn place_of(&self, name: &str) -> Option<String> {
+        self.volumes.get(name)?.place.clone()
     }
 
     /// Ends the uses of a container; returns the names of all that nobody uses,
@@ -113,13 +128,14 @@ fn conflict(attached: Option<&DiskMode>, wanted: Option<&DiskMode>) -> Option<St
 
 #[cfg(test)]
 mod tests {
+    use super::super::control::DiskSource;
     use super::*;
 
     fn mode(file_system: Option<&str>, read_only: bool) -> Option<DiskMode> {
         Some(DiskMode {
             file_system: file_system.map(str::to_owned),
             read_only,
-            is_device: true,
+            source: DiskSource::Device,
         })
     }
 
@@ -129,6 +145,9 @@ mod tests {
         let name = |n: &str| n.to_owned();
         let added = volumes.add("a", mode(Some("ext4"), false), "c1").unwrap();
         assert_eq!(added, Found::New(name("disk-1")));
+        assert_eq!(volumes.place_of("disk-1"), None);
+        volumes.place("disk-1", name("pci:07"));
+        assert_eq!(volumes.place_of("disk-1"), Some(name("pci:07")));
         for (container, read_only) in [("c1", false), ("c2", true)] {
             let again = volumes.add("a", mode(Some("ext4"), read_only), container);
             assert_eq!(again.unwrap(), Found::Known(name("disk-1")));

@@ -11,9 +11,11 @@ mod guest_volumes;
 pub mod host_oom;
 pub mod network;
 pub mod record;
+mod relay;
 pub mod server;
 mod share;
 pub mod size;
+pub mod template;
 mod volumes;
 
 use std::io::{self, Read};

@@ -111,6 +111,12 @@ impl Demands {
         self.bounds.most = most;
     }
 
+    /// Whether there are containers besides this one.
+    #[must_use]
+    pub fn has_others(&self, container: &str) -> bool {
+        self.containers.keys().any(|other| other != container)
+    }
+
     #[must_use]
     pub fn bounds(&self) -> Bounds {
         self.bounds

@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use kuasar_runv_protocol::socket::Token;
 
-use super::control::{DiskMode, Identities, Request, Unused};
+use super::control::{DiskMode, GuestDisk, Identities, Reply, Request, Unused};
 use super::{Error, REQUEST_DEADLINE, Sandbox};
 
 impl Sandbox {
@@ -31,7 +31,7 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
-    /// Lets a container use a disk; returns its name in the guest. It is attached now
+    /// Lets a container use a disk; returns what it is in the guest. It is attached now
     /// if `file`, the disk, is given; `None` when it is neither given nor attached.
     ///
     /// # Errors
@@ -42,13 +42,17 @@ impl Sandbox {
         key: &str,
         mode: &DiskMode,
         file: Option<BorrowedFd<'_>>,
-    ) -> Result<Option<String>, Error> {
+    ) -> Result<Option<GuestDisk>, Error> {
         let request = Request::UseDisk {
             container: container.to_owned(),
             key: key.to_owned(),
             mode: mode.clone(),
         };
-        self.volume(&request, file.as_slice())
+        let reply = self.reply(&request, file.as_slice())?;
+        Ok(reply.volume.map(|name| GuestDisk {
+            name,
+            place: reply.place.unwrap_or_default(),
+        }))
     }
 
     /// Lets a container use a volume that the guest makes by itself; returns its name
@@ -61,7 +65,8 @@ impl Sandbox {
             container: container.to_owned(),
             key: key.to_owned(),
         };
-        self.volume(&request, &[])?
+        self.reply(&request, &[])?
+            .volume
             .ok_or_else(|| Error::Refused("the sandboxer's answer has no volume".into()))
     }
 
@@ -90,10 +95,9 @@ impl Sandbox {
         reply.volume.zip(reply.token).ok_or_else(nothing)
     }
 
-    fn volume(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Option<String>, Error> {
+    fn reply(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, Error> {
         self.connection
             .call(request, fds, REQUEST_DEADLINE)
-            .map(|reply| reply.volume)
             .map_err(|e| self.control_error(e))
     }
 

@@ -21,10 +21,12 @@ pub mod detect;
 pub mod devices;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod huge_pages;
 mod log_pump;
 mod process;
 mod qemu;
 pub mod selection;
+pub mod template;
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -34,7 +36,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{Config, Console, HugePages};
 
 pub use qemu::requirements;
 use selection::Choice;
@@ -74,6 +76,17 @@ pub trait Vm {
     /// wrong time.
     fn serve(&mut self, back_ends: BackEnds) -> Result<Vec<Served>, Error>;
 
+    /// Whether the machine was made of a template ([`VmConfig::template`]) when it was
+    /// served: its guest waits for an identity of its own.
+    fn is_restored(&self) -> bool;
+
+    /// Saves a machine that was made for that ([`Templates::Make`]) as a new template, and
+    /// returns the template's key. The machine is of no use any more.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], [`Error::Template`], [`Error::NotRunning`].
+    fn save(&mut self, new: &template::New) -> Result<String, Error>;
+
     /// Pid of the hypervisor's process while it has one of its own.
     fn pid(&self) -> Option<i32>;
 
@@ -108,13 +121,13 @@ pub trait Vm {
     fn resize(&mut self, size: VmSize) -> Result<(), Error>;
 
     /// Adds a device to the running machine under an id of the caller's, which is
-    /// one of [`valid_device_id`]. The guest does not notice: its agent has to look
-    /// for it (`guest/src/hotplug.rs`).
+    /// one of [`valid_device_id`], and says where it is. The guest does not notice: its
+    /// agent has to look for it (`guest/src/hotplug.rs`).
     ///
     /// # Errors
     /// As [`Vm::pause`], [`Error::Unsupported`], [`Error::NoSlot`],
     /// [`Error::DeviceId`]. Nothing of the device is left then.
-    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error>;
+    fn attach(&mut self, id: &str, device: &Device) -> Result<Place, Error>;
 
     /// Removes a device that was attached under this id, whether or not the guest
     /// has let go of it, which its agent should have had it do first. The id is free
@@ -141,6 +154,8 @@ pub struct Capabilities {
     pub resize_memory: bool,
     pub attach_block: bool,
     pub attach_net: bool,
+    /// Machines can be saved and made of what was saved.
+    pub templates: bool,
     /// Guest instructions are emulated: everything in the guest takes about ten
     /// times as long, so do the waits for it.
     pub emulated: bool,
@@ -185,6 +200,23 @@ pub struct VmConfig {
     pub console_log: Option<String>,
     /// Lets the kernel print its messages, not only errors.
     pub verbose_console: bool,
+    pub console: Console,
+    pub huge_pages: HugePages,
+    pub template: Templates,
+}
+
+/// What a machine has to do with templates.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Templates {
+    None,
+    /// It may be made of one of this directory, if one fits, and is booted otherwise.
+    Use {
+        dir: PathBuf,
+    },
+    /// It is going to be one; the kernel parameter that tells its agent.
+    Make {
+        parameter: &'static str,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,6 +231,7 @@ pub struct VmSize {
 pub enum Device {
     Block(BlockDevice),
     Net(NetDevice),
+    VhostUser(VhostUserDevice),
     /// A function of a physical PCI device that the driver vfio-pci has.
     Vfio {
         address: String,
@@ -218,6 +251,30 @@ pub struct NetDevice {
     pub vhost: Vec<OwnedFd>,
     pub mac: [u8; 6],
 }
+
+/// A device that another program of the host serves over vhost-user. The hypervisor
+/// gets a copy of the connection, on which nothing has been agreed yet.
+#[derive(Debug)]
+pub struct VhostUserDevice {
+    pub socket: OwnedFd,
+    pub kind: VhostUserKind,
+}
+
+/// What the program serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VhostUserKind {
+    Block,
+    /// A file system that the guest mounts by this tag, of at most 36 bytes.
+    Fs {
+        tag: String,
+    },
+}
+
+/// Where an attached device is, as the guest's agent finds it
+/// (`guest/src/hotplug.rs`): `LNRO0005:NN`, a place on the platform bus, or `pci:NN`, a
+/// slot of the bridge, both in hexadecimal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place(pub String);
 
 /// Whether an id is fit for [`Vm::attach`]: a lower-case letter, then at most 31 of
 /// lower-case letters, digits and `-`.
@@ -296,6 +353,9 @@ pub enum Error {
         wanted: &'static str,
         reason: String,
     },
+    /// The host's are too few, or switched off; the text says what to do.
+    #[error("[vm] hugepages: {0}")]
+    HugePages(String),
     #[error("KVM: {operation}: {}", reason(source))]
     Kvm {
         operation: &'static str,
@@ -303,6 +363,8 @@ pub enum Error {
     },
     #[error("{0}")]
     Boot(#[source] builtin::BootError),
+    #[error("template: {0}")]
+    Template(#[from] template::Error),
     #[error("the virtual CPUs did not {operation} within {seconds} s")]
     Unanswered {
         operation: &'static str,

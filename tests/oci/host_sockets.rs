@@ -3,7 +3,9 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
+use kuasar_runv_test_harness::probe::sockets::VISITS;
 use kuasar_runv_test_harness::{World, json, listener};
 
 #[test]
@@ -58,4 +60,20 @@ fn a_socket_that_nobody_listens_on() {
         "{answer:?}"
     );
     assert_eq!(out.fact("many"), "0");
+}
+
+/// More visitors than a socket has places, one after the other.
+#[test]
+fn a_client_that_has_gone_leaves_no_trace() {
+    let world = World::new();
+    let socket = world.path("service.sock");
+    let taken = listener::negligent(&socket);
+    let bundle = world.bundle().probe("visits /run/service.sock");
+    let bundle = bundle.bind(&socket, "/run/service.sock");
+    let container = world.start(&bundle, "c");
+    for _ in 0..VISITS {
+        let _: usize = taken.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
+    let _ = container.delete_force().ok();
+    world.assert_clean();
 }

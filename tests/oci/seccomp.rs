@@ -268,3 +268,34 @@ fn a_filter_without_new_privileges_and_one_with() {
         assert_eq!(out.fact("status"), "1");
     }
 }
+
+/// `value` is the mask and `valueTwo` what is compared with, as engines' profiles say of
+/// `clone`.
+#[test]
+fn arguments_are_compared() {
+    let world = World::new();
+    let on_mode = |op: &str, value: u32, other: u32| {
+        json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{
+                "names": ["mkdir"], "action": "SCMP_ACT_ERRNO",
+                "args": [{ "index": 1, "op": op, "value": value, "valueTwo": other }],
+            }],
+        })
+    };
+    // busybox asks for mode 777.
+    for (name, profile, status) in [
+        ("equal", on_mode("SCMP_CMP_EQ", 0o777, 0), "1"),
+        ("other", on_mode("SCMP_CMP_NE", 0o777, 0), "0"),
+        ("masked", on_mode("SCMP_CMP_MASKED_EQ", 0o5, 0o5), "1"),
+        ("masked-other", on_mode("SCMP_CMP_MASKED_EQ", 0o5, 0o4), "0"),
+    ] {
+        let bundle = world.bundle().sh("mkdir /tmp/x; echo status=$?");
+        let bundle = bundle.with(|c| c["linux"]["seccomp"] = profile);
+        assert_eq!(
+            world.run(&bundle, name).ok().fact("status"),
+            status,
+            "{name}"
+        );
+    }
+}

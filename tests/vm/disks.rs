@@ -11,7 +11,7 @@ use crate::pods;
 
 /// Runs a program of the host to its end and returns what it printed.
 #[track_caller]
-fn host(program: &str, args: &[&str]) -> String {
+pub fn host(program: &str, args: &[&str]) -> String {
     let mut command = Command::new(program);
     command
         .args(args)
@@ -27,7 +27,7 @@ fn host(program: &str, args: &[&str]) -> String {
 }
 
 /// An ext4 image with the file `from-host` in it.
-fn image(world: &World, name: &str) -> PathBuf {
+pub fn image(world: &World, name: &str) -> PathBuf {
     let contents = world.path(&format!("{name}.d"));
     fs::create_dir(&contents).unwrap();
     fs::write(contents.join("from-host"), "host\n").unwrap();

@@ -267,6 +267,31 @@ fn a_network_outlives_the_container_it_was_made_for() {
     assert_eq!(inner.links(), ["eth0"]);
 }
 
+/// Engines take the network of a container apart before they delete it; the machine, which
+/// is about to end, need not follow.
+#[test]
+fn the_network_of_an_ended_container_is_left_alone() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let container = world.start(&bundle(&world, &inner, PING), "c");
+    container.wait_for_output("reached");
+    container.wait_for_status("stopped");
+    let taps = || {
+        inner
+            .links()
+            .iter()
+            .filter(|name| name.starts_with("runv"))
+            .count()
+    };
+    // Long enough for the machine to say so, and to follow if it did.
+    std::thread::sleep(Duration::from_secs(1));
+    inner.ip("link del eth0");
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(taps(), 1, "{:?}", inner.links());
+    let _ = container.delete().ok();
+    assert_eq!(taps(), 0);
+}
+
 /// The hypervisor moves frames, or the host's kernel does where it can, for each
 /// processor.
 #[test]

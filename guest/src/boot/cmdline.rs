@@ -12,6 +12,8 @@ use log::LevelFilter;
 pub struct Config {
     pub log_level: LevelFilter,
     pub debug_console: bool,
+    /// The machine is to be saved before it goes on.
+    pub template: bool,
 }
 
 /// # Errors
@@ -24,6 +26,7 @@ fn parse(line: &str) -> Config {
     let mut config = Config {
         log_level: LevelFilter::Info,
         debug_console: false,
+        template: false,
     };
     for parameter in line.split_whitespace() {
         match parameter.split_once('=') {
@@ -32,6 +35,7 @@ fn parse(line: &str) -> Config {
                 config.log_level = level.parse().unwrap_or(config.log_level);
             }
             Some((cmdline::DEBUG_CONSOLE, value)) => config.debug_console = value == "1",
+            Some((cmdline::TEMPLATE, value)) => config.template = value == "1",
             _ => {}
         }
     }
@@ -44,15 +48,15 @@ mod tests {
 
     #[test]
     fn the_hosts_parameters_are_read() {
-        let config = parse("quiet kuasar.log=debug x=y kuasar.debug_console=1\n");
+        let config = parse("quiet kuasar.log=debug x=y kuasar.debug_console=1 kuasar.template=1\n");
         assert_eq!(config.log_level, LevelFilter::Debug);
-        assert!(config.debug_console);
+        assert!(config.debug_console && config.template);
     }
 
     #[test]
     fn the_defaults_are_quiet() {
         let config = parse("kuasar.log=loud kuasar.debug_console=yes");
         assert_eq!(config.log_level, LevelFilter::Info);
-        assert!(!config.debug_console);
+        assert!(!config.debug_console && !config.template);
     }
 }

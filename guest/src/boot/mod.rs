@@ -10,9 +10,10 @@ mod modules;
 mod mounts;
 
 use std::io;
+use std::path::Path;
 
 pub use cmdline::Config;
-pub use mounts::IMAGE_DIR;
+pub use mounts::{IMAGE_DIR, mount_share};
 
 use crate::cgroup;
 
@@ -46,17 +47,26 @@ impl BootError {
     }
 }
 
-/// Everything between the kernel and the first request.
+/// Everything between the kernel and what is a pod's: after this, its shared directory
+/// is to be mounted.
 ///
 /// # Errors
 /// The first step that failed; the machine is of no use then.
 pub fn prepare() -> Result<Config, BootError> {
     modules::load()?;
     let config = mounts::move_to_own_root()?;
-    mounts::mount_share()?;
     cgroup::enable_controllers().map_err(BootError::io("enabling cgroup controllers"))?;
     raise_limits().map_err(BootError::io("raising limits"))?;
     Ok(config)
+}
+
+/// What the kernel's command line says, when everything else has been prepared.
+///
+/// # Errors
+/// Of reading it.
+pub fn config() -> Result<Config, BootError> {
+    cmdline::read(Path::new("/proc/cmdline"))
+        .map_err(BootError::io("reading the kernel command line"))
 }
 
 /// Limits of this process, from which containers' are derived.

@@ -6,12 +6,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use kuasar_runv_protocol::agent::NamespaceJoin;
 use kuasar_runv_protocol::namespace::Kind;
 
-use super::{Container, ContainerError, Containers, Result};
+use super::{Container, ContainerError, Containers, Entry, Result};
 
 /// A container's namespaces in the order of [`Kind::ALL`]; those are missing that
 /// the kernel has not.
@@ -71,6 +71,20 @@ impl Containers {
         kept.ok_or_else(|| io::ErrorKind::NotFound.into())
             .and_then(OwnedFd::try_clone)
             .map_err(ContainerError::io("the network namespace"))
+    }
+
+    /// Whether no program of any container runs or has run, so that nobody else is at
+    /// the machine's networks, and nobody waits for the agent.
+    pub fn none_started(&self) -> bool {
+        let entries = self.lock();
+        entries.values().all(|entry| match entry {
+            Entry::Reserved => true,
+            Entry::Ready(container) => {
+                let execs = &container.execs;
+                let execs = execs.lock().unwrap_or_else(PoisonError::into_inner);
+                !container.process.is_started() && execs.is_empty()
+            }
+        })
     }
 
     /// Finds what a container is to join.

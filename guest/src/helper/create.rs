@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 
-use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::notify_socket::NotifyListener;
 use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
@@ -16,6 +15,7 @@ use super::executor::Program;
 use super::failure::{self, Failure};
 use super::hooks::StartHooks;
 use super::namespaces::Network;
+use super::seccomp::Confinement;
 use super::terminal::{self, ConsoleSocket};
 use super::{
     NOTIFY_SOCKET, NewProcess, SPEC_FILE, joins, late_mounts, namespaces, rlimits, rootfs, spec,
@@ -59,7 +59,8 @@ pub fn create(request: &CreateRequest, mut fds: Vec<OwnedFd>) -> Result<NewProce
     let limits = rlimits::take(&mut spec);
     let program = Program::new(given_env(&spec), late_cwd)
         .with_hooks(StartHooks::take(&mut spec, &request.container_id)?)
-        .with_limits(&limits);
+        .with_limits(&limits)
+        .with_confinement(Confinement::take(&mut spec, &request.dir)?);
     let terminal = spec.process().as_ref().and_then(|p| p.terminal()) == Some(true);
     let console = match terminal {
         true => Some(ConsoleSocket::new()?),
@@ -113,7 +114,8 @@ fn build(
         console_socket: console.map(ConsoleSocket::container_end),
         notify_listener,
         preserve_fds: i32::from(request.preserved),
-        container: container(request, spec)?,
+        // Only seccomp listeners are told about it.
+        container: None,
         // A new user namespace is joined like one that exists.
         user_ns_config: None,
         cgroup_config: libcgroups::common::CgroupConfig {
@@ -152,23 +154,6 @@ fn missing_sysctl(spec: &Spec) -> Option<Failure> {
             ))
         })
     })
-}
-
-/// What libcontainer tells seccomp listeners about the container, and asks for
-/// even when there is none.
-fn container(request: &CreateRequest, spec: &Spec) -> Result<Option<Container>, Failure> {
-    if spec.linux().as_ref().is_none_or(|l| l.seccomp().is_none()) {
-        return Ok(None);
-    }
-    Container::new(
-        &request.container_id,
-        ContainerStatus::Creating,
-        None,
-        &request.dir,
-        &request.dir,
-    )
-    .map(Some)
-    .map_err(|e| Failure::Other(failure::chain(&e)))
 }
 
 /// The environment of the spec, without the placeholder `normalise` added.

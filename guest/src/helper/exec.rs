@@ -32,7 +32,7 @@ use oci_spec::runtime::{Process, Spec};
 use super::create::{owner_of_stdio, prepare_self};
 use super::failure::Failure;
 use super::tenant::{self, Report, Tenant};
-use super::{NewProcess, SPEC_FILE, spec, terminal};
+use super::{NewProcess, SPEC_FILE, seccomp, spec, terminal};
 use crate::cgroup::{self, Cgroup};
 use crate::ipc;
 use crate::sys::{self, Forked};
@@ -51,7 +51,8 @@ pub fn exec(
     let missing = || Failure::Other("a descriptor is missing".to_owned());
     let process = load_process(fds.next().ok_or_else(missing)?)?;
     let init = fds.next().ok_or_else(missing)?;
-    let mut container = spec::load(&request.dir.join(SPEC_FILE))?;
+    let container = spec::load(&request.dir.join(SPEC_FILE))?;
+    let filter = seccomp::read(&request.dir)?;
     let has_terminal = process.terminal() == Some(true);
     // With a terminal, the streams are its.
     let stdio: Vec<OwnedFd> = match has_terminal {
@@ -64,15 +65,13 @@ pub fn exec(
     }
     let keyring = (!request.no_new_keyring).then_some(request.container_id.as_str());
     prepare_self(&container, keyring)?;
-    if let Some(linux) = container.linux_mut() {
-        spec::normalise_seccomp(linux)?;
-    }
     setns(&init, CloneFlags::CLONE_NEWPID)
         .map_err(Failure::io("entering the container's pid namespace"))?;
     let tenant = Tenant {
         request,
         process: &process,
         container: &container,
+        filter: filter.as_ref(),
         init,
         stdio,
     };

@@ -21,6 +21,7 @@ use super::hooks::StartHooks;
 use super::lookup::look_path;
 use super::passwd::home_of;
 use super::rlimits;
+use super::seccomp::Confinement;
 
 /// Exit code of a process whose program could not be executed (runc 1.1).
 const EXEC_FAILED: i32 = 1;
@@ -36,6 +37,7 @@ pub struct Program {
     late_cwd: Option<PathBuf>,
     hooks: Option<StartHooks>,
     limits: Vec<PosixRlimit>,
+    confinement: Option<Confinement>,
     /// Path found by `validate`.
     found: RefCell<Option<String>>,
 }
@@ -64,6 +66,7 @@ impl Program {
             late_cwd,
             hooks: None,
             limits: Vec::new(),
+            confinement: None,
             found: RefCell::new(None),
         }
     }
@@ -77,6 +80,14 @@ impl Program {
     pub fn with_limits(self, limits: &[PosixRlimit]) -> Program {
         Program {
             limits: limits.to_vec(),
+            ..self
+        }
+    }
+
+    /// Confines itself before the program is looked up.
+    pub fn with_confinement(self, confinement: Option<Confinement>) -> Program {
+        Program {
+            confinement,
             ..self
         }
     }
@@ -175,7 +186,14 @@ fn args(spec: &Spec) -> &[String] {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        self.prepare(args(spec)).map_err(|message| {
+        let confined = match &self.confinement {
+            Some(confinement) => confinement
+                .apply()
+                .map_err(|e| format!("error during container init: {e}")),
+            None => Ok(()),
+        };
+        let prepared = confined.and_then(|()| self.prepare(args(spec)));
+        prepared.map_err(|message| {
             record_final(&format!("unable to start container process: {message}"));
             ExecutorValidationError::ArgValidationError(message)
         })

@@ -32,6 +32,7 @@ mod preserved;
 mod resources;
 mod rlimits;
 mod rootfs;
+mod seccomp;
 pub(crate) mod spec;
 mod tenant;
 mod terminal;
@@ -52,6 +53,8 @@ pub use terminal::{hang_up as hang_terminal_up, set_size as set_terminal_size};
 
 /// Name of the spec in a container's private directory, as the host sent it.
 pub const SPEC_FILE: &str = "spec.json";
+/// The system call filter of its processes, if it has one.
+pub const SECCOMP_FILE: &str = "seccomp";
 /// Where libcontainer waits for the start, relative to the private directory.
 pub const NOTIFY_SOCKET: &str = "notify.sock";
 

@@ -7,7 +7,6 @@
 //! | field | libcontainer 0.7 | here |
 //! |---|---|---|
 //! | `capabilities` absent, or one of its sets | keeps all | none |
-//! | `noNewPrivileges: false` with seccomp | loads the filter without the privilege to | as if absent |
 //! | `HOME` absent | asks the container's nsswitch | placeholder, the executor fills it in |
 //! | mount without `source` | error | the type |
 //! | mount options it does not know, of a bind mount | ignored | refused |
@@ -20,8 +19,8 @@ use std::path::{Path, PathBuf};
 
 use libcontainer::syscall::linux::{MountOption, MountRecursive};
 use oci_spec::runtime::{
-    Capabilities, Hooks, Linux, LinuxCapabilities, LinuxNamespaceType, LinuxResources,
-    LinuxSeccompAction, Mount, Process, Spec,
+    Capabilities, Hooks, Linux, LinuxCapabilities, LinuxNamespaceType, LinuxResources, Mount,
+    Process, Spec,
 };
 
 use super::Failure;
@@ -193,7 +192,9 @@ fn normalise_linux(linux: &mut Linux) -> Result<()> {
         }
     };
     linux.set_rootfs_propagation(propagation.map(str::to_owned));
-    normalise_seccomp(linux)?;
+    if linux.seccomp().is_some() {
+        return unsupported("linux.seccomp", "the host compiles it");
+    }
     if let Some(resources) = linux.resources_mut() {
         check_resources(resources)?;
         super::resources::check(resources)?;
@@ -227,27 +228,6 @@ fn normalise_namespaces(linux: &mut Linux) -> Result<()> {
             "a container without a mount namespace",
             "the host's is not in the virtual machine",
         );
-    }
-    Ok(())
-}
-
-/// Refuses a filter with a listener and removes one that filters nothing.
-pub fn normalise_seccomp(linux: &mut Linux) -> Result<()> {
-    let Some(seccomp) = linux.seccomp() else {
-        return Ok(());
-    };
-    let notifies = seccomp
-        .syscalls()
-        .iter()
-        .flatten()
-        .any(|s| s.action() == LinuxSeccompAction::ScmpActNotify);
-    let listener = seccomp.listener_path().as_ref();
-    if notifies || listener.is_some_and(|p| !p.as_os_str().is_empty()) {
-        return unsupported("SCMP_ACT_NOTIFY", "the listener is on the host");
-    }
-    let filters = seccomp.syscalls().as_ref().is_some_and(|s| !s.is_empty());
-    if !filters && seccomp.default_action() == LinuxSeccompAction::ScmpActAllow {
-        linux.set_seccomp(None);
     }
     Ok(())
 }

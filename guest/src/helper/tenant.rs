@@ -12,21 +12,21 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
+use kuasar_runv_protocol::seccomp::Filter;
 use kuasar_runv_protocol::words::words;
 use libcontainer::capabilities::{drop_privileges, reset_effective};
 use libcontainer::process::cpu_affinity::set_cpuset_affinity_from_string;
-use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::Syscall;
 use libcontainer::syscall::syscall::create_syscall;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Pid, Uid, chdir, setgroups, setresgid, setresuid, setsid};
-use oci_spec::runtime::{ExecCPUAffinity, LinuxPersonalityDomain, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{ExecCPUAffinity, LinuxPersonalityDomain, Process, Spec};
 
 use super::exec::namespaces_of;
 use super::executor::Program;
 use super::failure::chain;
-use super::{preserved, spec, terminal};
+use super::{preserved, seccomp, spec, terminal};
 use crate::zygote::ExecRequest;
 use crate::{ipc, sys};
 
@@ -36,6 +36,8 @@ pub struct Tenant<'a> {
     pub process: &'a Process,
     /// The spec of its container.
     pub container: &'a Spec,
+    /// The container's system call filter.
+    pub filter: Option<&'a Filter>,
     /// A pidfd of the container's first process.
     pub init: OwnedFd,
     /// The announced streams.
@@ -111,6 +113,7 @@ fn prepare(
         request,
         process,
         container,
+        filter,
         init,
         stdio,
     } = tenant;
@@ -138,7 +141,7 @@ fn prepare(
             .map_err(at("sending the terminal"))?;
     }
     set_personality(container);
-    confine(request, process, container)?;
+    confine(request, process, container, filter)?;
     program.prepare(args(process))?;
     Ok(program)
 }
@@ -248,7 +251,12 @@ fn set_personality(container: &Spec) {
 }
 
 /// Working directory, user, capabilities and system call filter.
-fn confine(request: &ExecRequest, process: &Process, container: &Spec) -> Result<(), String> {
+fn confine(
+    request: &ExecRequest,
+    process: &Process,
+    container: &Spec,
+    filter: Option<&Filter>,
+) -> Result<(), String> {
     let mask = process.user().umask().unwrap_or(request.umask);
     umask(Mode::from_bits_truncate(mask));
     let no_new_privileges = process.no_new_privileges() == Some(true);
@@ -271,18 +279,14 @@ fn confine(request: &ExecRequest, process: &Process, container: &Spec) -> Result
         chdir(cwd).map_err(|e| no_cwd(cwd, e))?;
     }
     verify_cwd(cwd)?;
-    let filter = container
-        .linux()
-        .as_ref()
-        .and_then(|l| l.seccomp().as_ref());
     // Without no_new_privs loading a filter is a privilege.
     let (early, late) = match no_new_privileges {
         true => (None, filter),
         false => (filter, None),
     };
-    load_filter(early)?;
+    early.map_or(Ok(()), seccomp::load)?;
     set_capabilities(syscall.as_ref(), process, container)?;
-    load_filter(late)
+    late.map_or(Ok(()), seccomp::load)
 }
 
 fn no_cwd(cwd: &Path, e: nix::Error) -> String {
@@ -337,12 +341,4 @@ fn set_capabilities(
     reset_effective(syscall)
         .and_then(|()| drop_privileges(&wanted, syscall))
         .map_err(|e| format!("unable to apply caps: {}", chain(&e)))
-}
-
-fn load_filter(filter: Option<&LinuxSeccomp>) -> Result<(), String> {
-    match filter.map(initialize_seccomp) {
-        Some(Err(e)) => Err(format!("unable to init seccomp: {}", chain(&e))),
-        // There is no notify descriptor: such filters are refused.
-        Some(Ok(_)) | None => Ok(()),
-    }
 }

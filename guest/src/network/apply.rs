@@ -53,9 +53,9 @@ pub fn apply(namespace: OwnedFd, applied: &mut Applied, request: ApplyRequest) -
     let old = std::mem::take(&mut applied.request);
     let mut netlink = socket()?;
     for interface in &new {
-        let index = links::index_of(&mut netlink, &interface.device_mac)
-            .map_err(NetworkError::io("listing interfaces"))?
-            .ok_or_else(|| NetworkError::NoDevice(interface.name.clone()))?;
+        // It has got its name on the way.
+        let index = nix::net::if_::if_nametoindex(interface.name.as_str())
+            .map_err(NetworkError::io(format!("finding {}", interface.name)))?;
         applied.indices.insert(interface.device_mac.clone(), index);
         links::no_link_local(&mut netlink, index)
             .map_err(NetworkError::io(format!("preparing {}", interface.name)))?;

@@ -1,9 +1,10 @@
 //! Interfaces on their way between the machine's network namespace, where new
 //! devices appear, and a container's.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use kuasar_runv_protocol::network::Interface;
@@ -20,6 +21,8 @@ use crate::hotplug;
 
 /// How long a device may take to appear.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(20);
+/// The interfaces of the network namespace that sysfs was mounted in: the machine's.
+const INTERFACES: &str = "/sys/class/net";
 /// `RTNLGRP_LINK` of rtnetlink(7).
 const GROUP_LINK: u32 = 1;
 
@@ -27,17 +30,16 @@ const GROUP_LINK: u32 = 1;
 /// their order. To be called in the machine's namespace.
 pub fn find_new(interfaces: &[&Interface]) -> Result<Vec<u32>> {
     let failed = || NetworkError::io("looking for new devices");
-    let mut netlink = Rtnetlink::new().map_err(failed())?;
-    let news = Rtnetlink::subscribed(&[GROUP_LINK]).map_err(failed())?;
     hotplug::rescan().map_err(failed())?;
-    let end = Instant::now() + DEVICE_DEADLINE;
+    // Their drivers have usually taken them by then.
     let mut found = vec![None; interfaces.len()];
+    if look(interfaces, &mut found).map_err(failed())?.is_none() {
+        return Ok(found.into_iter().flatten().collect());
+    }
+    let news = Rtnetlink::subscribed(&[GROUP_LINK]).map_err(failed())?;
+    let end = Instant::now() + DEVICE_DEADLINE;
     loop {
-        let links = dump(&mut netlink).map_err(failed())?;
-        for (index, interface) in found.iter_mut().zip(interfaces) {
-            *index = index.or_else(|| by_mac(&links, &interface.device_mac));
-        }
-        let Some(missing) = found.iter().position(Option::is_none) else {
+        let Some(missing) = look(interfaces, &mut found).map_err(failed())? else {
             return Ok(found.into_iter().flatten().collect());
         };
         let left = end.saturating_duration_since(Instant::now());
@@ -49,6 +51,16 @@ pub fn find_new(interfaces: &[&Interface]) -> Result<Vec<u32>> {
     }
 }
 
+/// Fills in the indices of those that are there; the first that is not.
+fn look(interfaces: &[&Interface], found: &mut [Option<u32>]) -> io::Result<Option<usize>> {
+    let links = all()?;
+    for (index, interface) in found.iter_mut().zip(interfaces) {
+        let device = links.iter().find(|link| link.mac == interface.device_mac);
+        *index = index.or(device.map(|link| link.index));
+    }
+    Ok(found.iter().position(Option::is_none))
+}
+
 /// Moves an interface to another namespace under a name that is free there.
 pub fn send(netlink: &mut Rtnetlink, index: u32, to: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     let mut link = LinkMessage::default();
@@ -58,11 +70,6 @@ pub fn send(netlink: &mut Rtnetlink, index: u32, to: BorrowedFd<'_>, name: &str)
         LinkAttribute::IfName(name.to_owned()),
     ];
     netlink.request(RouteNetlinkMessage::SetLink(link), 0)
-}
-
-/// The index of the interface with this hardware address in the thread's namespace.
-pub fn index_of(netlink: &mut Rtnetlink, mac: &[u8]) -> io::Result<Option<u32>> {
-    Ok(by_mac(&dump(netlink)?, mac))
 }
 
 /// Gives an interface its properties and, at last, its state.
@@ -117,14 +124,44 @@ pub fn retire(netlink: &mut Rtnetlink, index: u32, machine: BorrowedFd<'_>) -> i
 
 /// Lets go of the devices that have been retired. In the machine's namespace.
 pub fn remove_retired(macs: &[Vec<u8>]) -> io::Result<()> {
-    let mut netlink = Rtnetlink::new()?;
-    for link in dump(&mut netlink)? {
-        let is_retired = address(&link).is_some_and(|mac| macs.iter().any(|m| m == mac));
-        if let (true, Some(name)) = (is_retired, name(&link)) {
-            hotplug::remove(&Path::new("/sys/class/net").join(name))?;
+    for link in all()? {
+        if macs.contains(&link.mac) {
+            hotplug::remove(&link.path)?;
         }
     }
     Ok(())
+}
+
+/// An interface of the machine's namespace.
+struct Link {
+    path: PathBuf,
+    mac: Vec<u8>,
+    index: u32,
+}
+
+/// All of them, from sysfs: to take the kernel's messages apart, which tell much more of
+/// each, costs an emulated machine three times as much.
+fn all() -> io::Result<Vec<Link>> {
+    let mut links = Vec::new();
+    for entry in fs::read_dir(INTERFACES)? {
+        let path = entry?.path();
+        let read = |name| fs::read_to_string(path.join(name));
+        let (address, index) = match (read("address"), read("ifindex")) {
+            (Ok(address), Ok(index)) => (address, index),
+            // It has just gone, or is a file of the bonding driver.
+            _ => continue,
+        };
+        if let (Some(mac), Ok(index)) = (parse_mac(address.trim()), index.trim().parse()) {
+            links.push(Link { path, mac, index });
+        }
+    }
+    Ok(links)
+}
+
+/// Bytes in hexadecimal, separated by colons.
+fn parse_mac(text: &str) -> Option<Vec<u8>> {
+    let byte = |byte| u8::from_str_radix(byte, 16).ok();
+    text.split(':').map(byte).collect()
 }
 
 /// Returns when `fd` is readable, or after some time.
@@ -136,38 +173,26 @@ fn wait_readable(fd: BorrowedFd<'_>, time: Duration) -> io::Result<()> {
     }
 }
 
-fn dump(netlink: &mut Rtnetlink) -> io::Result<Vec<LinkMessage>> {
-    let links = netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
-    Ok(links
-        .into_iter()
-        .filter_map(|message| match message {
-            RouteNetlinkMessage::NewLink(link) => Some(link),
-            _ => None,
-        })
-        .collect())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn by_mac(links: &[LinkMessage], mac: &[u8]) -> Option<u32> {
-    links
-        .iter()
-        .find(|link| address(link) == Some(mac))
-        .map(|link| link.header.index)
-}
+    #[test]
+    fn hardware_addresses_are_read() {
+        assert_eq!(
+            parse_mac("02:72:75:6e:00:0a"),
+            Some(vec![2, 0x72, 0x75, 0x6e, 0, 10])
+        );
+        for bad in ["", "02:zz", "02:"] {
+            assert_eq!(parse_mac(bad), None, "{bad:?}");
+        }
+    }
 
-fn address(link: &LinkMessage) -> Option<&[u8]> {
-    link.attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::Address(address) => Some(address.as_slice()),
-            _ => None,
-        })
-}
-
-fn name(link: &LinkMessage) -> Option<&str> {
-    link.attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name.as_str()),
-            _ => None,
-        })
+    #[test]
+    fn the_loopback_interface_is_among_them() {
+        let links = all().unwrap();
+        let lo = links.iter().find(|link| link.path.ends_with("lo"));
+        let lo = lo.map(|link| (link.index, link.mac.as_slice()));
+        assert_eq!(lo, Some((1, &[0; 6][..])));
+    }
 }

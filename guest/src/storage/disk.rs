@@ -1,4 +1,5 @@
-//! A disk of the host: a virtio-blk device, found by its serial number.
+//! A disk of the host: a virtio-blk device, found by its serial number, or by the place
+//! it is plugged in when another program of the host serves it.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
@@ -11,23 +12,27 @@ use kuasar_runv_protocol::storage;
 use kuasar_runv_protocol::words::words;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::uevents::Uevents;
+use super::served::{self, ANSWERED};
+use super::uevents::appears;
 use super::{Error, Result, make_place};
 use crate::hotplug;
 
 const BLOCK_DEVICES: &str = "/sys/block";
-/// How long an attached device may take to appear.
-const APPEARS: Duration = Duration::from_secs(20);
 /// How long a file system may stay in use after its last container is gone: the
 /// kernel takes mount namespaces apart in the background.
 const FREED: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(5);
 
 /// A disk, and where its file system is mounted if it has one.
+#[derive(Clone)]
 pub struct Disk {
     node: PathBuf,
     number: (u32, u32),
     mounted: Option<PathBuf>,
+    /// Where it is plugged in, if a program serves it that may be gone.
+    place: Option<String>,
+    /// It could not be removed in time, and nobody waits for it again.
+    is_stuck: bool,
 }
 
 impl Disk {
@@ -36,7 +41,12 @@ impl Disk {
     /// # Errors
     /// It does not appear, or cannot be mounted; it is not mounted then.
     pub fn find(serial: &str, wanted: &storage::Disk) -> Result<Disk> {
-        let node = Path::new("/dev").join(wait_for(serial)?);
+        let place = Some(wanted.place.clone()).filter(|place| !place.is_empty());
+        let name = match &place {
+            Some(place) => wait_at(place)?,
+            None => wait_for(serial)?,
+        };
+        let node = Path::new("/dev").join(name);
         let failed = || Error::io::<io::Error>(format!("the device {}", node.display()));
         let rdev = fs::metadata(&node).map_err(failed())?.rdev();
         if wanted.fs_type.is_empty() {
@@ -47,6 +57,8 @@ impl Disk {
             node,
             number: (libc::major(rdev), libc::minor(rdev)),
             mounted: None,
+            place,
+            is_stuck: false,
         };
         if !wanted.fs_type.is_empty() {
             disk.mounted = Some(disk.mount(serial, wanted)?);
@@ -89,6 +101,23 @@ impl Disk {
     /// # Errors
     /// It is still in use at the deadline; it has failed.
     pub fn remove(&mut self) -> Result<()> {
+        let Some(place) = self.place.clone() else {
+            return self.remove_now();
+        };
+        if self.is_stuck {
+            return Err(stuck(&self.node));
+        }
+        let mut copy = self.clone();
+        match served::within(ANSWERED, &place, move || copy.remove_now()) {
+            Some(done) => done,
+            None => {
+                self.is_stuck = true;
+                Err(stuck(&self.node))
+            }
+        }
+    }
+
+    fn remove_now(&mut self) -> Result<()> {
         if let Some(place) = &self.mounted {
             sync_file_system(place)
                 .map_err(Error::io(format!("writing {} back", place.display())))?;
@@ -125,6 +154,10 @@ impl Disk {
 
     /// The host takes the device away without asking.
     fn let_go(&self) -> Result<()> {
+        if let Some(place) = &self.place {
+            return hotplug::remove_at(place)
+                .map_err(Error::io(format!("letting go of {}", self.node.display())));
+        }
         let name = self.node.file_name().unwrap_or_default();
         hotplug::remove(&Path::new(BLOCK_DEVICES).join(name))
             .map_err(Error::io(format!("letting go of {}", self.node.display())))
@@ -140,6 +173,13 @@ impl Disk {
     }
 }
 
+fn stuck(node: &Path) -> Error {
+    Error::Deadline(format!(
+        "the program that serves {} does not answer: it stays until the machine ends",
+        node.display()
+    ))
+}
+
 fn sync_file_system(place: &Path) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let dir = File::open(place)?;
@@ -149,21 +189,24 @@ fn sync_file_system(place: &Path) -> io::Result<()> {
 
 /// The name of the disk with this serial number, when it is there.
 fn wait_for(serial: &str) -> Result<String> {
-    let deadline = Instant::now() + APPEARS;
-    let uevents = Uevents::new().map_err(Error::io("listening for devices"))?;
-    hotplug::rescan().map_err(Error::io("looking for devices"))?;
-    loop {
-        let found = find_in(Path::new(BLOCK_DEVICES), serial);
-        if let Some(name) = found.map_err(Error::io("reading the block devices"))? {
-            return Ok(name);
-        }
-        let heard = uevents.wait(deadline);
-        if !heard.map_err(Error::io("listening for devices"))? {
-            return Err(Error::Deadline(format!(
-                "the disk {serial} did not appear within {APPEARS:?}"
-            )));
-        }
-    }
+    appears(serial, || find_in(Path::new(BLOCK_DEVICES), serial))
+}
+
+/// The name of the disk in this place, when it is there.
+fn wait_at(place: &str) -> Result<String> {
+    hotplug::keep(place);
+    appears(place, || {
+        let Some(device) = hotplug::device_at(place)? else {
+            return Ok(None);
+        };
+        let disks = match fs::read_dir(device.join("block")) {
+            // The driver has not come as far.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        let name = |disk: io::Result<fs::DirEntry>| disk.ok()?.file_name().into_string().ok();
+        Ok(disks.filter_map(name).next())
+    })
 }
 
 fn find_in(sysfs: &Path, serial: &str) -> io::Result<Option<String>> {

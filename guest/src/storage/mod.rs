@@ -8,6 +8,7 @@
 
 mod disk;
 mod huge_pages;
+mod served;
 mod socket;
 mod uevents;
 
@@ -30,6 +31,7 @@ use ttrpc::{Code, get_status};
 
 use self::disk::Disk;
 use self::huge_pages::HugePages;
+use self::served::ServedFiles;
 use self::socket::Socket;
 use crate::transport::Transport;
 
@@ -60,6 +62,7 @@ type Result<T> = std::result::Result<T, Error>;
 
 enum Volume {
     Disk(Disk),
+    Files(ServedFiles),
     HugePages(HugePages),
     Socket(Socket),
 }
@@ -67,6 +70,9 @@ enum Volume {
 impl Volume {
     fn make(name: &str, kind: Option<Kind>, transport: &Transport) -> Result<Volume> {
         match kind {
+            Some(Kind::Disk(wanted)) if wanted.fs_type == served::VIRTIO_FS => {
+                ServedFiles::mount(name, &wanted).map(Volume::Files)
+            }
             Some(Kind::Disk(wanted)) => Disk::find(name, &wanted).map(Volume::Disk),
             Some(Kind::HugePages(wanted)) => {
                 HugePages::reserve(name, &wanted).map(Volume::HugePages)
@@ -81,6 +87,7 @@ impl Volume {
     fn answer(&self) -> AddVolumeResponse {
         let (path, (major, minor)) = match self {
             Volume::Disk(disk) => (disk.path(), disk.number()),
+            Volume::Files(files) => (files.path(), (0, 0)),
             Volume::HugePages(pages) => (pages.path(), (0, 0)),
             Volume::Socket(socket) => (socket.path(), (0, 0)),
         };
@@ -95,6 +102,7 @@ impl Volume {
     fn remove(&mut self) -> Result<()> {
         match self {
             Volume::Disk(disk) => disk.remove(),
+            Volume::Files(files) => files.remove(),
             Volume::HugePages(pages) => pages.remove(),
             Volume::Socket(socket) => socket.remove(),
         }

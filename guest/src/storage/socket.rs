@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kuasar_runv_protocol::SOCKET_PORT;
 use kuasar_runv_protocol::socket::{Hello, Token};
@@ -86,7 +87,7 @@ async fn accept(listener: UnixListener, token: Token, transport: Transport) {
             Err(e) => {
                 // EMFILE: some will end.
                 log::warn!("a socket of the host: {e}");
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
@@ -110,8 +111,23 @@ async fn serve(client: UnixStream, token: Token, transport: &Transport) -> io::R
     let host = Connection::new(transport.connect(SOCKET_PORT).await?)?;
     host.write_all(&hello.encode()).await?;
     let client = Connection::new(OwnedFd::from(client.into_std()?))?;
-    tokio::join!(pump(&client, &host), pump(&host, &client));
-    Ok(())
+    relay(&client, &host).await
+}
+
+/// Moves bytes both ways until the client is gone, or both have ended, which is a hang-up too.
+async fn relay(client: &Connection, host: &Connection) -> io::Result<()> {
+    let forth = async {
+        pump(client, host).await;
+        client.hung_up().await
+    };
+    let back = async {
+        pump(host, client).await;
+        std::future::pending().await
+    };
+    tokio::select! {
+        ended = forth => ended,
+        ended = back => ended,
+    }
 }
 
 /// Moves bytes until there are no more, or nobody wants them any more.
@@ -141,9 +157,7 @@ mod tests {
     #[tokio::test]
     async fn each_direction_has_an_end_of_its_own() {
         let ((client, outer), (host, inner)) = (pair(), pair());
-        let relayed = tokio::spawn(async move {
-            tokio::join!(pump(&client, &host), pump(&host, &client));
-        });
+        let relayed = tokio::spawn(async move { relay(&client, &host).await });
         let talk = tokio::task::spawn_blocking(move || {
             use std::io::{Read, Write};
             let (mut outer, mut inner) = (outer, inner);
@@ -159,6 +173,16 @@ mod tests {
             assert_eq!(text, "answer");
         });
         talk.await.unwrap();
-        relayed.await.unwrap();
+        relayed.await.unwrap().unwrap();
+    }
+
+    /// A service that never closes keeps nothing once its client is gone.
+    #[tokio::test]
+    async fn it_ends_with_the_client() {
+        let ((client, outer), (host, inner)) = (pair(), pair());
+        drop(outer);
+        let relayed = tokio::time::timeout(Duration::from_secs(10), relay(&client, &host)).await;
+        relayed.unwrap().unwrap();
+        drop(inner);
     }
 }

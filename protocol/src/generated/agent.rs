@@ -153,6 +153,8 @@ pub struct CreateContainerRequest {
     pub preserved: ::std::vec::Vec<Preserved>,
     // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CreateContainerRequest.plain_newlines)
     pub plain_newlines: bool,
+    // @@protoc_insertion_point(field:kuasar.runv.agent.v1.CreateContainerRequest.seccomp)
+    pub seccomp: ::std::vec::Vec<u8>,
     // special fields
     // @@protoc_insertion_point(special_field:kuasar.runv.agent.v1.CreateContainerRequest.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -170,7 +172,7 @@ impl CreateContainerRequest {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(11);
+        let mut fields = ::std::vec::Vec::with_capacity(12);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "container_id",
@@ -227,6 +229,11 @@ impl CreateContainerRequest {
             |m: &CreateContainerRequest| { &m.plain_newlines },
             |m: &mut CreateContainerRequest| { &mut m.plain_newlines },
         ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "seccomp",
+            |m: &CreateContainerRequest| { &m.seccomp },
+            |m: &mut CreateContainerRequest| { &mut m.seccomp },
+        ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<CreateContainerRequest>(
             "CreateContainerRequest",
             fields,
@@ -278,6 +285,9 @@ impl ::protobuf::Message for CreateContainerRequest {
                 184 => {
                     self.plain_newlines = is.read_bool()?;
                 },
+                194 => {
+                    self.seccomp = is.read_bytes()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -326,6 +336,9 @@ impl ::protobuf::Message for CreateContainerRequest {
         if self.plain_newlines != false {
             my_size += 2 + 1;
         }
+        if !self.seccomp.is_empty() {
+            my_size += ::protobuf::rt::bytes_size(24, &self.seccomp);
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -365,6 +378,9 @@ impl ::protobuf::Message for CreateContainerRequest {
         if self.plain_newlines != false {
             os.write_bool(23, self.plain_newlines)?;
         }
+        if !self.seccomp.is_empty() {
+            os.write_bytes(24, &self.seccomp)?;
+        }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
     }
@@ -393,6 +409,7 @@ impl ::protobuf::Message for CreateContainerRequest {
         self.shared_memory.clear();
         self.preserved.clear();
         self.plain_newlines = false;
+        self.seccomp.clear();
         self.special_fields.clear();
     }
 
@@ -409,6 +426,7 @@ impl ::protobuf::Message for CreateContainerRequest {
             shared_memory: ::std::vec::Vec::new(),
             preserved: ::std::vec::Vec::new(),
             plain_newlines: false,
+            seccomp: ::std::vec::Vec::new(),
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -6155,7 +6173,7 @@ impl ::protobuf::reflect::ProtobufValue for WatchOomRequest {
 }
 
 static file_descriptor_proto_data: &'static [u8] = b"\
-    \n\x0bagent.proto\x12\x14kuasar.runv.agent.v1\"\x07\n\x05Empty\"\xc9\x03\
+    \n\x0bagent.proto\x12\x14kuasar.runv.agent.v1\"\x07\n\x05Empty\"\xe3\x03\
     \n\x16CreateContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
     \x0bcontainerId\x12\x1b\n\tspec_json\x18\x02\x20\x01(\x0cR\x08specJson\
     \x12\x14\n\x05stdin\x18\x03\x20\x01(\x08R\x05stdin\x12\x16\n\x06stdout\
@@ -6166,136 +6184,137 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     joins\x12G\n\rshared_memory\x18\x15\x20\x03(\x0b2\".kuasar.runv.agent.v1\
     .SharedMemoryR\x0csharedMemory\x12=\n\tpreserved\x18\x16\x20\x03(\x0b2\
     \x1f.kuasar.runv.agent.v1.PreservedR\tpreserved\x12%\n\x0eplain_newlines\
-    \x18\x17\x20\x01(\x08R\rplainNewlines\"\xbc\x01\n\tPreserved\x128\n\x04k\
-    ind\x18\x01\x20\x01(\x0e2$.kuasar.runv.agent.v1.Preserved.KindR\x04kind\
-    \x12\x12\n\x04path\x18\x02\x20\x01(\tR\x04path\x12\x14\n\x05flags\x18\
-    \x03\x20\x01(\rR\x05flags\x12\x16\n\x06offset\x18\x04\x20\x01(\x04R\x06o\
-    ffset\"3\n\x04Kind\x12\t\n\x05INPUT\x10\0\x12\n\n\x06OUTPUT\x10\x01\x12\
-    \n\n\x06SOCKET\x10\x02\x12\x08\n\x04FILE\x10\x03\"F\n\rNamespaceJoin\x12\
-    \x12\n\x04type\x18\x01\x20\x01(\tR\x04type\x12!\n\x0ccontainer_id\x18\
-    \x02\x20\x01(\tR\x0bcontainerId\"n\n\x0cSharedMemory\x12\x12\n\x04name\
-    \x18\x01\x20\x01(\tR\x04name\x12\x12\n\x04size\x18\x02\x20\x01(\x04R\x04\
-    size\x12\x12\n\x04mode\x18\x03\x20\x01(\rR\x04mode\x12\x10\n\x03uid\x18\
-    \x04\x20\x01(\rR\x03uid\x12\x10\n\x03gid\x18\x05\x20\x01(\rR\x03gid\"+\n\
-    \x17CreateContainerResponse\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pi\
-    d\":\n\x15StartContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\
-    \tR\x0bcontainerId\"|\n\x14SignalProcessRequest\x12!\n\x0ccontainer_id\
+    \x18\x17\x20\x01(\x08R\rplainNewlines\x12\x18\n\x07seccomp\x18\x18\x20\
+    \x01(\x0cR\x07seccomp\"\xbc\x01\n\tPreserved\x128\n\x04kind\x18\x01\x20\
+    \x01(\x0e2$.kuasar.runv.agent.v1.Preserved.KindR\x04kind\x12\x12\n\x04pa\
+    th\x18\x02\x20\x01(\tR\x04path\x12\x14\n\x05flags\x18\x03\x20\x01(\rR\
+    \x05flags\x12\x16\n\x06offset\x18\x04\x20\x01(\x04R\x06offset\"3\n\x04Ki\
+    nd\x12\t\n\x05INPUT\x10\0\x12\n\n\x06OUTPUT\x10\x01\x12\n\n\x06SOCKET\
+    \x10\x02\x12\x08\n\x04FILE\x10\x03\"F\n\rNamespaceJoin\x12\x12\n\x04type\
+    \x18\x01\x20\x01(\tR\x04type\x12!\n\x0ccontainer_id\x18\x02\x20\x01(\tR\
+    \x0bcontainerId\"n\n\x0cSharedMemory\x12\x12\n\x04name\x18\x01\x20\x01(\
+    \tR\x04name\x12\x12\n\x04size\x18\x02\x20\x01(\x04R\x04size\x12\x12\n\
+    \x04mode\x18\x03\x20\x01(\rR\x04mode\x12\x10\n\x03uid\x18\x04\x20\x01(\r\
+    R\x03uid\x12\x10\n\x03gid\x18\x05\x20\x01(\rR\x03gid\"+\n\x17CreateConta\
+    inerResponse\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\":\n\x15Start\
+    ContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainer\
+    Id\"|\n\x14SignalProcessRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\
+    \tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01(\tR\x06execId\
+    \x12\x16\n\x06signal\x18\x03\x20\x01(\rR\x06signal\x12\x10\n\x03all\x18\
+    \x04\x20\x01(\x08R\x03all\";\n\x16DeleteContainerRequest\x12!\n\x0cconta\
+    iner_id\x18\x01\x20\x01(\tR\x0bcontainerId\"]\n\x0fGetInfoResponse\x12#\
+    \n\ragent_version\x18\x01\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_r\
+    elease\x18\x02\x20\x01(\tR\rkernelRelease\"\xe8\x01\n\x05Event\x123\n\
+    \x05ready\x18\x01\x20\x01(\x0b2\x1b.kuasar.runv.agent.v1.ReadyH\0R\x05re\
+    ady\x126\n\x06exited\x18\x02\x20\x01(\x0b2\x1c.kuasar.runv.agent.v1.Exit\
+    edH\0R\x06exited\x12-\n\x03oom\x18\x03\x20\x01(\x0b2\x19.kuasar.runv.age\
+    nt.v1.OomH\0R\x03oom\x12:\n\x05clock\x18\n\x20\x01(\x0b2\".kuasar.runv.a\
+    gent.v1.ClockRequestH\0R\x05clockB\x07\n\x05event\"\xca\x01\n\x05Ready\
+    \x12)\n\x10protocol_version\x18\x01\x20\x01(\rR\x0fprotocolVersion\x12#\
+    \n\ragent_version\x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\x0ekernel_r\
+    elease\x18\x03\x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_start_us\x18\
+    \x04\x20\x01(\x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\x18\x05\x20\
+    \x01(\x04R\x0cagentReadyUs\"&\n\x0cClockRequest\x12\x16\n\x06number\x18\
+    \x01\x20\x01(\rR\x06number\"\x89\x01\n\x06Exited\x12!\n\x0ccontainer_id\
     \x18\x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\x02\x20\x01\
-    (\tR\x06execId\x12\x16\n\x06signal\x18\x03\x20\x01(\rR\x06signal\x12\x10\
-    \n\x03all\x18\x04\x20\x01(\x08R\x03all\";\n\x16DeleteContainerRequest\
-    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"]\n\x0fGetIn\
-    foResponse\x12#\n\ragent_version\x18\x01\x20\x01(\tR\x0cagentVersion\x12\
-    %\n\x0ekernel_release\x18\x02\x20\x01(\tR\rkernelRelease\"\xe8\x01\n\x05\
-    Event\x123\n\x05ready\x18\x01\x20\x01(\x0b2\x1b.kuasar.runv.agent.v1.Rea\
-    dyH\0R\x05ready\x126\n\x06exited\x18\x02\x20\x01(\x0b2\x1c.kuasar.runv.a\
-    gent.v1.ExitedH\0R\x06exited\x12-\n\x03oom\x18\x03\x20\x01(\x0b2\x19.kua\
-    sar.runv.agent.v1.OomH\0R\x03oom\x12:\n\x05clock\x18\n\x20\x01(\x0b2\".k\
-    uasar.runv.agent.v1.ClockRequestH\0R\x05clockB\x07\n\x05event\"\xca\x01\
-    \n\x05Ready\x12)\n\x10protocol_version\x18\x01\x20\x01(\rR\x0fprotocolVe\
-    rsion\x12#\n\ragent_version\x18\x02\x20\x01(\tR\x0cagentVersion\x12%\n\
-    \x0ekernel_release\x18\x03\x20\x01(\tR\rkernelRelease\x12$\n\x0eagent_st\
-    art_us\x18\x04\x20\x01(\x04R\x0cagentStartUs\x12$\n\x0eagent_ready_us\
-    \x18\x05\x20\x01(\x04R\x0cagentReadyUs\"&\n\x0cClockRequest\x12\x16\n\
-    \x06number\x18\x01\x20\x01(\rR\x06number\"\x89\x01\n\x06Exited\x12!\n\
-    \x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\
-    \x18\x02\x20\x01(\tR\x06execId\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04\
-    code\x12\x16\n\x06signal\x18\x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec\
-    _us\x18\x05\x20\x01(\x04R\x06execUs\"\xaa\x03\n\x12ExecProcessRequest\
-    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07\
-    exec_id\x18\x02\x20\x01(\tR\x06execId\x12!\n\x0cprocess_json\x18\x03\x20\
-    \x01(\x0cR\x0bprocessJson\x12\x14\n\x05stdin\x18\x04\x20\x01(\x08R\x05st\
-    din\x12\x16\n\x06stdout\x18\x05\x20\x01(\x08R\x06stdout\x12\x16\n\x06std\
-    err\x18\x06\x20\x01(\x08R\x06stderr\x12#\n\rignore_paused\x18\x07\x20\
-    \x01(\x08R\x0cignorePaused\x12\x16\n\x06cgroup\x18\x08\x20\x01(\tR\x06cg\
-    roup\x12\x14\n\x05umask\x18\t\x20\x01(\rR\x05umask\x12=\n\tpreserved\x18\
-    \n\x20\x03(\x0b2\x1f.kuasar.runv.agent.v1.PreservedR\tpreserved\x12%\n\
-    \x0eplain_newlines\x18\x0b\x20\x01(\x08R\rplainNewlines\x126\n\x17output\
-    _outlives_process\x18\x0c\x20\x01(\x08R\x15outputOutlivesProcess\"'\n\
-    \x13ExecProcessResponse\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\"9\
-    \n\x14ListProcessesRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\
-    \x0bcontainerId\"\x95\x01\n\x15ListProcessesResponse\x12?\n\tprocesses\
-    \x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.ProcessInfoR\tprocesses\x12\
-    \x1c\n\ttruncated\x18\x02\x20\x01(\x08R\ttruncated\x12\x1d\n\nmemory_kib\
-    \x18\x03\x20\x01(\x04R\tmemoryKib\"\xc2\x04\n\x0bProcessInfo\x12\x10\n\
-    \x03pid\x18\x01\x20\x01(\x05R\x03pid\x12\x12\n\x04ppid\x18\x02\x20\x01(\
-    \x05R\x04ppid\x12\x12\n\x04pgid\x18\x03\x20\x01(\x05R\x04pgid\x12\x10\n\
-    \x03sid\x18\x04\x20\x01(\x05R\x03sid\x12\x12\n\x04ruid\x18\x05\x20\x01(\
-    \rR\x04ruid\x12\x12\n\x04euid\x18\x06\x20\x01(\rR\x04euid\x12\x12\n\x04r\
-    gid\x18\x07\x20\x01(\rR\x04rgid\x12\x12\n\x04egid\x18\x08\x20\x01(\rR\
-    \x04egid\x12\x10\n\x03tty\x18\t\x20\x01(\rR\x03tty\x12\x14\n\x05tpgid\
-    \x18\n\x20\x01(\x05R\x05tpgid\x12\x14\n\x05state\x18\x0b\x20\x01(\tR\x05\
-    state\x12\x12\n\x04name\x18\x0c\x20\x01(\tR\x04name\x12\x12\n\x04args\
-    \x18\r\x20\x01(\x0cR\x04args\x12\x15\n\x06cpu_ms\x18\x0e\x20\x01(\x04R\
-    \x05cpuMs\x12\x15\n\x06age_ms\x18\x0f\x20\x01(\x04R\x05ageMs\x12\x1b\n\t\
-    vsize_kib\x18\x10\x20\x01(\x04R\x08vsizeKib\x12\x17\n\x07rss_kib\x18\x11\
-    \x20\x01(\x04R\x06rssKib\x12\x12\n\x04nice\x18\x12\x20\x01(\x05R\x04nice\
-    \x12\x1a\n\x08priority\x18\x13\x20\x01(\x05R\x08priority\x12\x18\n\x07th\
-    reads\x18\x14\x20\x01(\rR\x07threads\x12\x14\n\x05flags\x18\x15\x20\x01(\
-    \rR\x05flags\x12\x16\n\x06policy\x18\x16\x20\x01(\rR\x06policy\x12\x1f\n\
-    \x0brt_priority\x18\x17\x20\x01(\rR\nrtPriority\x12\x1c\n\tprocessor\x18\
-    \x18\x20\x01(\rR\tprocessor\x12\x16\n\x06locked\x18\x19\x20\x01(\x08R\
-    \x06locked\"X\n\x03Oom\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcon\
-    tainerId\x12\x14\n\x05kills\x18\x02\x20\x01(\x04R\x05kills\x12\x18\n\x07\
-    awaited\x18\x03\x20\x01(\x08R\x07awaited\":\n\x15PauseContainerRequest\
-    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\";\n\x16Resum\
-    eContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontaine\
-    rId\"|\n\x16UpdateContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\
-    \x01(\tR\x0bcontainerId\x12?\n\x08settings\x18\x02\x20\x03(\x0b2#.kuasar\
-    .runv.agent.v1.CgroupSettingR\x08settings\"r\n\rCgroupSetting\x12E\n\x0c\
-    alternatives\x18\x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.CgroupWriteR\
-    \x0calternatives\x12\x1a\n\x08optional\x18\x02\x20\x01(\x08R\x08optional\
-    \"7\n\x0bCgroupWrite\x12\x12\n\x04file\x18\x01\x20\x01(\tR\x04file\x12\
-    \x14\n\x05value\x18\x02\x20\x01(\tR\x05value\"4\n\x0fGetStatsRequest\x12\
-    !\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"\xc9\x02\n\x10Ge\
-    tStatsResponse\x120\n\x03cpu\x18\x01\x20\x01(\x0b2\x1e.kuasar.runv.agent\
-    .v1.CpuStatsR\x03cpu\x129\n\x06memory\x18\x02\x20\x01(\x0b2!.kuasar.runv\
-    .agent.v1.MemoryStatsR\x06memory\x123\n\x04pids\x18\x03\x20\x01(\x0b2\
-    \x1f.kuasar.runv.agent.v1.PidsStatsR\x04pids\x12-\n\x02io\x18\x04\x20\
-    \x03(\x0b2\x1d.kuasar.runv.agent.v1.IoStatsR\x02io\x12<\n\x07hugetlb\x18\
-    \x05\x20\x03(\x0b2\".kuasar.runv.agent.v1.HugetlbStatsR\x07hugetlb\x12\
-    \x12\n\x04cpus\x18\x06\x20\x01(\tR\x04cpus\x12\x12\n\x04mems\x18\x07\x20\
-    \x01(\tR\x04mems\"\xc5\x01\n\x08CpuStats\x12\x19\n\x08usage_us\x18\x01\
-    \x20\x01(\x04R\x07usageUs\x12\x17\n\x07user_us\x18\x02\x20\x01(\x04R\x06\
-    userUs\x12\x1b\n\tsystem_us\x18\x03\x20\x01(\x04R\x08systemUs\x12\x18\n\
-    \x07periods\x18\x04\x20\x01(\x04R\x07periods\x12+\n\x11throttled_periods\
-    \x18\x05\x20\x01(\x04R\x10throttledPeriods\x12!\n\x0cthrottled_us\x18\
-    \x06\x20\x01(\x04R\x0bthrottledUs\"\x99\x02\n\x0bMemoryStats\x12\x14\n\
-    \x05usage\x18\x01\x20\x01(\x04R\x05usage\x12\x14\n\x05limit\x18\x02\x20\
-    \x01(\x04R\x05limit\x12\x12\n\x04peak\x18\x03\x20\x01(\x04R\x04peak\x12\
-    \"\n\nswap_usage\x18\x04\x20\x01(\x04H\0R\tswapUsage\x88\x01\x01\x12\x1d\
-    \n\nswap_limit\x18\x05\x20\x01(\x04R\tswapLimit\x12?\n\x04stat\x18\x06\
-    \x20\x03(\x0b2+.kuasar.runv.agent.v1.MemoryStats.StatEntryR\x04stat\x1a7\
-    \n\tStatEntry\x12\x10\n\x03key\x18\x01\x20\x01(\tR\x03key\x12\x14\n\x05v\
-    alue\x18\x02\x20\x01(\x04R\x05value:\x028\x01B\r\n\x0b_swap_usage\";\n\t\
-    PidsStats\x12\x18\n\x07current\x18\x01\x20\x01(\x04R\x07current\x12\x14\
-    \n\x05limit\x18\x02\x20\x01(\x04R\x05limit\"\xa3\x01\n\x07IoStats\x12\
-    \x14\n\x05major\x18\x01\x20\x01(\rR\x05major\x12\x14\n\x05minor\x18\x02\
-    \x20\x01(\rR\x05minor\x12\x1d\n\nread_bytes\x18\x03\x20\x01(\x04R\treadB\
-    ytes\x12\x1f\n\x0bwrite_bytes\x18\x04\x20\x01(\x04R\nwriteBytes\x12\x14\
-    \n\x05reads\x18\x05\x20\x01(\x04R\x05reads\x12\x16\n\x06writes\x18\x06\
-    \x20\x01(\x04R\x06writes\"]\n\x0cHugetlbStats\x12\x1b\n\tpage_size\x18\
-    \x01\x20\x01(\tR\x08pageSize\x12\x14\n\x05usage\x18\x02\x20\x01(\x04R\
-    \x05usage\x12\x1a\n\x08failures\x18\x03\x20\x01(\x04R\x08failures\"4\n\
-    \x0fWatchOomRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontai\
-    nerId2\xeb\x08\n\x05Agent\x12n\n\x0fCreateContainer\x12,.kuasar.runv.age\
-    nt.v1.CreateContainerRequest\x1a-.kuasar.runv.agent.v1.CreateContainerRe\
-    sponse\x12Z\n\x0eStartContainer\x12+.kuasar.runv.agent.v1.StartContainer\
-    Request\x1a\x1b.kuasar.runv.agent.v1.Empty\x12X\n\rSignalProcess\x12*.ku\
-    asar.runv.agent.v1.SignalProcessRequest\x1a\x1b.kuasar.runv.agent.v1.Emp\
-    ty\x12\\\n\x0fDeleteContainer\x12,.kuasar.runv.agent.v1.DeleteContainerR\
-    equest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12M\n\x07GetInfo\x12\x1b.kuas\
-    ar.runv.agent.v1.Empty\x1a%.kuasar.runv.agent.v1.GetInfoResponse\x12b\n\
-    \x0bExecProcess\x12(.kuasar.runv.agent.v1.ExecProcessRequest\x1a).kuasar\
-    .runv.agent.v1.ExecProcessResponse\x12h\n\rListProcesses\x12*.kuasar.run\
-    v.agent.v1.ListProcessesRequest\x1a+.kuasar.runv.agent.v1.ListProcessesR\
-    esponse\x12Z\n\x0ePauseContainer\x12+.kuasar.runv.agent.v1.PauseContaine\
-    rRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fResumeContainer\
-    \x12,.kuasar.runv.agent.v1.ResumeContainerRequest\x1a\x1b.kuasar.runv.ag\
-    ent.v1.Empty\x12\\\n\x0fUpdateContainer\x12,.kuasar.runv.agent.v1.Update\
-    ContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12Y\n\x08GetStats\
-    \x12%.kuasar.runv.agent.v1.GetStatsRequest\x1a&.kuasar.runv.agent.v1.Get\
-    StatsResponse\x12N\n\x08WatchOom\x12%.kuasar.runv.agent.v1.WatchOomReque\
-    st\x1a\x1b.kuasar.runv.agent.v1.Emptyb\x06proto3\
+    (\tR\x06execId\x12\x12\n\x04code\x18\x03\x20\x01(\rR\x04code\x12\x16\n\
+    \x06signal\x18\x04\x20\x01(\rR\x06signal\x12\x17\n\x07exec_us\x18\x05\
+    \x20\x01(\x04R\x06execUs\"\xaa\x03\n\x12ExecProcessRequest\x12!\n\x0ccon\
+    tainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\x17\n\x07exec_id\x18\
+    \x02\x20\x01(\tR\x06execId\x12!\n\x0cprocess_json\x18\x03\x20\x01(\x0cR\
+    \x0bprocessJson\x12\x14\n\x05stdin\x18\x04\x20\x01(\x08R\x05stdin\x12\
+    \x16\n\x06stdout\x18\x05\x20\x01(\x08R\x06stdout\x12\x16\n\x06stderr\x18\
+    \x06\x20\x01(\x08R\x06stderr\x12#\n\rignore_paused\x18\x07\x20\x01(\x08R\
+    \x0cignorePaused\x12\x16\n\x06cgroup\x18\x08\x20\x01(\tR\x06cgroup\x12\
+    \x14\n\x05umask\x18\t\x20\x01(\rR\x05umask\x12=\n\tpreserved\x18\n\x20\
+    \x03(\x0b2\x1f.kuasar.runv.agent.v1.PreservedR\tpreserved\x12%\n\x0eplai\
+    n_newlines\x18\x0b\x20\x01(\x08R\rplainNewlines\x126\n\x17output_outlive\
+    s_process\x18\x0c\x20\x01(\x08R\x15outputOutlivesProcess\"'\n\x13ExecPro\
+    cessResponse\x12\x10\n\x03pid\x18\x01\x20\x01(\x05R\x03pid\"9\n\x14ListP\
+    rocessesRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerI\
+    d\"\x95\x01\n\x15ListProcessesResponse\x12?\n\tprocesses\x18\x01\x20\x03\
+    (\x0b2!.kuasar.runv.agent.v1.ProcessInfoR\tprocesses\x12\x1c\n\ttruncate\
+    d\x18\x02\x20\x01(\x08R\ttruncated\x12\x1d\n\nmemory_kib\x18\x03\x20\x01\
+    (\x04R\tmemoryKib\"\xc2\x04\n\x0bProcessInfo\x12\x10\n\x03pid\x18\x01\
+    \x20\x01(\x05R\x03pid\x12\x12\n\x04ppid\x18\x02\x20\x01(\x05R\x04ppid\
+    \x12\x12\n\x04pgid\x18\x03\x20\x01(\x05R\x04pgid\x12\x10\n\x03sid\x18\
+    \x04\x20\x01(\x05R\x03sid\x12\x12\n\x04ruid\x18\x05\x20\x01(\rR\x04ruid\
+    \x12\x12\n\x04euid\x18\x06\x20\x01(\rR\x04euid\x12\x12\n\x04rgid\x18\x07\
+    \x20\x01(\rR\x04rgid\x12\x12\n\x04egid\x18\x08\x20\x01(\rR\x04egid\x12\
+    \x10\n\x03tty\x18\t\x20\x01(\rR\x03tty\x12\x14\n\x05tpgid\x18\n\x20\x01(\
+    \x05R\x05tpgid\x12\x14\n\x05state\x18\x0b\x20\x01(\tR\x05state\x12\x12\n\
+    \x04name\x18\x0c\x20\x01(\tR\x04name\x12\x12\n\x04args\x18\r\x20\x01(\
+    \x0cR\x04args\x12\x15\n\x06cpu_ms\x18\x0e\x20\x01(\x04R\x05cpuMs\x12\x15\
+    \n\x06age_ms\x18\x0f\x20\x01(\x04R\x05ageMs\x12\x1b\n\tvsize_kib\x18\x10\
+    \x20\x01(\x04R\x08vsizeKib\x12\x17\n\x07rss_kib\x18\x11\x20\x01(\x04R\
+    \x06rssKib\x12\x12\n\x04nice\x18\x12\x20\x01(\x05R\x04nice\x12\x1a\n\x08\
+    priority\x18\x13\x20\x01(\x05R\x08priority\x12\x18\n\x07threads\x18\x14\
+    \x20\x01(\rR\x07threads\x12\x14\n\x05flags\x18\x15\x20\x01(\rR\x05flags\
+    \x12\x16\n\x06policy\x18\x16\x20\x01(\rR\x06policy\x12\x1f\n\x0brt_prior\
+    ity\x18\x17\x20\x01(\rR\nrtPriority\x12\x1c\n\tprocessor\x18\x18\x20\x01\
+    (\rR\tprocessor\x12\x16\n\x06locked\x18\x19\x20\x01(\x08R\x06locked\"X\n\
+    \x03Oom\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\x12\
+    \x14\n\x05kills\x18\x02\x20\x01(\x04R\x05kills\x12\x18\n\x07awaited\x18\
+    \x03\x20\x01(\x08R\x07awaited\":\n\x15PauseContainerRequest\x12!\n\x0cco\
+    ntainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\";\n\x16ResumeContainerReq\
+    uest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId\"|\n\x16U\
+    pdateContainerRequest\x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcont\
+    ainerId\x12?\n\x08settings\x18\x02\x20\x03(\x0b2#.kuasar.runv.agent.v1.C\
+    groupSettingR\x08settings\"r\n\rCgroupSetting\x12E\n\x0calternatives\x18\
+    \x01\x20\x03(\x0b2!.kuasar.runv.agent.v1.CgroupWriteR\x0calternatives\
+    \x12\x1a\n\x08optional\x18\x02\x20\x01(\x08R\x08optional\"7\n\x0bCgroupW\
+    rite\x12\x12\n\x04file\x18\x01\x20\x01(\tR\x04file\x12\x14\n\x05value\
+    \x18\x02\x20\x01(\tR\x05value\"4\n\x0fGetStatsRequest\x12!\n\x0ccontaine\
+    r_id\x18\x01\x20\x01(\tR\x0bcontainerId\"\xc9\x02\n\x10GetStatsResponse\
+    \x120\n\x03cpu\x18\x01\x20\x01(\x0b2\x1e.kuasar.runv.agent.v1.CpuStatsR\
+    \x03cpu\x129\n\x06memory\x18\x02\x20\x01(\x0b2!.kuasar.runv.agent.v1.Mem\
+    oryStatsR\x06memory\x123\n\x04pids\x18\x03\x20\x01(\x0b2\x1f.kuasar.runv\
+    .agent.v1.PidsStatsR\x04pids\x12-\n\x02io\x18\x04\x20\x03(\x0b2\x1d.kuas\
+    ar.runv.agent.v1.IoStatsR\x02io\x12<\n\x07hugetlb\x18\x05\x20\x03(\x0b2\
+    \".kuasar.runv.agent.v1.HugetlbStatsR\x07hugetlb\x12\x12\n\x04cpus\x18\
+    \x06\x20\x01(\tR\x04cpus\x12\x12\n\x04mems\x18\x07\x20\x01(\tR\x04mems\"\
+    \xc5\x01\n\x08CpuStats\x12\x19\n\x08usage_us\x18\x01\x20\x01(\x04R\x07us\
+    ageUs\x12\x17\n\x07user_us\x18\x02\x20\x01(\x04R\x06userUs\x12\x1b\n\tsy\
+    stem_us\x18\x03\x20\x01(\x04R\x08systemUs\x12\x18\n\x07periods\x18\x04\
+    \x20\x01(\x04R\x07periods\x12+\n\x11throttled_periods\x18\x05\x20\x01(\
+    \x04R\x10throttledPeriods\x12!\n\x0cthrottled_us\x18\x06\x20\x01(\x04R\
+    \x0bthrottledUs\"\x99\x02\n\x0bMemoryStats\x12\x14\n\x05usage\x18\x01\
+    \x20\x01(\x04R\x05usage\x12\x14\n\x05limit\x18\x02\x20\x01(\x04R\x05limi\
+    t\x12\x12\n\x04peak\x18\x03\x20\x01(\x04R\x04peak\x12\"\n\nswap_usage\
+    \x18\x04\x20\x01(\x04H\0R\tswapUsage\x88\x01\x01\x12\x1d\n\nswap_limit\
+    \x18\x05\x20\x01(\x04R\tswapLimit\x12?\n\x04stat\x18\x06\x20\x03(\x0b2+.\
+    kuasar.runv.agent.v1.MemoryStats.StatEntryR\x04stat\x1a7\n\tStatEntry\
+    \x12\x10\n\x03key\x18\x01\x20\x01(\tR\x03key\x12\x14\n\x05value\x18\x02\
+    \x20\x01(\x04R\x05value:\x028\x01B\r\n\x0b_swap_usage\";\n\tPidsStats\
+    \x12\x18\n\x07current\x18\x01\x20\x01(\x04R\x07current\x12\x14\n\x05limi\
+    t\x18\x02\x20\x01(\x04R\x05limit\"\xa3\x01\n\x07IoStats\x12\x14\n\x05maj\
+    or\x18\x01\x20\x01(\rR\x05major\x12\x14\n\x05minor\x18\x02\x20\x01(\rR\
+    \x05minor\x12\x1d\n\nread_bytes\x18\x03\x20\x01(\x04R\treadBytes\x12\x1f\
+    \n\x0bwrite_bytes\x18\x04\x20\x01(\x04R\nwriteBytes\x12\x14\n\x05reads\
+    \x18\x05\x20\x01(\x04R\x05reads\x12\x16\n\x06writes\x18\x06\x20\x01(\x04\
+    R\x06writes\"]\n\x0cHugetlbStats\x12\x1b\n\tpage_size\x18\x01\x20\x01(\t\
+    R\x08pageSize\x12\x14\n\x05usage\x18\x02\x20\x01(\x04R\x05usage\x12\x1a\
+    \n\x08failures\x18\x03\x20\x01(\x04R\x08failures\"4\n\x0fWatchOomRequest\
+    \x12!\n\x0ccontainer_id\x18\x01\x20\x01(\tR\x0bcontainerId2\xeb\x08\n\
+    \x05Agent\x12n\n\x0fCreateContainer\x12,.kuasar.runv.agent.v1.CreateCont\
+    ainerRequest\x1a-.kuasar.runv.agent.v1.CreateContainerResponse\x12Z\n\
+    \x0eStartContainer\x12+.kuasar.runv.agent.v1.StartContainerRequest\x1a\
+    \x1b.kuasar.runv.agent.v1.Empty\x12X\n\rSignalProcess\x12*.kuasar.runv.a\
+    gent.v1.SignalProcessRequest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\
+    \x0fDeleteContainer\x12,.kuasar.runv.agent.v1.DeleteContainerRequest\x1a\
+    \x1b.kuasar.runv.agent.v1.Empty\x12M\n\x07GetInfo\x12\x1b.kuasar.runv.ag\
+    ent.v1.Empty\x1a%.kuasar.runv.agent.v1.GetInfoResponse\x12b\n\x0bExecPro\
+    cess\x12(.kuasar.runv.agent.v1.ExecProcessRequest\x1a).kuasar.runv.agent\
+    .v1.ExecProcessResponse\x12h\n\rListProcesses\x12*.kuasar.runv.agent.v1.\
+    ListProcessesRequest\x1a+.kuasar.runv.agent.v1.ListProcessesResponse\x12\
+    Z\n\x0ePauseContainer\x12+.kuasar.runv.agent.v1.PauseContainerRequest\
+    \x1a\x1b.kuasar.runv.agent.v1.Empty\x12\\\n\x0fResumeContainer\x12,.kuas\
+    ar.runv.agent.v1.ResumeContainerRequest\x1a\x1b.kuasar.runv.agent.v1.Emp\
+    ty\x12\\\n\x0fUpdateContainer\x12,.kuasar.runv.agent.v1.UpdateContainerR\
+    equest\x1a\x1b.kuasar.runv.agent.v1.Empty\x12Y\n\x08GetStats\x12%.kuasar\
+    .runv.agent.v1.GetStatsRequest\x1a&.kuasar.runv.agent.v1.GetStatsRespons\
+    e\x12N\n\x08WatchOom\x12%.kuasar.runv.agent.v1.WatchOomRequest\x1a\x1b.k\
+    uasar.runv.agent.v1.Emptyb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file

@@ -407,6 +407,8 @@ pub struct Disk {
     pub uid: u32,
     // @@protoc_insertion_point(field:kuasar.runv.storage.v1.Disk.gid)
     pub gid: u32,
+    // @@protoc_insertion_point(field:kuasar.runv.storage.v1.Disk.place)
+    pub place: ::std::string::String,
     // special fields
     // @@protoc_insertion_point(special_field:kuasar.runv.storage.v1.Disk.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -424,7 +426,7 @@ impl Disk {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(6);
+        let mut fields = ::std::vec::Vec::with_capacity(7);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "fs_type",
@@ -455,6 +457,11 @@ impl Disk {
             "gid",
             |m: &Disk| { &m.gid },
             |m: &mut Disk| { &mut m.gid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "place",
+            |m: &Disk| { &m.place },
+            |m: &mut Disk| { &mut m.place },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Disk>(
             "Disk",
@@ -492,6 +499,9 @@ impl ::protobuf::Message for Disk {
                 48 => {
                     self.gid = is.read_uint32()?;
                 },
+                58 => {
+                    self.place = is.read_string()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -522,6 +532,9 @@ impl ::protobuf::Message for Disk {
         if self.gid != 0 {
             my_size += ::protobuf::rt::uint32_size(6, self.gid);
         }
+        if !self.place.is_empty() {
+            my_size += ::protobuf::rt::string_size(7, &self.place);
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -546,6 +559,9 @@ impl ::protobuf::Message for Disk {
         if self.gid != 0 {
             os.write_uint32(6, self.gid)?;
         }
+        if !self.place.is_empty() {
+            os.write_string(7, &self.place)?;
+        }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
     }
@@ -569,6 +585,7 @@ impl ::protobuf::Message for Disk {
         self.mode = 0;
         self.uid = 0;
         self.gid = 0;
+        self.place.clear();
         self.special_fields.clear();
     }
 
@@ -580,6 +597,7 @@ impl ::protobuf::Message for Disk {
             mode: 0,
             uid: 0,
             gid: 0,
+            place: ::std::string::String::new(),
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -1533,26 +1551,27 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \x02\x20\x01(\x0b2\x1c.kuasar.runv.storage.v1.DiskH\0R\x04disk\x12B\n\nh\
     uge_pages\x18\x03\x20\x01(\x0b2!.kuasar.runv.storage.v1.HugePagesH\0R\th\
     ugePages\x128\n\x06socket\x18\x04\x20\x01(\x0b2\x1e.kuasar.runv.storage.\
-    v1.SocketH\0R\x06socketB\x06\n\x04kind\"\x8e\x01\n\x04Disk\x12\x17\n\x07\
+    v1.SocketH\0R\x06socketB\x06\n\x04kind\"\xa4\x01\n\x04Disk\x12\x17\n\x07\
     fs_type\x18\x01\x20\x01(\tR\x06fsType\x12\x18\n\x07options\x18\x02\x20\
     \x01(\tR\x07options\x12\x1b\n\tread_only\x18\x03\x20\x01(\x08R\x08readOn\
     ly\x12\x12\n\x04mode\x18\x04\x20\x01(\rR\x04mode\x12\x10\n\x03uid\x18\
-    \x05\x20\x01(\rR\x03uid\x12\x10\n\x03gid\x18\x06\x20\x01(\rR\x03gid\"<\n\
-    \tHugePages\x12\x1b\n\tpage_size\x18\x01\x20\x01(\x04R\x08pageSize\x12\
-    \x12\n\x04size\x18\x02\x20\x01(\x04R\x04size\"V\n\x06Socket\x12\x14\n\
-    \x05token\x18\x01\x20\x01(\x0cR\x05token\x12\x12\n\x04mode\x18\x02\x20\
-    \x01(\rR\x04mode\x12\x10\n\x03uid\x18\x03\x20\x01(\rR\x03uid\x12\x10\n\
-    \x03gid\x18\x04\x20\x01(\rR\x03gid\"S\n\x11AddVolumeResponse\x12\x12\n\
-    \x04path\x18\x01\x20\x01(\tR\x04path\x12\x14\n\x05major\x18\x02\x20\x01(\
-    \rR\x05major\x12\x14\n\x05minor\x18\x03\x20\x01(\rR\x05minor\")\n\x13Rem\
-    oveVolumeRequest\x12\x12\n\x04name\x18\x01\x20\x01(\tR\x04name\"\x16\n\
-    \x14RemoveVolumeResponse\"%\n\rForgetRequest\x12\x14\n\x05paths\x18\x01\
-    \x20\x03(\tR\x05paths\"\x10\n\x0eForgetResponse2\xaf\x02\n\x07Storage\
-    \x12`\n\tAddVolume\x12(.kuasar.runv.storage.v1.AddVolumeRequest\x1a).kua\
-    sar.runv.storage.v1.AddVolumeResponse\x12i\n\x0cRemoveVolume\x12+.kuasar\
-    .runv.storage.v1.RemoveVolumeRequest\x1a,.kuasar.runv.storage.v1.RemoveV\
-    olumeResponse\x12W\n\x06Forget\x12%.kuasar.runv.storage.v1.ForgetRequest\
-    \x1a&.kuasar.runv.storage.v1.ForgetResponseb\x06proto3\
+    \x05\x20\x01(\rR\x03uid\x12\x10\n\x03gid\x18\x06\x20\x01(\rR\x03gid\x12\
+    \x14\n\x05place\x18\x07\x20\x01(\tR\x05place\"<\n\tHugePages\x12\x1b\n\t\
+    page_size\x18\x01\x20\x01(\x04R\x08pageSize\x12\x12\n\x04size\x18\x02\
+    \x20\x01(\x04R\x04size\"V\n\x06Socket\x12\x14\n\x05token\x18\x01\x20\x01\
+    (\x0cR\x05token\x12\x12\n\x04mode\x18\x02\x20\x01(\rR\x04mode\x12\x10\n\
+    \x03uid\x18\x03\x20\x01(\rR\x03uid\x12\x10\n\x03gid\x18\x04\x20\x01(\rR\
+    \x03gid\"S\n\x11AddVolumeResponse\x12\x12\n\x04path\x18\x01\x20\x01(\tR\
+    \x04path\x12\x14\n\x05major\x18\x02\x20\x01(\rR\x05major\x12\x14\n\x05mi\
+    nor\x18\x03\x20\x01(\rR\x05minor\")\n\x13RemoveVolumeRequest\x12\x12\n\
+    \x04name\x18\x01\x20\x01(\tR\x04name\"\x16\n\x14RemoveVolumeResponse\"%\
+    \n\rForgetRequest\x12\x14\n\x05paths\x18\x01\x20\x03(\tR\x05paths\"\x10\
+    \n\x0eForgetResponse2\xaf\x02\n\x07Storage\x12`\n\tAddVolume\x12(.kuasar\
+    .runv.storage.v1.AddVolumeRequest\x1a).kuasar.runv.storage.v1.AddVolumeR\
+    esponse\x12i\n\x0cRemoveVolume\x12+.kuasar.runv.storage.v1.RemoveVolumeR\
+    equest\x1a,.kuasar.runv.storage.v1.RemoveVolumeResponse\x12W\n\x06Forget\
+    \x12%.kuasar.runv.storage.v1.ForgetRequest\x1a&.kuasar.runv.storage.v1.F\
+    orgetResponseb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file

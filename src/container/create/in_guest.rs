@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use kuasar_runv_protocol::agent::{CreateContainerRequest, NamespaceJoin};
 use kuasar_runv_protocol::namespace::Kind;
+use kuasar_runv_protocol::seccomp::Filter;
 
 use super::{Options, Parts, clone_bind, clone_rootfs, has_terminal};
 use crate::agent_client::streams::{self, Wanted};
@@ -38,6 +39,7 @@ pub(super) fn create_in_guest(
     sandbox: &Sandbox,
     options: &Options,
     parts: &Parts<'_>,
+    seccomp: Option<&Filter>,
 ) -> Result<(Agent, Vec<OwnedFd>), Error> {
     let Parts {
         bundle,
@@ -64,6 +66,7 @@ pub(super) fn create_in_guest(
         preserved: preserved.wanted(&options.id, ""),
         joins: joins(membership),
         shared_memory: guest.shared_memory.clone(),
+        seccomp: seccomp.map(Filter::encode).unwrap_or_default(),
         ..Default::default()
     };
     let _files = preserved.share(sandbox, &options.id, "")?;

@@ -4,7 +4,9 @@
 //! |---|---|
 //! | a bind mount of a block device | the device |
 //! | a block device in `linux.devices` | the device |
-//! | a mount with the type of a disk's file system, whose source is a block device or a regular file | the file system, mounted in the guest |
+//! | a mount with the type of a disk's file system, whose source is a block device, a regular file or the socket of a program that speaks vhost-user | the file system, mounted in the guest |
+//! | a mount of type `vhost-user-blk` with such a socket | the device |
+//! | a mount of type `virtiofs` with such a socket | the file system that the program serves |
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -21,7 +23,11 @@ use rustix::io::Errno;
 
 use super::super::guest_spec::Error;
 use super::super::mount_options;
-use super::at;
+use super::{at, vhost_user};
+use crate::sandbox::control::{DiskSource, VIRTIO_FS};
+
+/// Type of a mount that is a program's disk itself.
+const RAW: &str = "vhost-user-blk";
 
 /// A machine that another command has just ended, or taken the disk away from, closes
 /// it a moment later.
@@ -44,7 +50,8 @@ pub struct Disk {
     pub file_system: Option<FileSystem>,
     /// Of a block device on the host.
     pub number: Option<(u32, u32)>,
-    /// Of a file: device and inode.
+    pub kind: DiskSource,
+    /// Of a file or socket: device and inode.
     file: (u64, u64),
     /// Permissions and owner of the node.
     mode: u32,
@@ -52,16 +59,22 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A block device.
+    /// A block device, an image, or what a program serves.
     #[must_use]
     pub fn device(source: PathBuf, metadata: &Metadata, read_only: bool) -> Disk {
-        let is_device = metadata.file_type().is_block_device();
+        let kind = match metadata.file_type() {
+            kind if kind.is_block_device() => DiskSource::Device,
+            kind if kind.is_socket() => DiskSource::Program,
+            _ => DiskSource::Image,
+        };
+        let is_device = kind == DiskSource::Device;
         let rdev = metadata.rdev();
         Disk {
             source,
             read_only,
             file_system: None,
             number: is_device.then(|| (libc::major(rdev), libc::minor(rdev))),
+            kind,
             file: (metadata.dev(), metadata.ino()),
             mode: metadata.mode() & 0o7777,
             owner: (metadata.uid(), metadata.gid()),
@@ -77,9 +90,20 @@ impl Disk {
         }
     }
 
-    /// What the guest is told.
+    /// A device that has no number on the host.
     #[must_use]
-    pub fn request(&self) -> storage::Disk {
+    pub fn is_unnumbered(&self) -> bool {
+        self.kind == DiskSource::Program && self.file_system.is_none()
+    }
+
+    /// What the guest is told of the disk that is plugged in at `place`.
+    #[must_use]
+    pub fn request(&self, place: &str) -> storage::Disk {
+        // A program's disk has no serial number of ours.
+        let place = match self.kind {
+            DiskSource::Program => place,
+            DiskSource::Image | DiskSource::Device => "",
+        };
         let (fs_type, options) = match &self.file_system {
             Some(fs) => (fs.kind.clone(), fs.options.clone()),
             None => Default::default(),
@@ -91,17 +115,22 @@ impl Disk {
             mode: self.mode,
             uid: self.owner.0,
             gid: self.owner.1,
+            place: place.to_owned(),
             ..storage::Disk::new()
         }
     }
 
     /// Opens it for the hypervisor. As long as it is open, nobody else opens it so
     /// who could change it under the guest: other virtual machines are kept out by
-    /// flock(2), and from writing to a device the host itself by `O_EXCL`.
+    /// flock(2), and from writing to a device the host itself by `O_EXCL`. A program
+    /// decides for itself whom it serves.
     ///
     /// # Errors
     /// [`Error::InUse`], [`Error::Volume`].
     pub fn open(&self) -> Result<OwnedFd, Error> {
+        if self.kind == DiskSource::Program {
+            return vhost_user::connect(&self.source);
+        }
         let mut options = OpenOptions::new();
         options.read(true).write(!self.read_only);
         if self.number.is_some() && !self.read_only {
@@ -153,9 +182,16 @@ pub fn of_mount(mount: &Mount, kind: &str) -> Result<Option<DiskMount>, Error> {
         return Ok(None);
     };
     let metadata = source.metadata().map_err(at(source))?;
-    let is_disk = metadata.file_type().is_block_device() || metadata.is_file();
+    let is_socket = metadata.file_type().is_socket();
+    let is_disk = metadata.file_type().is_block_device() || metadata.is_file() || is_socket;
     if !is_disk || kind.is_empty() {
         return Ok(None);
+    }
+    if !is_socket && [VIRTIO_FS, RAW].contains(&kind) {
+        return Err(Error::Unsupported(format!(
+            "a mount of type {kind:?} needs the socket of a program that speaks vhost-user, which {} is not",
+            source.display()
+        )));
     }
     let given = mount.options().iter().flatten();
     let (mut options, data): (Vec<String>, Vec<String>) = given
@@ -166,10 +202,16 @@ pub fn of_mount(mount: &Mount, kind: &str) -> Result<Option<DiskMount>, Error> {
     let read_only = read_only.is_some_and(|option| option == "ro");
     options.push("bind".into());
     let mut disk = Disk::device(source.clone(), &metadata, read_only || kind == "erofs");
-    disk.file_system = Some(FileSystem {
+    disk.file_system = (kind != RAW).then(|| FileSystem {
         kind: kind.to_owned(),
         options: data.join(","),
     });
+    if kind == RAW && !data.is_empty() {
+        return Err(Error::Unsupported(format!(
+            "a mount of type {RAW:?} has no options of a file system: {}",
+            data.join(",")
+        )));
+    }
     Ok(Some(DiskMount { disk, options }))
 }
 
@@ -218,6 +260,35 @@ mod tests {
         let reader = || of_mount(&mount(&image, &["ro"]), "ext4").unwrap().unwrap();
         let _first = reader().disk.open().unwrap();
         let _second = reader().disk.open().unwrap();
+    }
+
+    #[test]
+    fn a_socket_is_a_program_that_serves_a_disk_or_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, image) = (dir.path().join("socket"), dir.path().join("image"));
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        std::fs::write(&image, "").unwrap();
+        for (kind, file_system) in [
+            ("ext4", Some("ext4")),
+            ("virtiofs", Some("virtiofs")),
+            ("vhost-user-blk", None),
+        ] {
+            let found = of_mount(&mount(&socket, &["nosuid"]), kind)
+                .unwrap()
+                .unwrap();
+            assert_eq!(found.disk.kind, DiskSource::Program);
+            assert_eq!(found.disk.request("pci:03").place, "pci:03");
+            let found = found.disk.file_system.map(|fs| fs.kind);
+            assert_eq!(found.as_deref(), file_system);
+        }
+        let data = of_mount(&mount(&socket, &["discard"]), "vhost-user-blk");
+        assert!(data.is_err_and(|e| e.to_string().contains("discard")));
+        for kind in ["virtiofs", "vhost-user-blk"] {
+            let error = of_mount(&mount(&image, &[]), kind).unwrap_err().to_string();
+            assert!(error.contains("speaks vhost-user"), "{error}");
+        }
+        let disk = of_mount(&mount(&image, &[]), "ext4").unwrap().unwrap().disk;
+        assert_eq!(disk.request("pci:03").place, "");
     }
 
     #[test]

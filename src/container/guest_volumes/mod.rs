@@ -9,6 +9,7 @@
 pub mod disk;
 pub mod huge_pages;
 pub mod socket;
+mod vhost_user;
 
 use std::fs;
 use std::io;
@@ -24,7 +25,7 @@ use super::{Error, context, pod};
 use crate::agent_client::Agent;
 use crate::root::Root;
 use crate::sandbox::Sandbox;
-use crate::sandbox::control::{DiskMode, Unused};
+use crate::sandbox::control::{DiskMode, GuestDisk, Unused};
 use disk::Disk;
 use huge_pages::HugePages;
 use socket::Socket;
@@ -57,8 +58,9 @@ impl GuestVolume {
     fn make(&self, sandbox: &Sandbox, agent: &Agent, id: &str) -> Result<AddVolumeResponse, Error> {
         let (name, kind) = match &self.kind {
             Kind::Disk(disk) => {
-                let name = attach(disk, sandbox, id)?;
-                (name, add_volume_request::Kind::Disk(disk.request()))
+                let attached = attach(disk, sandbox, id)?;
+                let request = disk.request(&attached.place);
+                (attached.name, add_volume_request::Kind::Disk(request))
             }
             Kind::HugePages(pages) => {
                 let name = sandbox.use_volume(id, &pages.key)?;
@@ -88,20 +90,20 @@ impl GuestVolume {
     }
 }
 
-/// Has the sandboxer attach a disk, unless it has; returns its name in the guest.
-fn attach(disk: &Disk, sandbox: &Sandbox, id: &str) -> Result<String, Error> {
+/// Has the sandboxer attach a disk, unless it has; returns what it is in the guest.
+fn attach(disk: &Disk, sandbox: &Sandbox, id: &str) -> Result<GuestDisk, Error> {
     let mode = DiskMode {
         file_system: disk.file_system.as_ref().map(|fs| fs.kind.clone()),
         read_only: disk.read_only,
-        is_device: disk.number.is_some(),
+        source: disk.kind,
     };
     let use_it = |file| {
         sandbox
             .use_disk(id, &disk.key(), &mode, file)
             .map_err(|e| about(&disk.source, e))
     };
-    if let Some(name) = use_it(None)? {
-        return Ok(name);
+    if let Some(attached) = use_it(None)? {
+        return Ok(attached);
     }
     // It is nobody's: opening it anew would fail if it were this pod's.
     let file = disk.open()?;
@@ -127,7 +129,7 @@ pub fn make(
     config: &mut Value,
 ) -> Result<(), Error> {
     let agent = sandbox.agent()?;
-    let mut numbers = Vec::new();
+    let (mut numbers, mut allowed) = (Vec::new(), Vec::new());
     for volume in volumes {
         let made = volume.make(sandbox, &agent, id)?;
         match volume.place {
@@ -138,15 +140,16 @@ pub fn make(
                 device["minor"] = json!(made.minor);
             }
         }
-        if let Kind::Disk(Disk {
-            number: Some(number),
-            ..
-        }) = volume.kind
-        {
-            numbers.push((number, (made.major, made.minor)));
+        if let Kind::Disk(disk) = &volume.kind {
+            let there = (made.major, made.minor);
+            numbers.extend(disk.number.map(|here| (here, there)));
+            allowed.extend(disk.is_unnumbered().then_some((there, disk.read_only)));
         }
     }
     translate_rules(config, &numbers);
+    for (number, read_only) in allowed {
+        allow(config, number, read_only);
+    }
     Ok(())
 }
 
@@ -168,6 +171,20 @@ fn translate_rules(config: &mut Value, numbers: &[(Number, Number)]) {
             rule["major"] = json!(major);
             rule["minor"] = json!(minor);
         }
+    }
+}
+
+/// Lets the container use a device that no rule of its own can be about.
+fn allow(config: &mut Value, (major, minor): Number, read_only: bool) {
+    let rules = &mut config["linux"]["resources"]["devices"];
+    if !rules.is_array() {
+        *rules = json!([]);
+    }
+    if let Some(rules) = rules.as_array_mut() {
+        let access = if read_only { "r" } else { "rw" };
+        rules.push(json!({
+            "allow": true, "type": "b", "major": major, "minor": minor, "access": access,
+        }));
     }
 }
 
@@ -260,5 +277,12 @@ mod tests {
                 rule("b", 254, 0), rule("b", 8, 2), rule("c", 8, 1), rule("b", 254, 1),
             ])
         );
+        allow(&mut config, (254, 2), false);
+        let rules = &config["linux"]["resources"]["devices"];
+        assert_eq!(rules[5], rule("b", 254, 2));
+        let mut empty = json!({});
+        allow(&mut empty, (254, 2), true);
+        let rules = &empty["linux"]["resources"]["devices"];
+        assert_eq!(rules[0]["access"], "r");
     }
 }

@@ -149,6 +149,8 @@ pub struct Watch {
 enum Order {
     /// Its container is about to be deleted, and this one goes on with the network.
     HandOver(String),
+    /// Nobody uses the network any more: what becomes of it is of no interest.
+    Rest,
     /// To disconnect all there is, and to end.
     End,
 }
@@ -206,6 +208,12 @@ impl Watch {
         self.order(Order::HandOver(heir.to_owned()));
     }
 
+    /// The only container of the VM has ended. Engines take its network apart then, which
+    /// need not be done again in the guest.
+    pub fn rest(&self) {
+        self.order(Order::Rest);
+    }
+
     fn order(&self, order: Order) {
         // One that has ended has nothing to do, and has said so.
         if self.orders.send(order).is_ok()
@@ -243,6 +251,8 @@ struct Watcher {
     /// Names of interfaces that stay on the host, which is said once.
     ignored: HashSet<String>,
     loopback: Loopback,
+    /// News are left alone.
+    rests: bool,
 }
 
 impl Watcher {
@@ -279,6 +289,7 @@ impl Watcher {
             applied: ApplyRequest::default(),
             ignored: HashSet::new(),
             loopback,
+            rests: false,
         })
     }
 
@@ -294,15 +305,19 @@ impl Watcher {
         let mut failures = 0;
         loop {
             let patience = match failures {
-                1..=MAX_RETRIES => RETRY,
+                1..=MAX_RETRIES if !self.rests => RETRY,
                 _ => Duration::from_secs(24 * 3600),
             };
-            let fds = [self.news.as_fd(), self.wake.as_fd()];
-            let ready = wait_any_readable(&fds, patience).map_err(step("waiting for news"))?;
-            if ready[1] && self.obey()? {
+            let fds = [self.wake.as_fd(), self.news.as_fd()];
+            let fds = if self.rests { &fds[..1] } else { &fds };
+            let ready = wait_any_readable(fds, patience).map_err(step("waiting for news"))?;
+            if ready[0] && self.obey()? {
                 return Ok(());
             }
-            if ready[0] {
+            if self.rests {
+                continue;
+            }
+            if ready.get(1) == Some(&true) {
                 failures = 0;
                 self.wait_for_calm()?;
             }
@@ -321,7 +336,9 @@ impl Watcher {
         self.wake.reset().map_err(step("reading orders"))?;
         while let Ok(order) = self.orders.try_recv() {
             match order {
+                Order::Rest => self.rests = true,
                 Order::HandOver(heir) => {
+                    self.rests = false;
                     let container = self.settings.container.clone();
                     let result = self.hand_over(heir).map_err(|e| e.to_string());
                     self.machine

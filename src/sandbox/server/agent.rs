@@ -107,7 +107,11 @@ impl Sandboxer {
             } else if event.has_oom() {
                 self.out_of_memory(event.oom());
             } else if event.has_exited() && event.exited().exec_id.is_empty() {
-                self.notify(&event.exited().container_id, Notice::Ended);
+                let container = &event.exited().container_id;
+                if !self.demands.has_others(container) {
+                    self.network.container_ended(container);
+                }
+                self.notify(container, Notice::Ended);
             } else if event.has_exited() {
                 log::debug!("trace-guest exec {}", event.exited().exec_us);
             }
@@ -159,6 +163,7 @@ impl Sandboxer {
             ready: Some(info.clone()),
             ..Reply::default()
         });
+        self.identity = None;
         self.boot = Boot::Ready(info);
         Ok(())
     }

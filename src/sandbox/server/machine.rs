@@ -6,10 +6,11 @@ use std::time::Instant;
 use kuasar_runv_protocol::{SHARE_TAG, cmdline};
 
 use super::{DEVICE_GRACE, End, Sandboxer, clock};
+use crate::config::{Config, HugePages};
 use crate::sandbox::CONSOLE_LOG;
-use crate::sandbox::control::{Reply, SandboxerConfig};
+use crate::sandbox::control::Reply;
 use crate::sandbox::size::{self, Demand};
-use crate::vm::{self, Vm, VmConfig, VmEvent, VmSize};
+use crate::vm::{self, Templates, Vm, VmConfig, VmEvent, VmSize};
 
 impl Sandboxer {
     pub(super) fn vm_events(&mut self) -> Result<(), End> {
@@ -108,7 +109,8 @@ pub(super) enum ReserveError {
 
 /// What the guest printed last, for the message of a boot that failed: the log
 /// itself is removed with everything else.
-pub(super) fn console_tail(dir: &Path) -> String {
+pub(in crate::sandbox) fn console_tail(dir: &Path) -> String {
+    const KERNEL_PANIC: &str = "Kernel panic - not syncing";
     const LINES: usize = 4;
     const LINE_LEN: usize = 200;
     let text = std::fs::read(dir.join(CONSOLE_LOG)).unwrap_or_default();
@@ -123,7 +125,10 @@ pub(super) fn console_tail(dir: &Path) -> String {
         })
         .filter(|line: &String| !line.trim().is_empty())
         .collect();
-    let last = &lines[lines.len().saturating_sub(LINES)..];
+    // A panic is followed by a lot that says less.
+    let panic = lines.iter().position(|line| line.contains(KERNEL_PANIC));
+    let first = panic.unwrap_or(lines.len().saturating_sub(LINES));
+    let last = &lines[first..lines.len().min(first + LINES)];
     if last.is_empty() {
         return String::new();
     }
@@ -140,8 +145,13 @@ pub(super) fn most(vm: &dyn Vm, size: VmSize, wanted: VmSize) -> VmSize {
     }
 }
 
-pub(super) fn vm_config(config: &SandboxerConfig, size: VmSize, dir: &Path) -> VmConfig {
-    let settings = &config.config;
+/// The machine to boot, with files in `dir`.
+pub(in crate::sandbox) fn vm_config(
+    settings: &Config,
+    size: VmSize,
+    most: VmSize,
+    dir: &Path,
+) -> VmConfig {
     let mut params = format!(
         "{}={}",
         cmdline::LOG_LEVEL,
@@ -164,9 +174,18 @@ pub(super) fn vm_config(config: &SandboxerConfig, size: VmSize, dir: &Path) -> V
         initrd: settings.guest.image.clone(),
         kernel_params: params,
         size,
-        most: config.demands.bounds().most,
+        most,
         fs_tag: SHARE_TAG.to_owned(),
         console_log: settings.console_log.then(|| CONSOLE_LOG.to_owned()),
         verbose_console: settings.debug,
+        // Memory of huge pages is not a template's.
+        template: match settings.template.enabled && settings.vm.hugepages == HugePages::Off {
+            true => Templates::Use {
+                dir: settings.template.dir.clone(),
+            },
+            false => Templates::None,
+        },
+        console: settings.vm.console,
+        huge_pages: settings.vm.hugepages,
     }
 }

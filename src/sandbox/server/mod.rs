@@ -14,7 +14,8 @@ mod clock;
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
 pub mod fuzzing;
-mod machine;
+mod identity;
+pub(super) mod machine;
 mod network;
 mod oom;
 mod privileges;
@@ -35,6 +36,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use self::agent::AgentEvents;
 use self::clients::Client;
 use self::clock::ClockWatch;
+use self::identity::Offer;
 use self::network::Network;
 use self::oom::OomReports;
 use self::sockets::HostSockets;
@@ -139,6 +141,8 @@ struct Sandboxer {
     /// Takes the agent's one connection, before any container runs.
     event_listener: Option<UnixListener>,
     agent: Option<AgentEvents>,
+    /// What a machine of a template gets first, until its agent is ready.
+    identity: Option<Offer>,
     clock: ClockWatch,
     boot: Boot,
     start_us: u64,
@@ -168,7 +172,8 @@ impl Sandboxer {
         let share = Share::create(dir.join("share"), &[&known, &dir])
             .map_err(context("the shared directory"))?;
         let size = config.demands.size()?;
-        let vm_config = machine::vm_config(config, size, &dir);
+        let most = config.demands.bounds().most;
+        let vm_config = machine::vm_config(&config.config, size, most, &dir);
         let mut machine = vm::create(&config.config, vm_config, &known)?;
         let mut demands = config.demands.clone();
         demands.bound(machine::most(&*machine, size, demands.bounds().most));
@@ -189,6 +194,10 @@ impl Sandboxer {
             guest_cid: GUEST_CID.into(),
             shared,
         })?;
+        let identity = match machine.is_restored() {
+            true => Some(Offer::make(&dir).map_err(context("the machine's identity"))?),
+            false => None,
+        };
         let network = Network::new(config).map_err(context("an event descriptor"))?;
         privileges::keep_running(config.config.network.model)
             .map_err(context("giving up capabilities"))?;
@@ -206,6 +215,7 @@ impl Sandboxer {
             listener,
             event_listener: Some(event_listener),
             agent: None,
+            identity,
             clock: ClockWatch::new().map_err(context("watching the clock"))?,
             boot: Boot::Running {
                 deadline: Instant::now() + timeout,
@@ -268,6 +278,9 @@ impl Sandboxer {
         }
         if ready.event_listener {
             self.accept_agent();
+        }
+        if ready.identity {
+            self.identity_is_answered()?;
         }
         if ready.agent {
             self.agent_events()?;
@@ -333,6 +346,10 @@ impl Sandboxer {
             fds.push(PollFd::from_borrowed_fd(a.stream.as_fd(), PollFlags::IN));
             fds.len() - 1
         });
+        let identity = self.identity.as_ref().and_then(Offer::fd).map(|fd| {
+            fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
+            fds.len() - 1
+        });
         let first_client = fds.len();
         for client in &self.clients {
             fds.push(PollFd::from_borrowed_fd(
@@ -361,6 +378,7 @@ impl Sandboxer {
             oom: is_ready(4),
             event_listener: event_listener.is_some_and(is_ready),
             agent: agent.is_some_and(is_ready),
+            identity: identity.is_some_and(is_ready),
             clients: (0..self.clients.len())
                 .filter(|index| is_ready(first_client + index))
                 .collect(),
@@ -385,6 +403,7 @@ struct ReadyFds {
     oom: bool,
     event_listener: bool,
     agent: bool,
+    identity: bool,
     clients: Vec<usize>,
     devices: Vec<usize>,
 }

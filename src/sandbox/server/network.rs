@@ -74,6 +74,13 @@ impl Network {
         Ok(())
     }
 
+    /// The process of the only container has ended.
+    pub(super) fn container_ended(&self, container: &str) {
+        if let Some(watch) = self.watches.get(container) {
+            watch.rest();
+        }
+    }
+
     /// A device is gone.
     pub(super) fn detached(&mut self, id: &str) {
         self.devices.remove(id);

@@ -3,7 +3,7 @@
 //! ```text
 //!  process ── socket in the guest ── agent ── vsock ── device ── vsock.sock_1028
 //!                                                                      │
-//!                    the host's listener ── its socket ── two threads ─┘
+//!                    the host's listener ── its socket ──── a thread ───┘
 //! ```
 //!
 //! Every process of the guest can connect to the port. What it reaches there follows
@@ -11,13 +11,12 @@
 //! is anybody whom the containers with that socket can be on the host, as a container
 //! that shares the host's kernel could be.
 //!
-//! Each connection has two threads that do nothing but copy and have no capabilities.
-//! They end with the connection, and with the VM, which closes it.
+//! Each connection has a thread that does nothing but copy and has no capabilities. It
+//! ends with the connection, and with the VM, which closes it.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
-use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -35,6 +34,7 @@ use rustix::thread::{
 
 use crate::sandbox::VSOCK_SOCKET;
 use crate::sandbox::control::Identities;
+use crate::sandbox::relay::relay;
 use crate::sys::capabilities::limit_to;
 use crate::sys::unix_socket;
 
@@ -42,7 +42,7 @@ use crate::sys::unix_socket;
 const MAX_CONNECTIONS: usize = 256;
 /// How long a connection may take to say what it is.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
-/// Of the threads, which have a small buffer on it.
+/// Of the threads.
 const STACK: usize = 128 * 1024;
 
 /// A socket, and who may be said to connect to it.
@@ -179,15 +179,7 @@ fn serve(mut guest: UnixStream, offered: &Offered) -> io::Result<()> {
     become_peer(hello.uid, hello.gid)?;
     let host = unix_socket::connect_to(&known.socket)?;
     limit_to(CapabilitySet::empty())?;
-    let (from_host, to_guest) = (host.try_clone()?, guest.try_clone()?);
-    thread::scope(|scope| {
-        let back = thread::Builder::new()
-            .name("socket".into())
-            .stack_size(STACK);
-        back.spawn_scoped(scope, || copy(&from_host, &to_guest))?;
-        copy(&guest, &host);
-        Ok(())
-    })
+    relay(&guest, &host, None)
 }
 
 impl Identities {
@@ -219,14 +211,4 @@ fn become_peer(uid: u32, gid: u32) -> io::Result<()> {
         },
     )?;
     Ok(())
-}
-
-/// Until there is no more, or nobody wants it any more.
-fn copy(from: &UnixStream, to: &UnixStream) {
-    let (mut reader, mut writer) = (from, to);
-    if io::copy(&mut reader, &mut writer).is_err() {
-        let _ = from.shutdown(Shutdown::Read);
-    }
-    // The other side may be gone.
-    let _ = to.shutdown(Shutdown::Write);
 }

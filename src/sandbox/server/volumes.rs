@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use super::Sandboxer;
-use crate::sandbox::control::{self, DiskMode, Identities, Reply, Unused};
+use crate::sandbox::control::{self, DiskMode, DiskSource, Identities, Reply, Unused, VIRTIO_FS};
 use crate::sandbox::guest_volumes::Found;
-use crate::vm::{BlockDevice, Device};
+use crate::vm::{BlockDevice, Device, VhostUserDevice, VhostUserKind};
 
 impl Sandboxer {
     /// Attaches the disk unless it is attached.
@@ -18,7 +18,7 @@ impl Sandboxer {
         mode: DiskMode,
         file: Option<OwnedFd>,
     ) -> io::Result<Reply> {
-        let (read_only, is_device) = (mode.read_only, mode.is_device);
+        let how = mode.clone();
         let name = match self.volumes.add(key, Some(mode), container)? {
             Found::Known(name) => name,
             Found::New(name) => {
@@ -26,19 +26,20 @@ impl Sandboxer {
                     self.volumes.forget(&name);
                     return Ok(Reply::default());
                 };
-                let disk = Device::Block(BlockDevice {
-                    file,
-                    is_device,
-                    read_only,
-                });
-                if let Err(e) = self.vm.attach(&name, &disk) {
-                    self.volumes.forget(&name);
-                    return Err(io::Error::other(e));
+                match self.vm.attach(&name, &device(&how, &name, file)) {
+                    Ok(place) => self.volumes.place(&name, place.0),
+                    Err(e) => {
+                        self.volumes.forget(&name);
+                        return Err(io::Error::other(e));
+                    }
                 }
                 name
             }
         };
-        Ok(named(name))
+        Ok(Reply {
+            place: self.volumes.place_of(&name),
+            ..named(name)
+        })
     }
 
     pub(super) fn use_volume(&mut self, container: &str, key: &str) -> io::Result<Reply> {
@@ -102,6 +103,24 @@ impl Sandboxer {
             }
         }
     }
+}
+
+/// The device that a file, or a connection, is plugged in as.
+fn device(mode: &DiskMode, name: &str, file: OwnedFd) -> Device {
+    let kind = match (mode.source, mode.file_system.as_deref()) {
+        (DiskSource::Program, Some(VIRTIO_FS)) => VhostUserKind::Fs {
+            tag: name.to_owned(),
+        },
+        (DiskSource::Program, _) => VhostUserKind::Block,
+        (DiskSource::Image | DiskSource::Device, _) => {
+            return Device::Block(BlockDevice {
+                file,
+                is_device: mode.source == DiskSource::Device,
+                read_only: mode.read_only,
+            });
+        }
+    };
+    Device::VhostUser(VhostUserDevice { socket: file, kind })
 }
 
 fn named(name: String) -> Reply {

@@ -18,6 +18,9 @@ use super::layout::{
     PM_EVENT_PORT, SCI_LINE, VIRTIO_LINES, VIRTIO_SIZE, virtio_address,
 };
 
+/// By which Linux finds virtio devices over MMIO.
+pub const VIRTIO_ID: &str = "LNRO0005";
+
 const OEM: [u8; 6] = *b"KUASAR";
 const OEM_TABLE: [u8; 8] = *b"RUNV    ";
 const REVISION: u32 = 1;
@@ -145,7 +148,7 @@ fn virtio(slot: usize, line: u32, code: &mut Vec<u8>) {
         vec![&aml::Device::new(
             Path::new(&name),
             vec![
-                &aml::Name::new(Path::new("_HID"), &"LNRO0005"),
+                &aml::Name::new(Path::new("_HID"), &VIRTIO_ID),
                 &aml::Name::new(Path::new("_UID"), &number),
                 &aml::Name::new(
                     Path::new("_CRS"),

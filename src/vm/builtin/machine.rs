@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::{IoEventAddress, VmFd};
 
 use super::layout::{VIRTIO_LINES, VIRTIO_SIZE, VIRTIO_START, virtio_address};
-use super::ports::{Ports, Request};
+use super::ports::{Ports, Request, SavedSerial};
 use super::virtio::registers::{Identity, QUEUE_NOTIFY, Registers, Rings};
 use super::virtio::rings::Events;
+use super::virtio::saved::{SavedDevice, Unfit};
 use crate::vm::devices::vhost_user::lock;
 
 /// I/O ports and slots of virtio devices, shared by the threads of all processors.
@@ -30,6 +31,11 @@ impl Board {
 
     pub fn port_write(&self, port: u16, data: &[u8]) -> Option<Request> {
         lock(&self.ports).write(port, data)
+    }
+
+    /// See [`Ports::serial_accesses`].
+    pub fn serial_accesses(&self) -> u64 {
+        lock(&self.ports).serial_accesses()
     }
 
     /// Reads where there is no memory. Where there is nothing, all bits are set.
@@ -70,6 +76,35 @@ impl Board {
             return Err(e);
         }
         lock(&self.slots[slot]).insert(identity, rings);
+        Ok(())
+    }
+
+    /// What the drivers have set up; the devices have stopped. Slots are filled
+    /// from the first on.
+    ///
+    /// # Errors
+    /// A device that cannot be saved.
+    pub fn save(&self) -> Result<(SavedSerial, Vec<SavedDevice>), Unfit> {
+        let mut devices = Vec::new();
+        for slot in &self.slots {
+            match lock(slot).save()? {
+                Some(device) => devices.push(device),
+                None => break,
+            }
+        }
+        Ok((lock(&self.ports).save(), devices))
+    }
+
+    /// Has the device of a slot, which was just put there, go on where a saved one was.
+    /// Its driver is interrupted: interrupts that were on their way are not saved, and one
+    /// too many does no harm.
+    ///
+    /// # Errors
+    /// See [`Unfit`].
+    pub fn go_on(&self, slot: usize, saved: &SavedDevice, events: &Events) -> Result<(), Unfit> {
+        lock(&self.slots[slot]).restore(saved)?;
+        // Fails only when the counter is full, that is, when it is set already.
+        let _ = events.call.write(1);
         Ok(())
     }
 

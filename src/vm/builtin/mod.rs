@@ -24,6 +24,7 @@ mod processors;
 mod seccomp;
 mod setup;
 mod slots;
+pub mod snapshot;
 mod vcpu;
 mod virtio;
 
@@ -45,12 +46,17 @@ use self::memory::{MemoryFile, Range};
 use self::processors::{Processors, Report};
 use self::setup::{Machine, Plan};
 use self::slots::Slots;
+use self::snapshot::fit::MadeFor;
+use self::snapshot::format::State;
+use self::snapshot::restore::Restored;
+use self::snapshot::store::{New, Store};
+use self::snapshot::{self as saved, pages};
 use super::log_pump::{LogPump, PERIOD};
 use super::{
-    BackEnds, Capabilities, Device, Error, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
-    requirements,
+    BackEnds, Capabilities, Device, Error, Place, Served, Templates, Vm, VmConfig, VmEvent, VmExit,
+    VmSize, huge_pages, requirements,
 };
-use crate::config::Config;
+use crate::config::{Config, Console};
 
 pub use boot::Error as BootError;
 
@@ -73,7 +79,10 @@ pub struct BuiltinVm {
     /// Devices that have been attached.
     slots: Slots,
     /// How the guest gets more memory, and where.
-    growth: Option<(Growth, Range)>,
+    growth: Option<(Growth, Range, MemoryFile)>,
+    /// Memory and purpose of a machine that is to be saved.
+    to_save: Option<(MemoryFile, MadeFor)>,
+    is_restored: bool,
     state: Stage,
     events: VecDeque<VmEvent>,
 }
@@ -121,8 +130,10 @@ impl BuiltinVm {
         if vm.size.vcpus > MAX_VCPUS {
             return Err(Self::unsupported("more than 64 virtual CPUs"));
         }
-        vm.most.vcpus = vm.most.vcpus.clamp(vm.size.vcpus, MAX_VCPUS);
-        vm.most.memory_mib = vm.most.memory_mib.max(vm.size.memory_mib);
+        vm.most = most(&vm);
+        vm.size = vm.huge_pages.round_size(vm.size);
+        vm.most = vm.huge_pages.round_size(vm.most);
+        huge_pages::check(vm.huge_pages, vm.size.memory_mib)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| watching(e.into()))?;
         let timer = TimerFd::new(
             ClockId::CLOCK_MONOTONIC,
@@ -140,6 +151,8 @@ impl BuiltinVm {
             reported,
             slots: Slots::default(),
             growth: None,
+            to_save: None,
+            is_restored: false,
             state: Stage::New,
             events: VecDeque::new(),
         };
@@ -280,11 +293,61 @@ impl BuiltinVm {
                 seconds: deadline.as_secs(),
             });
         }
-        if let Stage::Running { mut console, .. } = std::mem::replace(&mut self.state, Stage::Ended)
+        if let Stage::Running {
+            mut console,
+            machine,
+        } = std::mem::replace(&mut self.state, Stage::Ended)
         {
+            let accesses = machine.board.serial_accesses();
+            log::debug!("accesses to the serial port: {accesses}");
             console.pump();
         }
         Ok(())
+    }
+
+    /// The machine of a template, if one fits and can be used.
+    fn of_template(&self) -> Option<Restored> {
+        let Templates::Use { dir } = &self.vm.template else {
+            return None;
+        };
+        let restore = || -> Result<Option<Restored>, saved::Error> {
+            let made_for = MadeFor::now(&self.vm)?;
+            let Some(template) = Store::new(dir).find(&made_for)? else {
+                log::info!("no template in {} fits: booting", dir.display());
+                return Ok(None);
+            };
+            let restored = Restored::new(template)?;
+            log::info!("made of the template {}", made_for.key());
+            Ok(Some(restored))
+        };
+        restore().unwrap_or_else(|e| {
+            log::warn!("booting, because the template cannot be used: {e}");
+            None
+        })
+    }
+
+    fn save_running(&self, machine: &Machine, new: &New) -> Result<String, Error> {
+        let to_save = self.to_save.as_ref();
+        let Some((memory, made_for)) = to_save.and_then(|(m, f)| Some((m.file()?, f))) else {
+            return Err(Error::NotRunning { operation: "save" });
+        };
+        // The devices have stopped with this, so that the memory stays as it is.
+        let machine = machine.save()?;
+        let size = u64::from(self.vm.size.memory_mib) << 20;
+        let path = new.memory();
+        let extents = pages::write(memory, size, &path).map_err(saved::Error::file(&path))?;
+        let since_1970 = std::time::UNIX_EPOCH.elapsed();
+        let state = State {
+            made_for: made_for.clone(),
+            created: since_1970.map_or(0, |time| time.as_secs()),
+            extents,
+            chips: machine.chips,
+            processors: machine.processors,
+            serial: machine.serial,
+            devices: machine.devices,
+        };
+        state.write(&new.state())?;
+        Ok(made_for.key())
     }
 
     fn processors(&self, operation: &'static str) -> Result<&Processors, Error> {
@@ -299,6 +362,15 @@ impl BuiltinVm {
             hypervisor: NAME,
             operation,
         }
+    }
+}
+
+/// What a machine of this configuration may become.
+fn most(vm: &VmConfig) -> VmSize {
+    let VmConfig { size, most, .. } = vm;
+    VmSize {
+        vcpus: most.vcpus.clamp(size.vcpus, MAX_VCPUS.max(size.vcpus)),
+        memory_mib: most.memory_mib.max(size.memory_mib),
     }
 }
 
@@ -321,6 +393,7 @@ impl Vm for BuiltinVm {
             resize_memory: self.vm.most.memory_mib > self.vm.size.memory_mib,
             attach_block: true,
             attach_net: true,
+            templates: true,
             emulated: false,
         }
     }
@@ -350,20 +423,43 @@ impl Vm for BuiltinVm {
         let VmConfig { size, most, .. } = self.vm;
         let bytes = |mib: u32| u64::from(mib) << 20;
         let room = bytes(most.memory_mib - size.memory_mib);
-        let memory = MemoryFile::new(bytes(size.memory_mib), room).map_err(starting)?;
+        let restored = self.of_template();
+        let memory = match &restored {
+            Some(restored) => restored.memory.clone(),
+            None => MemoryFile::of_huge_pages(bytes(size.memory_mib), room, self.vm.huge_pages)?,
+        };
+        // What does not fit into the pipe is lost: nobody in the guest waits for the host.
+        rustix::io::ioctl_fionbio(&sink, true).map_err(|e| starting(e.into()))?;
+        let (serial, virtio) = match self.vm.console {
+            Console::Serial => (Some(sink), None),
+            Console::Virtio => (None, Some(sink)),
+            Console::None => (None, None),
+        };
         let devices::Started {
             planned,
             served,
             growth,
-        } = devices::start(&memory, &self.vm, back_ends)?;
-        self.growth = growth.zip(memory.room());
+        } = devices::start(&memory, &self.vm, back_ends, virtio)?;
+        self.growth = growth
+            .zip(memory.room())
+            .map(|(growth, room)| (growth, room, memory.clone()));
+        if let Some(restored) = restored {
+            let reported = self.reported.try_clone().map_err(starting)?;
+            let machine = Box::new(restored.start(planned, serial, reported)?);
+            self.is_restored = true;
+            self.state = Stage::Running { console, machine };
+            return Ok(served);
+        }
+        if matches!(self.vm.template, Templates::Make { .. }) {
+            self.to_save = Some((memory.clone(), MadeFor::now(&self.vm)?));
+        }
         let plan = Plan {
             config: self.vm.clone(),
             kernel: self.kernel.try_clone().map_err(starting)?,
             image: self.image.try_clone().map_err(starting)?,
             memory,
             devices: planned,
-            console: sink,
+            serial,
             reported: self.reported.try_clone().map_err(starting)?,
         };
         let reported = self.reported.try_clone().map_err(starting)?;
@@ -378,6 +474,18 @@ impl Vm for BuiltinVm {
             .map_err(starting)?;
         self.state = Stage::Starting { console, machine };
         Ok(served)
+    }
+
+    fn is_restored(&self) -> bool {
+        self.is_restored
+    }
+
+    fn save(&mut self, new: &New) -> Result<String, Error> {
+        self.pause()?;
+        match &self.state {
+            Stage::Running { machine, .. } => self.save_running(machine, new),
+            _ => Err(Error::NotRunning { operation: "save" }),
+        }
     }
 
     fn pid(&self) -> Option<i32> {
@@ -445,29 +553,32 @@ impl Vm for BuiltinVm {
         }
         machine.grow_vcpus(wanted.vcpus)?;
         if wanted.memory_mib > size.memory_mib
-            && let Some((growth, room)) = &self.growth
+            && let Some((growth, room, file)) = &self.growth
         {
+            let wanted = self.vm.huge_pages.round_size(wanted);
             let added = u64::from(wanted.memory_mib - size.memory_mib) << 20;
+            file.reserve(room.offset, added)?;
             machine.grow_memory(added, *room)?;
             growth.offer(added);
         }
         Ok(())
     }
 
-    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
+    fn attach(&mut self, id: &str, device: &Device) -> Result<Place, Error> {
         let operation = "attaching a device";
         self.take_over(self.command_deadline);
         let Stage::Running { machine, .. } = &self.state else {
             return Err(Error::NotRunning { operation });
         };
         let vcpus = self.vm.size.vcpus;
-        let handles = self.slots.attach(machine, vcpus, id, device)?;
+        let deadline = self.command_deadline;
+        let (place, handles) = self.slots.attach(machine, vcpus, id, device, deadline)?;
         for handle in handles {
             let data = epoll::EventData::new_u64(Source::Device as u64);
             let once = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
             epoll::add(&self.epoll, handle, data, once).map_err(|e| watching(e.into()))?;
         }
-        Ok(())
+        Ok(place)
     }
 
     fn detach(&mut self, id: &str) -> Result<(), Error> {

@@ -4,7 +4,9 @@
 use std::fs::File;
 use std::io::{self, Write};
 
-use vm_superio::{Serial, Trigger, serial::NoEvents};
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialState};
+use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::acpi::SOFT_OFF;
@@ -58,16 +60,79 @@ impl Write for Console {
     }
 }
 
+/// The registers of the serial port. Nothing is ever in its buffer: nobody types.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedSerial {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+}
+
 /// All ports.
 pub struct Ports {
     serial: Serial<Line, NoEvents, Console>,
+    /// Each is an exit of a processor.
+    serial_accesses: u64,
 }
 
 impl Ports {
     pub fn new(line: Line, console: Console) -> Ports {
         Ports {
             serial: Serial::new(line, console),
+            serial_accesses: 0,
         }
+    }
+
+    /// How often the guest has touched the serial port.
+    pub fn serial_accesses(&self) -> u64 {
+        self.serial_accesses
+    }
+
+    /// The only ones that remember something.
+    pub fn save(&self) -> SavedSerial {
+        let state = self.serial.state();
+        SavedSerial {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+        }
+    }
+
+    /// Ports that go on where saved ones were.
+    ///
+    /// # Errors
+    /// An interrupt that was due cannot be signalled.
+    pub fn restore(saved: &SavedSerial, line: Line, console: Console) -> io::Result<Ports> {
+        let [baud_divisor_low, baud_divisor_high] = saved.divisor;
+        let state = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: Vec::new(),
+        };
+        let serial = Serial::from_state(&state, line, NoEvents, console)
+            .map_err(|e| io::Error::other(e.to_string()))?;
+        Ok(Ports {
+            serial,
+            serial_accesses: 0,
+        })
     }
 
     /// The guest reads. What is not there reads as ones.
@@ -75,6 +140,7 @@ impl Ports {
         data.fill(0xff);
         match (port, data) {
             (SERIAL_PORT.., [value]) if port < SERIAL_PORT + 8 => {
+                self.serial_accesses += 1;
                 // Below 8.
                 *value = self.serial.read((port - SERIAL_PORT) as u8);
             }
@@ -95,6 +161,7 @@ impl Ports {
     pub fn write(&mut self, port: u16, data: &[u8]) -> Option<Request> {
         match (port, data) {
             (SERIAL_PORT.., [value]) if port < SERIAL_PORT + 8 => {
+                self.serial_accesses += 1;
                 // It fails when the line's counter is full, that is, when it is set.
                 let _ = self.serial.write((port - SERIAL_PORT) as u8, *value);
                 None
@@ -170,10 +237,45 @@ mod tests {
         let mut text = [0; 6];
         reader.read_exact(&mut text).unwrap();
         assert_eq!(&text, b"hello\n");
+        assert_eq!(ports.serial_accesses(), 6);
         for _ in 0..100_000 {
             ports.write(SERIAL_PORT, b"x");
         }
         drop(reader);
         ports.write(SERIAL_PORT, b"x");
+    }
+
+    #[test]
+    fn saved_registers_are_those_of_the_ports_that_go_on() {
+        let (mut ports, _reader) = ports();
+        for (offset, value) in [
+            (1, 2),
+            (3, 0x83),
+            (0, 12),
+            (1, 34),
+            (3, 3),
+            (4, 11),
+            (7, 99),
+        ] {
+            assert_eq!(ports.write(SERIAL_PORT + offset, &[value]), None);
+        }
+        let saved = ports.save();
+        let json = serde_json::to_string(&saved).unwrap();
+        assert_eq!(serde_json::from_str::<SavedSerial>(&json).unwrap(), saved);
+        let line = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        let interrupts = line.try_clone().unwrap();
+        let mut restored = Ports::restore(&saved, Line(line), Console(None)).unwrap();
+        assert_eq!(restored.save(), saved);
+        for offset in [1, 3, 4, 7] {
+            let mut values = [[0], [0]];
+            ports.read(SERIAL_PORT + offset, &mut values[0]);
+            restored.read(SERIAL_PORT + offset, &mut values[1]);
+            assert_eq!(values[0], values[1], "{offset}");
+        }
+        // An interrupt that was due comes.
+        assert_eq!(ports.write(SERIAL_PORT, b"x"), None);
+        let line = interrupts.try_clone().unwrap();
+        let _ = Ports::restore(&ports.save(), Line(line), Console(None)).unwrap();
+        assert!(interrupts.read().is_ok());
     }
 }

@@ -187,10 +187,16 @@ impl Shared {
     fn thread(&self, vcpu: &mut VcpuFd, board: &Board) {
         let ran = catch_unwind(AssertUnwindSafe(|| {
             confine()?;
-            while self.may_run(vcpu) {
-                self.handle(vcpu::run(vcpu, board));
+            loop {
+                match self.wanted() {
+                    Wanted::Run => self.handle(vcpu::run(vcpu, board)),
+                    Wanted::Pause => {
+                        self.handle(vcpu::settle(vcpu, board));
+                        self.pause(vcpu);
+                    }
+                    Wanted::End => return Ok::<_, io::Error>(()),
+                }
             }
-            Ok::<_, io::Error>(())
         }));
         match ran {
             Ok(Ok(())) => {}
@@ -201,24 +207,25 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Waits as long as the machine is paused; `false` at its end.
-    fn may_run(&self, vcpu: &VcpuFd) -> bool {
+    fn wanted(&self) -> Wanted {
+        lock(&self.state).wanted
+    }
+
+    /// Waits as long as the machine is paused.
+    fn pause(&self, vcpu: &VcpuFd) {
+        // Or the guest takes the gap for a processor that hangs. It fails when the
+        // guest does not use the clock.
+        let _ = vcpu.kvmclock_ctrl();
         let mut state = lock(&self.state);
-        if state.wanted == Wanted::Pause {
-            // Or the guest takes the gap for a processor that hangs. It fails when
-            // the guest does not use the clock.
-            let _ = vcpu.kvmclock_ctrl();
-            state.paused += 1;
-            self.changed.notify_all();
-            while state.wanted == Wanted::Pause {
-                state = self
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            state.paused -= 1;
+        state.paused += 1;
+        self.changed.notify_all();
+        while state.wanted == Wanted::Pause {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
-        state.wanted == Wanted::Run
+        state.paused -= 1;
     }
 
     fn handle(&self, exit: Exit) {

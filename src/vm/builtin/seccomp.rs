@@ -25,6 +25,8 @@ pub enum Kind {
     Network,
     /// As a device, and works with sockets.
     Sockets,
+    /// As a device, and talks over a connection it has.
+    VhostUser,
 }
 
 /// Memory, locks, signals, time, the log, and the end.
@@ -69,6 +71,9 @@ const DEVICE: &[libc::c_long] = &[
     libc::SYS_fsync,
     libc::SYS_fallocate,
 ];
+
+/// Besides those of a device.
+const MESSAGES: &[libc::c_long] = &[libc::SYS_sendmsg, libc::SYS_recvmsg];
 
 const SOCKETS: &[libc::c_long] = &[
     libc::SYS_epoll_create1,
@@ -134,20 +139,22 @@ pub fn confine(kind: Kind) -> io::Result<()> {
 }
 
 fn filter(kind: Kind) -> Result<SeccompFilter, seccompiler::BackendError> {
-    let own = match kind {
-        Kind::Processor => &[][..],
-        Kind::Device | Kind::Network => DEVICE,
-        Kind::Sockets => SOCKETS,
+    let (own, more) = match kind {
+        Kind::Processor => (&[][..], &[][..]),
+        Kind::Device | Kind::Network => (DEVICE, &[][..]),
+        Kind::Sockets => (SOCKETS, &[][..]),
+        Kind::VhostUser => (DEVICE, MESSAGES),
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = COMMON
         .iter()
         .chain(own)
+        .chain(more)
         .map(|number| (*number, Vec::new()))
         .collect();
     let requests = match kind {
         Kind::Processor => vec![KVM_RUN, KVM_KVMCLOCK_CTRL],
         Kind::Network => network_requests(),
-        Kind::Device | Kind::Sockets => Vec::new(),
+        Kind::Device | Kind::Sockets | Kind::VhostUser => Vec::new(),
     };
     if !requests.is_empty() {
         let only = |request| {
@@ -186,7 +193,14 @@ mod tests {
 
     #[test]
     fn no_kind_can_open_files_or_make_processes() {
-        for kind in [Kind::Processor, Kind::Device, Kind::Network, Kind::Sockets] {
+        let kinds = [
+            Kind::Processor,
+            Kind::Device,
+            Kind::Network,
+            Kind::Sockets,
+            Kind::VhostUser,
+        ];
+        for kind in kinds {
             assert!(confined(kind, open_is_refused), "{kind:?}");
             // SAFETY: the call is refused; if it were not, the child would end at once.
             let forked = confined(kind, || unsafe {

@@ -3,11 +3,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -16,10 +16,15 @@ use super::devices::Planned;
 use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, SERIAL_LINE};
 use super::machine::Board;
 use super::memory::{MemoryFile, Range, ranges};
-use super::ports::{Console, Line, Ports};
+use super::ports::{Console, Line, Ports, SavedSerial};
 use super::processors::Processors;
+use super::snapshot::format::{Chips, Processor};
+use super::snapshot::{self, chips, processor};
 use super::vcpu;
-use crate::vm::{Error, VmConfig};
+use super::virtio::rings::Events;
+use super::virtio::saved::SavedDevice;
+use crate::config;
+use crate::vm::{Error, Templates, VmConfig};
 
 /// What keeps a running machine together.
 pub struct Machine {
@@ -36,6 +41,8 @@ pub struct Machine {
     pub board: Arc<Board>,
     /// The mapping KVM works with, which has to outlive the machine.
     pub memory: GuestMemoryMmap,
+    /// The processors once more, of a machine that is to be saved.
+    spare: Vec<VcpuFd>,
 }
 
 impl Machine {
@@ -55,6 +62,26 @@ impl Machine {
             })?;
         }
         Ok(())
+    }
+
+    /// Everything but the memory. The processors have been stopped, and the devices
+    /// have when this returns: the machine is of no use any more.
+    ///
+    /// # Errors
+    /// KVM refuses, or a device cannot be saved.
+    pub fn save(&self) -> Result<Saved, snapshot::Error> {
+        let (serial, devices) = self.board.save().map_err(|e| snapshot::Error::Unsavable {
+            what: "machine's devices",
+            reason: e.to_string(),
+        })?;
+        let msrs = processor::msrs(&self.kvm)?;
+        let save = |vcpu| processor::save(vcpu, &msrs);
+        Ok(Saved {
+            processors: self.spare.iter().map(save).collect::<Result<_, _>>()?,
+            chips: chips::save(&self.vm)?,
+            serial,
+            devices,
+        })
     }
 
     /// Puts memory where there was room for it, up to this many bytes.
@@ -84,6 +111,14 @@ impl Machine {
     }
 }
 
+/// What [`Machine::save`] says.
+pub struct Saved {
+    pub processors: Vec<Processor>,
+    pub chips: Chips,
+    pub serial: SavedSerial,
+    pub devices: Vec<SavedDevice>,
+}
+
 fn kvm_error(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
     move |e| Error::Kvm {
         operation,
@@ -98,8 +133,8 @@ pub struct Plan {
     pub image: File,
     pub memory: MemoryFile,
     pub devices: Vec<Planned>,
-    /// Takes the console's output.
-    pub console: OwnedFd,
+    /// Takes the serial port's output, if anybody wants it.
+    pub serial: Option<OwnedFd>,
     /// Becomes readable when a processor has something to report.
     pub reported: EventFd,
 }
@@ -114,11 +149,18 @@ pub fn start(plan: Plan) -> Result<Machine, Error> {
     let size = memory.size();
     let memory: GuestMemoryMmap = memory.map().map_err(memory_error)?;
     let kvm = Kvm::new().map_err(kvm_error("opening /dev/kvm"))?;
-    let vm = create_vm(&kvm)?;
-    let regions = add_memory(&vm, &memory, size)?;
+    let vm = create_vm(&kvm).map_err(|(operation, e)| kvm_error(operation)(e))?;
+    let regions = add_memory(&vm, &memory, size).map_err(kvm_error("adding memory"))?;
     // At most MAX_VCPUS.
     let (count, places) = (config.size.vcpus as u8, config.most.vcpus as u8);
-    let line = parameters(&config);
+    let mut line = parameters(&config);
+    let is_template = match config.template {
+        Templates::Make { parameter } => {
+            line.insert_str(0, &format!("{parameter} "));
+            true
+        }
+        Templates::None | Templates::Use { .. } => false,
+    };
     let entry =
         boot::load(&memory, size, places, &mut kernel, &mut image, &line).map_err(Error::Boot)?;
     let vcpus = (0..count)
@@ -128,28 +170,95 @@ pub fn start(plan: Plan) -> Result<Machine, Error> {
     if let Some(first) = vcpus.first() {
         vcpu::set_entry(first, entry).map_err(kvm_error("setting the first CPU up"))?;
     }
-    let board = Board::new(serial(&vm, plan.console)?);
+    let spare = match is_template {
+        true => once_more(&vm, &vcpus)?,
+        false => Vec::new(),
+    };
+    let board = Board::new(serial(&vm, plan.serial, Ports::new)?);
     for (slot, device) in plan.devices.into_iter().enumerate() {
-        board
-            .insert(&vm, slot, device.identity, device.rings, &device.events)
-            .map_err(kvm_error("wiring a device"))?;
+        insert(&board, &vm, slot, device)?;
     }
-    let board = Arc::new(board);
-    let processors =
-        Processors::start(vcpus, &board, plan.reported).map_err(|source| Error::Io {
-            context: "cannot start the virtual CPUs",
+    Kvms {
+        kvm,
+        vm,
+        vcpus,
+        memory,
+        regions,
+    }
+    .start(board, places, plan.reported, spare)
+}
+
+/// What is KVM's of a machine.
+pub struct Kvms {
+    pub kvm: Kvm,
+    pub vm: VmFd,
+    pub vcpus: Vec<VcpuFd>,
+    pub memory: GuestMemoryMmap,
+    pub regions: u32,
+}
+
+impl Kvms {
+    /// Starts the processors.
+    ///
+    /// # Errors
+    /// No thread is to be had.
+    pub fn start(
+        self,
+        board: Board,
+        places: u8,
+        reported: EventFd,
+        spare: Vec<VcpuFd>,
+    ) -> Result<Machine, Error> {
+        let board = Arc::new(board);
+        let processors =
+            Processors::start(self.vcpus, &board, reported).map_err(|source| Error::Io {
+                context: "cannot start the virtual CPUs",
+                source,
+            })?;
+        Ok(Machine {
+            processors,
+            kvm: self.kvm,
+            places,
+            regions: self.regions,
+            added: 0,
+            vm: self.vm,
+            board,
+            memory: self.memory,
+            spare,
+        })
+    }
+}
+
+/// Puts a device of every machine into its slot; returns its events.
+///
+/// # Errors
+/// KVM refuses.
+pub fn insert(
+    board: &Board,
+    vm: &VmFd,
+    slot: usize,
+    device: Planned,
+) -> Result<Arc<Events>, Error> {
+    board
+        .insert(vm, slot, device.identity, device.rings, &device.events)
+        .map_err(kvm_error("wiring a device"))?;
+    Ok(device.events)
+}
+
+/// The same processors for somebody else than their threads.
+fn once_more(vm: &VmFd, vcpus: &[VcpuFd]) -> Result<Vec<VcpuFd>, Error> {
+    let again = |vcpu: &VcpuFd| {
+        // SAFETY: the descriptor is open as long as the value lives.
+        let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+        let fd = fd.try_clone_to_owned().map_err(|source| Error::Io {
+            context: "a descriptor",
             source,
         })?;
-    Ok(Machine {
-        processors,
-        kvm,
-        places,
-        regions,
-        added: 0,
-        vm,
-        board,
-        memory,
-    })
+        // SAFETY: a descriptor of a processor that nobody else has.
+        unsafe { vm.create_vcpu_from_rawfd(fd.into_raw_fd()) }
+            .map_err(kvm_error("a virtual CPU once more"))
+    };
+    vcpus.iter().map(again).collect()
 }
 
 fn memory_error(source: io::Error) -> Error {
@@ -159,30 +268,42 @@ fn memory_error(source: io::Error) -> Error {
     }
 }
 
-fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
+/// An empty machine.
+///
+/// # Errors
+/// KVM refuses; which operation.
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, (&'static str, kvm_ioctls::Error)> {
+    let at = |operation| move |e| (operation, e);
     let vm = loop {
         match kvm.create_vm() {
             // A signal in the middle of what may take a while.
             Err(e) if e.errno() == libc::EINTR => {}
-            result => break result.map_err(kvm_error("making a virtual machine"))?,
+            result => break result.map_err(at("making a virtual machine"))?,
         }
     };
     vm.set_identity_map_address(KVM_IDENTITY_MAP)
-        .map_err(kvm_error("placing the identity map"))?;
+        .map_err(at("placing the identity map"))?;
     vm.set_tss_address(KVM_TSS)
-        .map_err(kvm_error("placing the task state"))?;
+        .map_err(at("placing the task state"))?;
     vm.create_irq_chip()
-        .map_err(kvm_error("making the interrupt controllers"))?;
+        .map_err(at("making the interrupt controllers"))?;
     vm.create_pit2(kvm_pit_config {
         flags: KVM_PIT_SPEAKER_DUMMY,
         ..kvm_pit_config::default()
     })
-    .map_err(kvm_error("making the timer"))?;
+    .map_err(at("making the timer"))?;
     Ok(vm)
 }
 
-/// Hands the memory the machine is booted with to KVM; the number of its regions.
-fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap, size: u64) -> Result<u32, Error> {
+/// Hands the memory the machine begins with to KVM; the number of its regions.
+///
+/// # Errors
+/// KVM refuses.
+pub fn add_memory(
+    vm: &VmFd,
+    memory: &GuestMemoryMmap,
+    size: u64,
+) -> Result<u32, kvm_ioctls::Error> {
     let booted = ranges(size).len();
     for (slot, region) in memory.iter().take(booted).enumerate() {
         let description = kvm_userspace_memory_region {
@@ -194,12 +315,20 @@ fn add_memory(vm: &VmFd, memory: &GuestMemoryMmap, size: u64) -> Result<u32, Err
             flags: 0,
         };
         // SAFETY: the region is mapped, and its mapping is kept as long as the VM.
-        unsafe { vm.set_user_memory_region(description) }.map_err(kvm_error("adding memory"))?;
+        unsafe { vm.set_user_memory_region(description) }?;
     }
     Ok(booted as u32)
 }
 
-fn serial(vm: &VmFd, sink: OwnedFd) -> Result<Ports, Error> {
+/// The ports, of which the console's writes to `sink`.
+///
+/// # Errors
+/// No descriptor is to be had, or KVM refuses.
+pub fn serial<P>(
+    vm: &VmFd,
+    sink: Option<OwnedFd>,
+    make: impl FnOnce(Line, Console) -> P,
+) -> Result<P, Error> {
     let io = |source| Error::Io {
         context: "cannot make the console",
         source,
@@ -207,16 +336,20 @@ fn serial(vm: &VmFd, sink: OwnedFd) -> Result<Ports, Error> {
     let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(io)?;
     vm.register_irqfd(&line, SERIAL_LINE)
         .map_err(kvm_error("wiring the console"))?;
-    rustix::io::ioctl_fionbio(&sink, true).map_err(|e| io(e.into()))?;
-    Ok(Ports::new(Line(line), Console(Some(sink.into()))))
+    Ok(make(Line(line), Console(sink.map(Into::into))))
 }
 
 /// The machine's own parameters, then those of the agent and the user, who can
 /// override them: the kernel takes the last.
-fn parameters(config: &VmConfig) -> String {
+pub fn parameters(config: &VmConfig) -> String {
     // reboot=k resets by the keyboard controller's port, which is told from a
     // triple fault. There is no PCI to be looked for.
-    let mut line = String::from("console=ttyS0 8250.nr_uarts=1 panic=-1 reboot=k pci=off");
+    let mut line = String::from(match config.console {
+        config::Console::Serial => "console=ttyS0 8250.nr_uarts=1",
+        config::Console::Virtio => "console=hvc0 8250.nr_uarts=0",
+        config::Console::None => "8250.nr_uarts=0",
+    });
+    line.push_str(" panic=-1 reboot=k pci=off");
     if !config.verbose_console {
         line.push_str(" quiet loglevel=4");
     }

@@ -12,15 +12,19 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use std::time::Duration;
+use vm_memory::{GuestMemory, GuestMemoryRegion};
+
 use super::BuiltinVm;
+use super::acpi;
 use super::devices::plugged::{BackEnd, Plugged};
-use super::devices::{block, net};
+use super::devices::{block, net, vhost_user};
 use super::layout::{BOOT_SLOTS, VIRTIO_SLOTS};
 use super::machine::unwire;
 use super::setup::Machine;
 use super::virtio::rings::Events;
 use crate::vm::devices::vhost_user::Handle;
-use crate::vm::{Device, Error, valid_device_id};
+use crate::vm::{Device, Error, Place, valid_device_id};
 
 /// How many devices there can be at the same time.
 const SLOTS: usize = VIRTIO_SLOTS - BOOT_SLOTS;
@@ -43,7 +47,8 @@ struct Taken {
 }
 
 impl Slots {
-    /// Puts a device into a free slot. Its handles, which tell when it fails, are to be
+    /// Puts a device into a free slot. A back end has until `deadline` to say what it is.
+    /// The device's handles, which tell when it fails, are to be
     /// watched.
     ///
     /// # Errors
@@ -54,7 +59,8 @@ impl Slots {
         vcpus: u32,
         id: &str,
         device: &Device,
-    ) -> Result<&[Handle], Error> {
+        deadline: Duration,
+    ) -> Result<(Place, &[Handle]), Error> {
         let is_known = |taken: &Taken| taken.id.as_deref() == Some(id);
         if !valid_device_id(id) || self.taken.values().any(is_known) {
             return Err(Error::DeviceId(id.to_owned()));
@@ -64,9 +70,16 @@ impl Slots {
         let plugged = match device {
             Device::Net(device) => net::plug(&machine.memory, device),
             Device::Block(device) => block::plug(&machine.memory, vcpus, id, device),
-            Device::Vfio { .. } => {
-                return Err(BuiltinVm::unsupported("passing a physical device through"));
+            // Its program maps the file of the memory, of which a template's has none.
+            Device::VhostUser(_) if machine.memory.iter().any(|r| r.file_offset().is_none()) => {
+                return Err(BuiltinVm::unsupported(
+                    "devices of other programs in a machine of a template: set enabled in section [template] to false",
+                ));
             }
+            Device::VhostUser(device) => {
+                vhost_user::plug(&machine.memory, vcpus, id, device, deadline)
+            }
+            Device::Vfio { .. } => return Err(no_vfio()),
         };
         let Plugged {
             planned,
@@ -92,7 +105,10 @@ impl Slots {
             handles,
             back_end,
         };
-        Ok(&self.taken.entry(slot).or_insert(taken).handles)
+        Ok((
+            place(slot),
+            &self.taken.entry(slot).or_insert(taken).handles,
+        ))
     }
 
     fn free(&self) -> Option<usize> {
@@ -139,5 +155,38 @@ impl Slots {
             let reason = taken.handles.iter().find_map(Handle::failure)?;
             Some(format!("the device {id} has failed: {reason}"))
         })
+    }
+}
+
+/// The name that Linux gives to a device of the platform bus: the id in the tables, and
+/// the how manieth of this id it is.
+fn place(slot: usize) -> Place {
+    Place(format!("{}:{slot:02x}", acpi::VIRTIO_ID))
+}
+
+/// Nothing of it is written: the whole memory of the guest would have to be pinned.
+fn no_vfio() -> Error {
+    BuiltinVm::unsupported(
+        "physical devices in the virtual machine; set hypervisor = \"qemu\", which does",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_needs_a_physical_device_is_told_who_has_them() {
+        let message = no_vfio().to_string();
+        assert_eq!(
+            message,
+            "the hypervisor builtin does not support physical devices in the virtual machine; set \
+             hypervisor = \"qemu\", which does"
+        );
+    }
+
+    #[test]
+    fn places_are_named_as_linux_names_them() {
+        assert_eq!(place(11).0, "LNRO0005:0b");
     }
 }

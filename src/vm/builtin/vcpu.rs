@@ -151,3 +151,19 @@ pub fn run(vcpu: &mut VcpuFd, board: &Board) -> Exit {
     }
     Exit::Continue
 }
+
+/// Finishes what the processor was in the middle of, without going on: the result of an
+/// access that was handled is only in its registers when KVM has run once more (KVM's API
+/// documentation, 5, `KVM_EXIT_MMIO`).
+pub fn settle(vcpu: &mut VcpuFd, board: &Board) -> Exit {
+    vcpu.set_kvm_immediate_exit(1);
+    let exit = loop {
+        match run(vcpu, board) {
+            // Another part of the same access.
+            Exit::Continue => {}
+            exit => break exit,
+        }
+    };
+    vcpu.set_kvm_immediate_exit(0);
+    exit
+}

@@ -204,7 +204,7 @@ impl Control {
 ///
 /// `extra` is a descriptor that the worker watches besides the rings, and the
 /// event number it reports.
-pub(super) fn serve<T>(
+pub(in crate::vm) fn serve<T>(
     name: &str,
     listener: UnixListener,
     backend: T,
@@ -248,7 +248,7 @@ where
 /// The library asks for it when it can no longer be told that there is none, and
 /// a worker without one is never joined; so it is made beforehand.
 #[derive(Debug)]
-pub(super) struct ExitEvent(Mutex<Option<(EventConsumer, EventNotifier)>>);
+pub(in crate::vm) struct ExitEvent(Mutex<Option<(EventConsumer, EventNotifier)>>);
 
 impl ExitEvent {
     /// # Errors

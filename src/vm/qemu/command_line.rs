@@ -8,6 +8,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use super::hotplug::{BOOT_SLOT, BUS};
+use crate::config::{Console, HugePages};
 use crate::vm::VmSize;
 
 /// How QEMU executes guest code.
@@ -34,6 +35,8 @@ pub(super) struct CommandLine<'a> {
     pub initrd_fd: i32,
     pub kernel_params: &'a str,
     pub verbose_console: bool,
+    pub console: Console,
+    pub huge_pages: HugePages,
     pub vsock_socket: &'a str,
     pub fs_socket: &'a str,
     pub fs_tag: &'a str,
@@ -93,12 +96,20 @@ impl CommandLine<'_> {
         }
         args.option("-m", size);
         // Shared, because vhost-user back ends map it.
+        let ram = Props::of("memory-backend-memfd")
+            .with("id", "ram")
+            .with("size", memory)
+            .with("share", "on");
+        let ram = self.of_pages(ram);
+        // Or a page that is missing later is a bus error.
+        let prealloc = self.huge_pages.reserved().is_some();
         args.option(
             "-object",
-            Props::of("memory-backend-memfd")
-                .with("id", "ram")
-                .with("size", memory)
-                .with("share", "on"),
+            if prealloc {
+                ram.with("prealloc", "on")
+            } else {
+                ram
+            },
         );
         // Tables for hot-plug that nobody reads.
         args.option(
@@ -130,25 +141,71 @@ impl CommandLine<'_> {
     fn memory_devices(&self, args: &mut Args) {
         let room = self.most.memory_mib.saturating_sub(self.size.memory_mib);
         if room > 0 {
-            args.option(
-                "-object",
-                Props::of("memory-backend-memfd")
-                    .with("id", "more-ram")
-                    .with("size", format!("{room}M"))
-                    .with("share", "on"),
-            );
-            args.option(
-                "-device",
-                Props::of("virtio-mem-pci")
-                    .with("id", MORE_MEMORY)
-                    .with("memdev", "more-ram")
-                    .with("requested-size", "0"),
-            );
+            let ram = Props::of("memory-backend-memfd")
+                .with("id", "more-ram")
+                .with("size", format!("{room}M"))
+                .with("share", "on");
+            let device = Props::of("virtio-mem-pci")
+                .with("id", MORE_MEMORY)
+                .with("memdev", "more-ram")
+                .with("requested-size", "0");
+            // Reserved pages are taken when the guest gets them.
+            let (ram, device) = match self.huge_pages.reserved() {
+                Some(_) => (ram.with("reserve", "off"), device.with("prealloc", "on")),
+                None => (ram, device),
+            };
+            args.option("-object", self.of_pages(ram));
+            args.option("-device", device);
         }
+        // They do not go back to the host before the end.
+        let reports = if self.huge_pages.reserved().is_some() {
+            "off"
+        } else {
+            "on"
+        };
         args.option(
             "-device",
-            Props::of("virtio-balloon-pci").with("free-page-reporting", "on"),
+            Props::of("virtio-balloon-pci").with("free-page-reporting", reports),
         );
+    }
+
+    /// Memory of the pages that are wanted. Transparent ones QEMU asks for by itself.
+    fn of_pages(&self, ram: Props) -> Props {
+        match self.huge_pages.reserved() {
+            Some(page) => ram
+                .with("hugetlb", "on")
+                .with("hugetlbsize", format!("{}M", page >> 20)),
+            None => ram,
+        }
+    }
+
+    fn console(&self, args: &mut Args) {
+        let chardev = |args: &mut Args| {
+            args.option(
+                "-chardev",
+                Props::of("file")
+                    .with("id", "console")
+                    .with("path", fd_path(self.console_fd)),
+            );
+        };
+        match self.console {
+            Console::Serial => {
+                chardev(args);
+                args.option("-serial", Props::of("chardev:console"));
+            }
+            Console::Virtio => {
+                chardev(args);
+                args.option(
+                    "-device",
+                    Props::of("virtio-serial-pci").with("max_ports", "1"),
+                );
+                args.option(
+                    "-device",
+                    Props::of("virtconsole").with("chardev", "console"),
+                );
+            }
+            Console::None => {}
+        }
     }
 
     fn boot(&self, args: &mut Args) {
@@ -163,7 +220,12 @@ impl CommandLine<'_> {
     fn append(&self) -> String {
         // panic=-1 resets at once, which ends QEMU; reboot=t because the triple
         // fault works without a keyboard controller or ACPI.
-        let mut params = String::from("console=ttyS0 panic=-1 reboot=t");
+        let mut params = String::from(match self.console {
+            Console::Serial => "console=ttyS0 ",
+            Console::Virtio => "console=hvc0 8250.nr_uarts=0 ",
+            Console::None => "8250.nr_uarts=0 ",
+        });
+        params.push_str("panic=-1 reboot=t");
         if !self.verbose_console {
             params.push_str(" quiet loglevel=4");
         }
@@ -236,13 +298,7 @@ impl CommandLine<'_> {
                 .with("disable-legacy", "on"),
         );
         self.memory_devices(args);
-        args.option(
-            "-chardev",
-            Props::of("file")
-                .with("id", "console")
-                .with("path", fd_path(self.console_fd)),
-        );
-        args.option("-serial", Props::of("chardev:console"));
+        self.console(args);
     }
 
     fn control(&self, args: &mut Args) {
@@ -341,6 +397,8 @@ mod tests {
             console_fd: 6,
             kernel_params: "kuasar.log=info user=1",
             verbose_console: false,
+            console: Console::Serial,
+            huge_pages: HugePages::Off,
             vsock_socket: "vsock.sock",
             fs_socket: "fs.sock",
             fs_tag: "kuasar-share",
@@ -440,6 +498,49 @@ mod tests {
             "-object memory-backend-memfd,id=ram,size=768M,share=on",
             "-object memory-backend-memfd,id=more-ram,size=256M,share=on",
             "-device virtio-mem-pci,id=more-memory,memdev=more-ram,requested-size=0",
+        ] {
+            assert!(lines.iter().any(|l| l == line), "{line} in {lines:#?}");
+        }
+    }
+
+    #[test]
+    fn consoles_are_what_the_kernel_is_told() {
+        let with = |console| {
+            lines(&CommandLine {
+                console,
+                ..command_line()
+            })
+        };
+        let virtio = with(Console::Virtio);
+        for line in [
+            "-append console=hvc0 8250.nr_uarts=0 panic=-1 reboot=t quiet loglevel=4 kuasar.log=info user=1",
+            "-chardev file,id=console,path=/proc/self/fd/6",
+            "-device virtio-serial-pci,max_ports=1",
+            "-device virtconsole,chardev=console",
+        ] {
+            assert!(virtio.iter().any(|l| l == line), "{line} in {virtio:#?}");
+        }
+        assert!(!virtio.iter().any(|l| l.starts_with("-serial")));
+        let none = with(Console::None);
+        assert!(!none.iter().any(|l| l.contains("console")), "{none:#?}");
+    }
+
+    #[test]
+    fn huge_pages_are_taken_when_the_guest_gets_them_and_kept() {
+        let huge = CommandLine {
+            huge_pages: HugePages::Mib2,
+            most: VmSize {
+                vcpus: 2,
+                memory_mib: 1024,
+            },
+            ..command_line()
+        };
+        let lines = lines(&huge);
+        for line in [
+            "-object memory-backend-memfd,id=ram,size=768M,share=on,hugetlb=on,hugetlbsize=2M,prealloc=on",
+            "-object memory-backend-memfd,id=more-ram,size=256M,share=on,reserve=off,hugetlb=on,hugetlbsize=2M",
+            "-device virtio-mem-pci,id=more-memory,memdev=more-ram,requested-size=0,prealloc=on",
+            "-device virtio-balloon-pci,free-page-reporting=off",
         ] {
             assert!(lines.iter().any(|l| l == line), "{line} in {lines:#?}");
         }

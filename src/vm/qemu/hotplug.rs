@@ -18,8 +18,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::qmp::{Qmp, QmpError};
-use super::{NAME, block};
-use crate::vm::{Device, Error, MAX_DEVICES, NetDevice, VmEvent, valid_device_id};
+use super::{NAME, block, vhost_user};
+use crate::vm::{Device, Error, MAX_DEVICES, NetDevice, Place, VmEvent, valid_device_id};
 
 /// Id of the bridge.
 pub(super) const BUS: &str = "hotplug";
@@ -63,7 +63,7 @@ impl HotPlug {
         id: &str,
         device: &Device,
         deadline: Duration,
-    ) -> Result<(), Error> {
+    ) -> Result<Place, Error> {
         if !valid_device_id(id) || self.devices.contains_key(id) {
             return Err(Error::DeviceId(id.to_owned()));
         }
@@ -72,6 +72,7 @@ impl HotPlug {
             Device::Net(net) => add_net(qmp, id, net, deadline)?,
             Device::Vfio { address } => vfio(address),
             Device::Block(disk) => block::add(qmp, id, disk, deadline)?,
+            Device::VhostUser(device) => vhost_user::add(qmp, id, device, deadline)?,
         };
         front.arguments["id"] = json!(id);
         front.arguments["bus"] = json!(BUS);
@@ -88,7 +89,7 @@ impl HotPlug {
         };
         self.devices.insert(id.to_owned(), plugged);
         self.last_slot = slot;
-        Ok(())
+        Ok(Place(format!("pci:{slot:02x}")))
     }
 
     fn free_slot(&self) -> Option<usize> {
@@ -220,7 +221,7 @@ fn pass(
 }
 
 /// Has QEMU close descriptors that no command has taken.
-fn close(qmp: &mut Qmp, names: &[String], deadline: Duration) {
+pub(super) fn close(qmp: &mut Qmp, names: &[String], deadline: Duration) {
     for name in names {
         // A command that failed half-way has taken some of them.
         if let Err(e) = qmp.execute("closefd", Some(json!({ "fdname": name })), deadline) {

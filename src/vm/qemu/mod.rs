@@ -19,6 +19,7 @@ mod hotplug;
 mod qmp;
 pub mod requirements;
 mod resize;
+mod vhost_user;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -40,7 +41,11 @@ use self::resize::Resizing;
 use super::devices::{fs, vsock};
 use super::log_pump::{LogPump, PERIOD};
 use super::process::{FIRST_FD, Process, Spawn};
-use super::{BackEnds, Capabilities, Device, Error, Served, Vm, VmConfig, VmEvent, VmExit, VmSize};
+use super::template::New;
+use super::{
+    BackEnds, Capabilities, Device, Error, Place, Served, Vm, VmConfig, VmEvent, VmExit, VmSize,
+    huge_pages,
+};
 use crate::config::{self, Config};
 use crate::sys::unix_socket;
 
@@ -112,6 +117,10 @@ impl QemuVm {
         if matches!(accel, Accel::Tcg { .. }) && config.vm.max_vcpus == 0 {
             vm.most.vcpus = vm.size.vcpus;
         }
+
+        vm.size = vm.huge_pages.round_size(vm.size);
+        vm.most = vm.huge_pages.round_size(vm.most);
+        huge_pages::check(vm.huge_pages, vm.size.memory_mib)?;
 
         let io = |source| Error::Io {
             context: "cannot watch QEMU",
@@ -208,6 +217,8 @@ impl QemuVm {
             console_fd: FIRST_FD + 3,
             kernel_params: &self.vm.kernel_params,
             verbose_console: self.vm.verbose_console,
+            console: self.vm.console,
+            huge_pages: self.vm.huge_pages,
             vsock_socket: VSOCK_SOCKET,
             fs_socket: FS_SOCKET,
             fs_tag: &self.vm.fs_tag,
@@ -337,11 +348,11 @@ impl QemuVm {
     }
 
     /// Does something that takes commands and answers.
-    fn with_qmp(
+    fn with_qmp<T>(
         &mut self,
         operation: &'static str,
-        work: impl FnOnce(&mut Qmp, &mut HotPlug, Duration) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+        work: impl FnOnce(&mut Qmp, &mut HotPlug, Duration) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let Some(running) = self.running.as_mut() else {
             return Err(Error::NotRunning { operation });
         };
@@ -386,6 +397,7 @@ impl Vm for QemuVm {
             resize_memory: self.vm.most.memory_mib > self.vm.size.memory_mib,
             attach_block: true,
             attach_net: true,
+            templates: false,
             emulated: matches!(self.accel, Accel::Tcg { .. }),
         }
     }
@@ -411,6 +423,14 @@ impl Vm for QemuVm {
         let fs = fs::spawn(fs, back_ends.shared).map_err(io)?;
         let vsock = vsock::spawn(vsock, back_ends.sockets, back_ends.guest_cid).map_err(io)?;
         Ok(vec![served("vsock", vsock), served("virtio-fs", fs)])
+    }
+
+    fn is_restored(&self) -> bool {
+        false
+    }
+
+    fn save(&mut self, _new: &New) -> Result<String, Error> {
+        Err(unsupported("templates"))
     }
 
     fn pid(&self) -> Option<i32> {
@@ -477,7 +497,7 @@ impl Vm for QemuVm {
         })
     }
 
-    fn attach(&mut self, id: &str, device: &Device) -> Result<(), Error> {
+    fn attach(&mut self, id: &str, device: &Device) -> Result<Place, Error> {
         self.with_qmp("attaching a device", |qmp, hotplug, deadline| {
             hotplug.attach(qmp, id, device, deadline)
         })

@@ -56,6 +56,9 @@ impl Fixture {
             fs_tag: "tag".into(),
             console_log: Some("console.log".into()),
             verbose_console: false,
+            template: crate::vm::Templates::None,
+            console: crate::config::Console::default(),
+            huge_pages: crate::config::HugePages::default(),
         };
         QemuVm::new(&self.config, vm, &self.path("cache"))
     }

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
 /// Answers every connection, when the other side has said all, with who it is
@@ -18,6 +19,26 @@ pub fn echo(path: &Path) {
             thread::spawn(move || answer(stream));
         }
     });
+}
+
+/// Takes every connection and never reads from it or closes it. What comes is the number
+/// of connections so far.
+///
+/// # Panics
+/// When it cannot listen there.
+pub fn negligent(path: &Path) -> Receiver<usize> {
+    let listener = UnixListener::bind(path).expect("listener");
+    let (taken, number) = mpsc::channel();
+    thread::spawn(move || {
+        let mut streams = Vec::new();
+        for stream in listener.incoming().flatten() {
+            streams.push(stream);
+            if taken.send(streams.len()).is_err() {
+                break;
+            }
+        }
+    });
+    number
 }
 
 fn answer(mut stream: UnixStream) -> std::io::Result<()> {

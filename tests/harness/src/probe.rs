@@ -6,7 +6,7 @@
 //! one test with the name of the check in the environment. A check prints facts
 //! (`key=value`); the test on the host compares them.
 
-mod sockets;
+pub mod sockets;
 mod volumes;
 
 use std::ffi::CString;
@@ -47,6 +47,7 @@ pub fn main() {
         "want-locks" => volumes::want_locks(Path::new(argument)),
         "particular-files" => volumes::particular(Path::new(argument)),
         "socket" => sockets::connect(Path::new(argument)),
+        "visits" => sockets::visit(Path::new(argument)),
         "vsock" => sockets::vsock(argument.parse().unwrap()),
         "shared-word" => shared_word(Path::new(argument)),
         other => panic!("no probe {other:?}"),

@@ -275,7 +275,8 @@ pub fn hypervisor() -> String {
 }
 
 /// A configuration for this flavour: the guest, and how its instructions are
-/// executed. QEMU's emulation unless `KUASAR_RUNV_TEST_HYPERVISOR` and
+/// executed, of templates in the directory `KUASAR_RUNV_TEST_TEMPLATES` if that is set.
+/// QEMU's emulation unless `KUASAR_RUNV_TEST_HYPERVISOR` and
 /// `KUASAR_RUNV_TEST_ACCEL` say otherwise, so that no test depends on what the
 /// runtime finds out about the machine.
 #[must_use]
@@ -293,6 +294,9 @@ pub fn configuration(flavour: Flavour) -> String {
         flavour.artefact("vmlinux"),
         flavour.artefact("initramfs.img"),
     ));
+    if let Ok(dir) = std::env::var("KUASAR_RUNV_TEST_TEMPLATES") {
+        text.push_str(&format!("[template]\nenabled = true\ndir = {dir:?}\n"));
+    }
     text
 }
 

@@ -15,12 +15,17 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::thread::CapabilitySet;
 
-use super::{CAPABILITIES, Way, relay};
+use super::{CAPABILITIES, Way};
+use crate::sandbox::relay::relay;
 use crate::sys::capabilities::limit_to;
+use crate::sys::seqpacket::wait_any_readable;
 use crate::sys::wake::Wake;
 
 /// Most connections of one container at the same time; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 128;
+/// How long the container has its VM to itself before the guest is asked: what it has to
+/// do then would be in the way of the program that starts just now.
+const HEAD_START: Duration = Duration::from_millis(100);
 /// How often the guest may say something.
 const INTERVAL: Duration = Duration::from_millis(50);
 const STACK_SIZE: usize = 128 * 1024;
@@ -106,6 +111,9 @@ impl News {
 }
 
 fn listen(way: Way, connections: Arc<Connections>) -> io::Result<()> {
+    if wait_any_readable(&[connections.stop.as_fd()], HEAD_START)?[0] {
+        return Ok(());
+    }
     let stream = way.guest()?.loopback(&Request {
         purpose: Purpose::Listeners,
         container_id: way.container.clone(),
@@ -240,7 +248,7 @@ fn connect(client: &TcpStream, port: Port, way: &Way, stop: &Wake) -> io::Result
         purpose: Purpose::Connect(port),
         container_id: way.container.clone(),
     })?;
-    relay::relay(client, &server, stop)
+    relay(client, &server, Some(stop))
 }
 
 /// Counts while it exists.

@@ -5,7 +5,7 @@
 //!
 //! - They connect to `localhost`, for a port-forward or a health check. The ports that
 //!   the guest listens on are listened on here as well ([`listeners`]), and connections
-//!   go on to the guest ([`relay`]).
+//!   go on to the guest ([`relay`](crate::sandbox::relay)).
 //! - They answer names there (docker, at 127.0.0.11). What the guest asks that address
 //!   is asked from here ([`resolver`]).
 //!
@@ -13,7 +13,6 @@
 //! number, size and rate, and leads nowhere but to this loopback interface.
 
 mod listeners;
-mod relay;
 mod resolver;
 
 use std::collections::HashMap;

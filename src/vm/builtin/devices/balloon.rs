@@ -22,10 +22,11 @@ const REPORTS: usize = 2;
 /// Target and size of the balloon, in pages.
 const CONFIG: [u8; 8] = [0; 8];
 
-pub fn identity(features: u64) -> Identity {
+/// Without reports, of memory that the host does not take back.
+pub fn identity(features: u64, takes_reports: bool) -> Identity {
     Identity {
         id: VIRTIO_ID_BALLOON,
-        features: features | REPORTING,
+        features: features | if takes_reports { REPORTING } else { 0 },
         queues: vec![QUEUE_SIZE; QUEUES],
         config: CONFIG.to_vec().into(),
     }

@@ -7,17 +7,20 @@
 mod balloon;
 pub mod block;
 mod buffers;
+mod console;
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
 pub mod fuzzing;
 #[cfg(test)]
 mod hostile;
+mod mailbox;
 mod more_memory;
 pub mod net;
 pub mod plugged;
 mod rng;
 #[cfg(test)]
 mod test_ring;
+pub mod vhost_user;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -85,11 +88,17 @@ const FS_QUEUES: [u16; 2] = [128, 1024];
 /// Length of the tag in the file system's configuration (VIRTIO 1.2, 5.11.4).
 const TAG_LEN: usize = 36;
 
-/// Starts the threads of all devices.
+/// Starts the threads of all devices. `console` takes what the guest prints on a virtio
+/// console, if it has one, and never blocks.
 ///
 /// # Errors
 /// No thread or descriptor is to be had.
-pub fn start(file: &MemoryFile, config: &VmConfig, back_ends: BackEnds) -> Result<Started, Error> {
+pub fn start(
+    file: &MemoryFile,
+    config: &VmConfig,
+    back_ends: BackEnds,
+    console: Option<OwnedFd>,
+) -> Result<Started, Error> {
     let more = MoreMemory::new(file);
     let mut devices = vec![
         sockets(file, back_ends.sockets, back_ends.guest_cid),
@@ -97,13 +106,24 @@ pub fn start(file: &MemoryFile, config: &VmConfig, back_ends: BackEnds) -> Resul
         own(file, "rng", rng::identity(FEATURES), |memory| rng::Rng {
             memory,
         }),
-        own(file, "balloon", balloon::identity(FEATURES), |memory| {
-            balloon::Balloon {
+        own(
+            file,
+            "balloon",
+            balloon::identity(FEATURES, file.can_discard()),
+            |memory| balloon::Balloon {
                 file: file.clone(),
                 memory,
-            }
-        }),
+            },
+        ),
     ];
+    if let Some(sink) = console {
+        devices.push(own(
+            file,
+            "console",
+            console::identity(FEATURES),
+            |memory| console::Console::new(memory, sink.into()),
+        ));
+    }
     if let Some(more) = &more {
         let plugger = |memory| Plugger {
             more: more.clone(),
@@ -304,6 +324,9 @@ mod tests {
             fs_tag: "tag".into(),
             console_log: None,
             verbose_console: false,
+            template: crate::vm::Templates::None,
+            console: crate::config::Console::default(),
+            huge_pages: crate::config::HugePages::default(),
         };
         let back_ends = BackEnds {
             sockets: directory(&dir),
@@ -311,11 +334,12 @@ mod tests {
             shared: directory(&shared),
         };
         let file = MemoryFile::new(16 << 20, 128 << 20).unwrap();
-        let started = start(&file, &config, back_ends).unwrap();
+        let (_printed, sink) = rustix::pipe::pipe().unwrap();
+        let started = start(&file, &config, back_ends, Some(sink)).unwrap();
         let (planned, served) = (started.planned, started.served);
         assert!(started.growth.is_some());
         let ids: Vec<u32> = planned.iter().map(|device| device.identity.id).collect();
-        assert_eq!(ids, [VIRTIO_ID_VSOCK, VIRTIO_ID_FS, 4, 5, 24]);
+        assert_eq!(ids, [VIRTIO_ID_VSOCK, VIRTIO_ID_FS, 4, 5, 3, 24]);
         for device in &planned {
             device.events.kicks[0].write(1).unwrap();
         }

@@ -16,6 +16,8 @@ struct Space {
     generation: u32,
     /// There is a change the driver has not acknowledged.
     changed: bool,
+    /// The device does not work any more.
+    failed: bool,
 }
 
 impl From<Vec<u8>> for Config {
@@ -63,6 +65,17 @@ impl Config {
     /// The driver knows of the change.
     pub fn acknowledge(&self) {
         lock(&self.0).changed = false;
+    }
+
+    /// The device does not work any more. The driver is to be interrupted.
+    pub fn fail(&self) {
+        let mut space = lock(&self.0);
+        space.failed = true;
+        space.changed = true;
+    }
+
+    pub fn has_failed(&self) -> bool {
+        lock(&self.0).failed
     }
 
     #[cfg(test)]

@@ -3,9 +3,11 @@
 //! - [`config`]: a device's configuration space
 //! - [`registers`]: what a driver reads and writes
 //! - [`rings`]: the queues, between registers and worker
+//! - [`saved`]: what is saved of a device
 //! - [`worker`]: the thread of a device
 
 pub mod config;
 pub mod registers;
 pub mod rings;
+pub mod saved;
 pub mod worker;

@@ -13,7 +13,10 @@
 //! else uses the line, and a driver that looks in vain does no harm. Of a change of
 //! the configuration it knows by the configuration itself.
 
+use serde::{Deserialize, Serialize};
+
 use super::config::Config;
+use super::saved::{Position, SavedDevice, SavedDriver, Unfit};
 
 /// What a device is.
 #[derive(Clone, Debug)]
@@ -27,8 +30,15 @@ pub struct Identity {
     pub config: Config,
 }
 
+impl Identity {
+    fn allows(&self, wanted: u64) -> bool {
+        wanted & !self.features == 0 && wanted & VERSION_1 != 0
+    }
+}
+
 /// What the driver has set up of a queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueSetup {
     pub size: u16,
     pub ready: bool,
@@ -45,6 +55,18 @@ pub trait Rings: Send {
     /// The driver gives the device up: it no longer touches memory when this
     /// returns.
     fn stop(&mut self);
+
+    /// As [`stop`](Self::stop), and says how far the device got in each queue. `None` for
+    /// a device that cannot go on from there.
+    fn freeze(&mut self) -> Option<Vec<Position>> {
+        None
+    }
+
+    /// As [`start`](Self::start), but goes on where another such device was stopped.
+    fn go_on(&mut self, features: u64, queues: &[QueueSetup], positions: &[Position]) -> bool {
+        let _ = (features, queues, positions);
+        false
+    }
 }
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -89,6 +111,10 @@ pub mod status {
     pub const FEATURES_OK: u32 = 8;
     pub const NEEDS_RESET: u32 = 64;
     pub const FAILED: u32 = 128;
+    /// What a driver has to have said before it may say that it is ready.
+    pub const MAY_RUN: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
+    /// All bits that a driver can set and have set.
+    pub const OF_DRIVER: u32 = MAY_RUN | DRIVER_OK | FAILED;
 }
 
 const INTERRUPT_QUEUE: u32 = 1;
@@ -127,6 +153,17 @@ impl Driver {
         }
     }
 
+    fn restored(saved: &SavedDriver) -> Driver {
+        Driver {
+            status: saved.status,
+            device_features_select: saved.device_features_select,
+            driver_features_select: saved.driver_features_select,
+            features: saved.features,
+            queue_select: saved.queue_select,
+            queues: saved.queues.clone(),
+        }
+    }
+
     fn queue(&mut self) -> Option<&mut QueueSetup> {
         self.queues.get_mut(self.queue_select as usize)
     }
@@ -143,6 +180,84 @@ impl Registers {
             rings,
             retired: false,
         });
+    }
+
+    /// Stops the device and says what its driver has set up. The device is of no use any
+    /// more; `None` for an empty slot.
+    ///
+    /// # Errors
+    /// [`Unfit::Unsavable`].
+    pub fn save(&mut self) -> Result<Option<SavedDevice>, Unfit> {
+        let Some(device) = &mut self.device else {
+            return Ok(None);
+        };
+        let positions = match device.is_running() {
+            true => device.rings.freeze().ok_or(Unfit::Unsavable)?,
+            false => Vec::new(),
+        };
+        let Driver {
+            status,
+            device_features_select,
+            driver_features_select,
+            features,
+            queue_select,
+            ref queues,
+        } = device.driver;
+        Ok(Some(SavedDevice {
+            id: device.identity.id,
+            offered: device.identity.features,
+            queue_sizes: device.identity.queues.clone(),
+            driver: SavedDriver {
+                status,
+                device_features_select,
+                driver_features_select,
+                features,
+                queue_select,
+                queues: queues.clone(),
+                positions,
+            },
+        }))
+    }
+
+    /// Has the device of the slot, which no driver has seen yet, go on where a saved one
+    /// was.
+    ///
+    /// # Errors
+    /// See [`Unfit`]; the device is as it was.
+    pub fn restore(&mut self, saved: &SavedDevice) -> Result<(), Unfit> {
+        let device = self.device.as_mut().ok_or(Unfit::Device)?;
+        let identity = &device.identity;
+        let same = (identity.id, identity.features, &identity.queues);
+        if same != (saved.id, saved.offered, &saved.queue_sizes) {
+            return Err(Unfit::Device);
+        }
+        let driver = Driver::restored(&saved.driver);
+        let is_running = driver.status & status::DRIVER_OK != 0;
+        let asked = driver.status & status::FEATURES_OK != 0;
+        if driver.status & !status::OF_DRIVER != 0
+            || (asked && !identity.allows(driver.features))
+            || (is_running && driver.status & status::MAY_RUN != status::MAY_RUN)
+        {
+            return Err(Unfit::Driver);
+        }
+        let fits = |(queue, max): (&QueueSetup, &u16)| {
+            let size = queue.size.is_power_of_two() && queue.size <= *max;
+            size || (queue.size == 0 && !queue.ready)
+        };
+        let queues = &driver.queues;
+        if queues.len() != identity.queues.len() || !queues.iter().zip(&identity.queues).all(fits) {
+            return Err(Unfit::Queues);
+        }
+        if is_running {
+            let positions = &saved.driver.positions;
+            if positions.len() != queues.len()
+                || !device.rings.go_on(driver.features, queues, positions)
+            {
+                return Err(Unfit::Queues);
+            }
+        }
+        device.driver = driver;
+        Ok(())
     }
 
     /// Takes the device out.
@@ -221,6 +336,10 @@ impl Device {
         self.driver.status & status::DRIVER_OK != 0
     }
 
+    fn needs_reset(&self) -> bool {
+        self.retired || self.is_running() && self.identity.config.has_failed()
+    }
+
     fn has_driver(&self) -> bool {
         self.driver.status & status::DRIVER != 0
     }
@@ -238,7 +357,7 @@ impl Device {
                 INTERRUPT_QUEUE | if changed { INTERRUPT_CONFIG } else { 0 }
             }
             at::CONFIG_GENERATION => self.identity.config.generation(),
-            at::STATUS if self.retired => driver.status | status::NEEDS_RESET,
+            at::STATUS if self.needs_reset() => driver.status | status::NEEDS_RESET,
             at::STATUS => driver.status,
             // No region has a length of all ones.
             _ if at::SHARED_MEMORY.contains(&offset) => u32::MAX,
@@ -305,8 +424,7 @@ impl Device {
         if features_asked && before & status::FEATURES_OK == 0 && !self.features_are_fine() {
             now &= !status::FEATURES_OK;
         }
-        let may_run = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
-        if now & may_run != may_run || now & status::FAILED != 0 {
+        if now & status::MAY_RUN != status::MAY_RUN || now & status::FAILED != 0 {
             now &= !status::DRIVER_OK;
         }
         let runs = |status: u32| status & status::DRIVER_OK != 0;
@@ -323,8 +441,7 @@ impl Device {
     }
 
     fn features_are_fine(&self) -> bool {
-        let wanted = self.driver.features;
-        wanted & !self.identity.features == 0 && wanted & VERSION_1 != 0
+        self.identity.allows(self.driver.features)
     }
 
     fn reset(&mut self) {

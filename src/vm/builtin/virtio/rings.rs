@@ -12,10 +12,12 @@ use std::sync::Arc;
 
 use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::registers::{QueueSetup, Rings};
+use super::saved::Position;
 use crate::vm::devices::vhost_user::Ring;
 
 /// The event descriptors of a slot. KVM signals and is signalled by them.
@@ -74,8 +76,12 @@ where
     Ring<M>: Send,
 {
     fn start(&mut self, features: u64, queues: &[QueueSetup]) -> bool {
+        self.go_on(features, queues, &vec![Position::default(); queues.len()])
+    }
+
+    fn go_on(&mut self, features: u64, queues: &[QueueSetup], positions: &[Position]) -> bool {
         let event_index = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        for (ring, queue) in self.rings.iter().zip(queues) {
+        for ((ring, queue), position) in self.rings.iter().zip(queues).zip(positions) {
             if !queue.ready {
                 continue;
             }
@@ -86,8 +92,8 @@ where
                 return false;
             }
             ring.set_queue_event_idx(event_index);
-            ring.set_queue_next_avail(0);
-            ring.set_queue_next_used(0);
+            ring.set_queue_next_avail(position.available);
+            ring.set_queue_next_used(position.used);
             ring.set_queue_ready(true);
             ring.set_enabled(true);
         }
@@ -97,6 +103,16 @@ where
             let _ = kick.write(1);
         }
         true
+    }
+
+    fn freeze(&mut self) -> Option<Vec<Position>> {
+        // Nobody works on them any more when this returns.
+        self.stop();
+        let position = |ring: &Ring<M>| Position {
+            available: ring.queue_next_avail(),
+            used: ring.get_ref().get_queue().next_used(),
+        };
+        Some(self.rings.iter().map(position).collect())
     }
 
     fn stop(&mut self) {

@@ -33,6 +33,19 @@ pub fn connect(path: &Path) {
     fact("many", Ok(good.filter(|good| *good).count()));
 }
 
+/// How often [`visit`] connects.
+pub const VISITS: usize = 80;
+
+/// Connects and goes, again and again, and then waits for the listener's end.
+pub fn visit(path: &Path) {
+    for _ in 0..VISITS {
+        let mut visit = UnixStream::connect(path).expect("connection");
+        visit.write_all(b"question").expect("question");
+    }
+    // It never answers; the container is to be there while the connections are handed on.
+    let _ = UnixStream::connect(path).and_then(|mut last| last.read(&mut [0]));
+}
+
 fn ask(path: &Path, text: &[u8]) -> io::Result<String> {
     String::from_utf8(ask_bytes(path, text)?).map_err(io::Error::other)
 }

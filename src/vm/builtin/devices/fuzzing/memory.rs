@@ -1,5 +1,6 @@
 //! A guest's memory between pages that nobody can touch.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::null_mut;
@@ -32,7 +33,7 @@ pub fn map<B: NewBitmap>(file: &MemoryFile) -> (GuestMemoryMmap<B>, Vec<Reserved
         let space = Reserved::new(range.len as usize + 2 * PAGE);
         let region =
             MmapRegionBuilder::new_with_bitmap(range.len as usize, B::with_len(range.len as usize))
-                .with_file_offset(FileOffset::from_arc(file.file().clone(), range.offset));
+                .with_file_offset(FileOffset::new(clone_of(file), range.offset));
         let start = space.fill(file, range);
         // SAFETY: the mapping was just made, and is as long.
         let region = unsafe { region.with_raw_mmap_pointer(start) };
@@ -42,6 +43,11 @@ pub fn map<B: NewBitmap>(file: &MemoryFile) -> (GuestMemoryMmap<B>, Vec<Reserved
     }
     let memory = GuestMemoryMmap::from_regions(regions).expect("regions in order");
     (memory, reserved)
+}
+
+fn clone_of(file: &MemoryFile) -> File {
+    let file = file.file().expect("memory of its own");
+    file.try_clone().expect("a descriptor")
 }
 
 impl Reserved {
@@ -63,7 +69,7 @@ impl Reserved {
                 range.len as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_FIXED,
-                file.file().as_raw_fd(),
+                clone_of(file).as_raw_fd(),
                 range.offset as libc::off_t,
             )
         };

@@ -4,14 +4,13 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
+use super::super::mailbox::{Mailbox, Request};
 use super::super::{buffers, work_through};
-use super::mailbox::{Mailbox, Request};
 use super::{Net, feature};
 use crate::vm::builtin::virtio::registers::QueueSetup;
 use crate::vm::builtin::virtio::rings::Events;
@@ -46,7 +45,7 @@ impl Service for Control {
     fn handle(&self, event: u16, rings: &[ServiceRing<()>]) -> io::Result<()> {
         if u64::from(event) == MAIL {
             self.mailbox.answer(|request| match request {
-                Request::Start(queues) => self.start(&queues),
+                Request::Start(features, queues) => self.start(features, &queues),
                 Request::Stop => self.stop(),
             });
             return Ok(());
@@ -66,8 +65,7 @@ impl Service for Control {
 }
 
 impl Control {
-    fn start(&self, queues: &[QueueSetup]) -> bool {
-        let features = self.net.features.load(Ordering::Acquire);
+    fn start(&self, features: u64, queues: &[QueueSetup]) -> bool {
         for tap in &self.net.taps {
             if let Err(e) = tap.set_offloads(features & feature::OF_GUEST) {
                 // A driver can have this as often as it likes, as what follows.

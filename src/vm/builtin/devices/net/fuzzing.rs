@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::super::fuzzing::{Conduct, Driver, any, memory_file};
+use super::super::mailbox::Mailbox;
 use super::control::Control;
-use super::mailbox::Mailbox;
 use super::pair::Pair;
 use super::tap::TapQueue;
 use super::{BackEnd, Events, Net, feature};

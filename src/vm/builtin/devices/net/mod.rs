@@ -12,7 +12,6 @@ mod control;
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
 pub mod fuzzing;
-mod mailbox;
 mod pair;
 mod tap;
 mod vhost;
@@ -25,11 +24,11 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use self::control::Control;
-use self::mailbox::{Mailbox, Request};
 use self::pair::Pair;
 use self::tap::TapQueue;
 pub use self::tap::{TUNSETOFFLOAD, TUNSETQUEUE};
 use self::vhost::VhostNet;
+use super::mailbox::{Mailbox, Request};
 use super::plugged::{BackEnd, Plugged, worker_thread};
 use super::{FEATURES, Planned};
 use crate::vm::NetDevice;
@@ -107,7 +106,7 @@ impl Rings for NetRings {
         }
         self.net.features.store(features, Ordering::Release);
         let mut queues = queues.to_vec();
-        if !self.mailbox.ask(Request::Start(queues.clone())) {
+        if !self.mailbox.ask(Request::Start(features, queues.clone())) {
             return false;
         }
         if self.in_kernel {

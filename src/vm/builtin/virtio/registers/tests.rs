@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 enum Event {
     Start(u64, Vec<QueueSetup>),
     Stop,
+    GoOn(u64, Vec<QueueSetup>, Vec<Position>),
 }
 
 #[derive(Clone, Default)]
@@ -24,7 +25,29 @@ impl Rings for Log {
     fn stop(&mut self) {
         self.events.lock().unwrap().push(Event::Stop);
     }
+
+    fn freeze(&mut self) -> Option<Vec<Position>> {
+        self.stop();
+        (!self.refuse).then(|| POSITIONS.to_vec())
+    }
+
+    fn go_on(&mut self, features: u64, queues: &[QueueSetup], positions: &[Position]) -> bool {
+        let event = Event::GoOn(features, queues.to_vec(), positions.to_vec());
+        self.events.lock().unwrap().push(event);
+        !self.refuse
+    }
 }
+
+const POSITIONS: [Position; 2] = [
+    Position {
+        available: 7,
+        used: 65_535,
+    },
+    Position {
+        available: 0,
+        used: 0,
+    },
+];
 
 const FEATURES: u64 = 1 << 32 | 1 << 29 | 1;
 const RUNNING: u32 = 15;
@@ -275,4 +298,97 @@ fn a_device_that_is_taken_away_waits_for_its_driver() {
         registers.retire();
         assert!(registers.is_empty());
     }
+}
+
+#[test]
+fn a_saved_device_goes_on_in_another_slot_with_the_same_device() {
+    let log = Log::default();
+    let mut registers = slot(&log);
+    drive(&mut registers, FEATURES);
+    write(&mut registers, at::DEVICE_FEATURES_SELECT, 1);
+    let saved = registers.save().unwrap().unwrap();
+    assert_eq!(log.events.lock().unwrap().last(), Some(&Event::Stop));
+    let json = serde_json::to_string(&saved).unwrap();
+    assert_eq!(serde_json::from_str::<SavedDevice>(&json).unwrap(), saved);
+
+    let other = Log::default();
+    let mut restored = slot(&other);
+    restored.restore(&saved).unwrap();
+    let went_on = Event::GoOn(FEATURES, saved.driver.queues.clone(), POSITIONS.to_vec());
+    assert_eq!(*other.events.lock().unwrap(), [went_on]);
+    assert!(restored.is_running());
+    for register in [at::STATUS, at::QUEUE_READY, at::DEVICE_FEATURES] {
+        assert_eq!(read(&restored, register), read(&registers, register));
+    }
+    assert_eq!(restored.save().unwrap(), Some(saved));
+    write(&mut restored, at::STATUS, 0);
+    assert_eq!(other.events.lock().unwrap().last(), Some(&Event::Stop));
+}
+
+#[test]
+fn a_device_without_driver_and_an_empty_slot_can_be_saved() {
+    let log = Log::default();
+    let saved = slot(&log).save().unwrap().unwrap();
+    assert!(log.events.lock().unwrap().is_empty());
+    let mut restored = slot(&log);
+    restored.restore(&saved).unwrap();
+    assert!(!restored.is_running() && log.events.lock().unwrap().is_empty());
+    assert_eq!(Registers::default().save(), Ok(None));
+    assert_eq!(Registers::default().restore(&saved), Err(Unfit::Device));
+}
+
+#[test]
+fn a_device_that_cannot_go_on_is_not_saved() {
+    let log = Log {
+        refuse: false,
+        ..Log::default()
+    };
+    let mut registers = slot(&log);
+    drive(&mut registers, FEATURES);
+    let refusing = Log {
+        refuse: true,
+        ..log.clone()
+    };
+    let device = registers.device.as_mut().unwrap();
+    device.rings = Box::new(refusing);
+    assert_eq!(registers.save(), Err(Unfit::Unsavable));
+}
+
+#[test]
+fn what_no_driver_can_have_set_up_is_refused() {
+    let log = Log::default();
+    let mut registers = slot(&log);
+    drive(&mut registers, FEATURES);
+    let saved = registers.save().unwrap().unwrap();
+    type Change = fn(&mut SavedDevice);
+    let changes: [(Change, Unfit); 13] = [
+        (|s| s.id = 18, Unfit::Device),
+        (|s| s.offered |= 2, Unfit::Device),
+        (|s| s.queue_sizes[1] = 65, Unfit::Device),
+        (|s| s.driver.features |= 2, Unfit::Driver),
+        (|s| s.driver.features &= !(1 << 32), Unfit::Driver),
+        (|s| s.driver.status = 4, Unfit::Driver),
+        (|s| s.driver.status |= status::NEEDS_RESET, Unfit::Driver),
+        (|s| s.driver.status |= 1 << 20, Unfit::Driver),
+        (|s| s.driver.queues[0].size = 512, Unfit::Queues),
+        (|s| s.driver.queues[0].size = 3, Unfit::Queues),
+        (|s| s.driver.queues[0].size = 0, Unfit::Queues),
+        (|s| s.driver.queues.truncate(1), Unfit::Queues),
+        (|s| s.driver.positions.truncate(1), Unfit::Queues),
+    ];
+    for (number, (change, reason)) in changes.into_iter().enumerate() {
+        let log = Log::default();
+        let (mut wrong, mut restored) = (saved.clone(), slot(&log));
+        change(&mut wrong);
+        assert_eq!(restored.restore(&wrong), Err(reason), "{number}");
+        assert!(!restored.is_running() && log.events.lock().unwrap().is_empty());
+    }
+    // The queues themselves are impossible.
+    let log = Log {
+        refuse: true,
+        ..Log::default()
+    };
+    let mut restored = slot(&log);
+    assert_eq!(restored.restore(&saved), Err(Unfit::Queues));
+    assert!(!restored.is_running());
 }

@@ -16,16 +16,18 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// What the driver wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// The queues are ready, with the features that are in `Net`.
-    Start(Vec<QueueSetup>),
+    /// The queues are ready, with these features.
+    Start(u64, Vec<QueueSetup>),
     /// Nobody touches the queues any more when this is answered.
     Stop,
 }
 
 #[derive(Default)]
 struct State {
+    /// Counts requests: an answer may come when nobody waits for it any more.
+    number: u64,
     request: Option<Request>,
-    answer: Option<bool>,
+    answer: Option<(u64, bool)>,
     closed: bool,
 }
 
@@ -52,12 +54,14 @@ impl Mailbox {
     pub fn ask(&self, request: Request) -> bool {
         let end = Instant::now() + DEADLINE;
         let mut state = lock(&self.state);
+        state.number += 1;
+        let number = state.number;
         state.request = Some(request);
         state.answer = None;
         // Fails only when the counter is full, that is, when it is set already.
         let _ = self.event.write(1);
         loop {
-            if let Some(answer) = state.answer.take() {
+            if let Some((_, answer)) = state.answer.take_if(|(of, _)| *of == number) {
                 return answer;
             }
             let left = end.saturating_duration_since(Instant::now());
@@ -74,9 +78,15 @@ impl Mailbox {
     pub fn answer(&self, work: impl FnOnce(Request) -> bool) {
         // Fails only when it was not set.
         let _ = self.event.read();
-        let mut state = lock(&self.state);
-        if let Some(request) = state.request.take() {
-            state.answer = Some(work(request));
+        let taken = {
+            let mut state = lock(&self.state);
+            let number = state.number;
+            state.request.take().map(|request| (number, request))
+        };
+        // Without the lock: who asks does not wait longer than its deadline.
+        if let Some((number, request)) = taken {
+            let answer = work(request);
+            lock(&self.state).answer = Some((number, answer));
             self.answered.notify_all();
         }
     }
@@ -100,11 +110,11 @@ mod tests {
         let thread = std::thread::spawn(move || {
             (
                 asks.ask(Request::Stop),
-                asks.ask(Request::Start(Vec::new())),
+                asks.ask(Request::Start(0, Vec::new())),
                 asks.ask(Request::Stop),
             )
         });
-        for wanted in [Request::Stop, Request::Start(Vec::new())] {
+        for wanted in [Request::Stop, Request::Start(0, Vec::new())] {
             let mut seen = None;
             while seen.is_none() {
                 mailbox.answer(|request| {

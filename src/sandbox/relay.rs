@@ -1,9 +1,11 @@
-//! Bytes between a connection to the loopback interface and the guest.
+//! Bytes between two connected sockets: one of the host and one of the guest.
 //!
 //! One loop for both directions, with one bounded buffer each; the end of a direction
-//! travels on.
+//! travels on. When a side is gone altogether, so that nobody is there to take what the other
+//! may still say, it is over for both.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -21,15 +23,15 @@ struct Way<'a> {
     to: BorrowedFd<'a>,
     buffer: Vec<u8>,
     /// What has been read and not written yet.
-    pending: std::ops::Range<usize>,
+    pending: Range<usize>,
     has_ended: bool,
 }
 
-/// Moves bytes both ways until both have ended, or `stop` is readable.
+/// Moves bytes both ways until both have ended, a side is gone, or `stop` is readable.
 ///
 /// # Errors
 /// Of the sockets.
-pub fn relay(a: &impl AsFd, b: &impl AsFd, stop: &Wake) -> io::Result<()> {
+pub fn relay(a: &impl AsFd, b: &impl AsFd, stop: Option<&Wake>) -> io::Result<()> {
     for fd in [a.as_fd(), b.as_fd()] {
         let flags = rustix::fs::fcntl_getfl(fd)?;
         rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?;
@@ -39,14 +41,18 @@ pub fn relay(a: &impl AsFd, b: &impl AsFd, stop: &Wake) -> io::Result<()> {
         Way::new(b.as_fd(), a.as_fd()),
     ];
     while !ways.iter().all(|way| way.has_ended) {
-        // What is not waited for is left out: poll(2) reports hang-ups unasked.
-        let mut fds = vec![PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)];
-        fds.extend(ways.iter().filter_map(Way::waits_for));
+        let mut fds: Vec<_> = ways.iter().map(Way::waits_for).collect();
+        fds.extend(stop.map(|stop| PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN)));
         match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => {}
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
             Err(e) => return Err(e.into()),
         }
-        if fds[0].revents().contains(PollFlags::IN) {
+        let is_gone = |(way, fd): (&Way, &PollFd)| way.has_ended && !fd.revents().is_empty();
+        let is_told = fds
+            .get(ways.len())
+            .is_some_and(|stop| !stop.revents().is_empty());
+        if is_told || ways.iter().zip(&fds).any(is_gone) {
             return Ok(());
         }
         for way in &mut ways {
@@ -67,11 +73,12 @@ impl<'a> Way<'a> {
         }
     }
 
-    fn waits_for(&self) -> Option<PollFd<'a>> {
+    /// What lets it go on; once it has ended, its source's hang-up, which poll(2) reports unasked.
+    fn waits_for(&self) -> PollFd<'a> {
         match self.pending.is_empty() {
-            _ if self.has_ended => None,
-            true => Some(PollFd::from_borrowed_fd(self.from, PollFlags::IN)),
-            false => Some(PollFd::from_borrowed_fd(self.to, PollFlags::OUT)),
+            _ if self.has_ended => PollFd::from_borrowed_fd(self.from, PollFlags::empty()),
+            true => PollFd::from_borrowed_fd(self.from, PollFlags::IN),
+            false => PollFd::from_borrowed_fd(self.to, PollFlags::OUT),
         }
     }
 
@@ -102,6 +109,11 @@ impl<'a> Way<'a> {
         ) {
             Ok(n) => self.pending.start += n,
             Err(Errno::AGAIN | Errno::INTR) => {}
+            // It takes no more, and may have something to say yet.
+            Err(Errno::PIPE) => {
+                self.has_ended = true;
+                shutdown(self.from, Shutdown::Read)?;
+            }
             Err(e) => return Err(e.into()),
         }
         Ok(())
@@ -123,7 +135,7 @@ mod tests {
     ) {
         let (client, a) = UnixStream::pair().unwrap();
         let (server, b) = UnixStream::pair().unwrap();
-        let relay = std::thread::spawn(move || relay(&a, &b, &Wake::new().unwrap()));
+        let relay = std::thread::spawn(move || relay(&a, &b, None));
         (client, server, relay)
     }
 
@@ -156,11 +168,37 @@ mod tests {
     }
 
     #[test]
+    fn a_side_that_reads_no_more_may_go_on_writing() {
+        let (mut client, mut server, relay) = relayed();
+        server.shutdown(net::Shutdown::Read).unwrap();
+        while client.write_all(b"question").is_ok() {}
+        server.write_all(b"answer").unwrap();
+        drop(server);
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "answer");
+        relay.join().unwrap().unwrap();
+    }
+
+    /// A service that never closes keeps nothing once its client is gone.
+    #[test]
+    fn a_client_that_is_gone_is_not_one_that_listens() {
+        let (mut client, mut server, relay) = relayed();
+        client.write_all(b"last words").unwrap();
+        drop(client);
+        relay.join().unwrap().unwrap();
+        let mut words = String::new();
+        server.read_to_string(&mut words).unwrap();
+        assert_eq!(words, "last words");
+        assert!(server.write_all(b"x").is_err());
+    }
+
+    #[test]
     fn it_ends_when_it_is_told_to() {
         let (_client, a) = UnixStream::pair().unwrap();
         let (_server, b) = UnixStream::pair().unwrap();
         let stop = Wake::new().unwrap();
         stop.wake().unwrap();
-        relay(&a, &b, &stop).unwrap();
+        relay(&a, &b, Some(&stop)).unwrap();
     }
 }
