@@ -9,7 +9,7 @@
 //!  memory      proportional set size of stand-in and sandboxer
 //!  throughput  stdout of the container | a vsock stream of the same VM
 //!  network     TCP through a container's network | a bare tap of the same VM
-//!  files       files of the rootfs | the same served by virtiofsd, same QEMU and kernel
+//!  files       files of the rootfs | the same served by virtiofsd with and without trust
 //!  engines     `true` with podman and ctr, kuasar-runv | runc | the floor
 //!  keys        one key typed at `run` until it is shown, kuasar-runv | runc
 //! ```
@@ -99,8 +99,8 @@ fn main() {
     if network::is_wanted() {
         return network::main();
     }
-    if let Some(dir) = files::workload::directory() {
-        files::workload::main(&dir);
+    if let Some(root) = files::workload::root() {
+        files::workload::main(&root);
     }
     let options = Options::parse();
     let wanted = |part| options.parts.is_empty() || options.parts.contains(&part);

@@ -27,6 +27,9 @@ const TARGET: f64 = 0.95;
 const TRANSFER: u64 = 64 << 20;
 const REQUESTS: u64 = 1000;
 const BLOCK: usize = 64 << 10;
+/// Turns of a round: a transfer takes a quarter of a second, in which a busy machine
+/// has time for something else with one of the two.
+const TURNS: u32 = 4;
 const MIB: f64 = (1 << 20) as f64;
 
 pub fn is_wanted() -> bool {
@@ -137,12 +140,15 @@ pub fn measure(rounds: u32) -> Section {
         to: format!("{to}:{PORT}").parse().expect("an address"),
         samples: Default::default(),
     });
-    for round in 0..=rounds {
-        eprint!("\rnetwork: round {round} of {rounds} ");
-        for way in &mut ways {
+    for turn in 0..=rounds * TURNS {
+        eprint!("\rnetwork: turn {turn} of {} ", rounds * TURNS);
+        // Who begins alternates as well.
+        let first = turn as usize % 2;
+        for index in [first, 1 - first] {
+            let way = &mut ways[index];
             let figures = figures(way);
-            // The first round only warms up.
-            if round > 0 {
+            // The first turn only warms up.
+            if turn > 0 {
                 for (samples, figure) in way.samples.iter_mut().zip(figures) {
                     samples.add(figure);
                 }

@@ -39,6 +39,40 @@ fn files_that_the_host_replaces_or_rewrites() {
     );
 }
 
+/// Each sees what the other has just written, in place and by a rename, to a file that
+/// both have known before.
+#[test]
+fn a_file_that_host_and_container_write_in_turn() {
+    const TURNS: usize = 6;
+    let world = World::new();
+    let dir = world.path("dir");
+    fs::create_dir(&dir).unwrap();
+    let script = format!(
+        "n=0; while [ $n -lt {TURNS} ]; do
+            echo container $n > /dir/file
+            while [ \"$(cat /dir/file)\" != \"host $n\" ]; do :; done
+            n=$((n + 1)); done; echo end"
+    );
+    let bundle = world.bundle().sh(&script).bind(&dir, "/dir");
+    let container = world.start(&bundle, "c");
+    let file = dir.join("file");
+    for turn in 0..TURNS {
+        let theirs = format!("container {turn}\n");
+        wait_until(&theirs, SHORT, || {
+            fs::read_to_string(&file).is_ok_and(|text| text == theirs)
+        });
+        let ours = format!("host {turn}\n");
+        if turn % 2 == 0 {
+            fs::write(&file, ours).unwrap();
+        } else {
+            fs::write(dir.join("new"), ours).unwrap();
+            fs::rename(dir.join("new"), &file).unwrap();
+        }
+    }
+    assert_eq!(container.exit_code(), 0);
+    assert_eq!(container.stdout(), "end\n");
+}
+
 #[test]
 fn a_directory_bound_twice_is_one_directory() {
     let world = World::new();

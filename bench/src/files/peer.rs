@@ -10,27 +10,34 @@ use kuasar_runv_test_harness::{Flavour, SHORT, World, leaks, process, reaper, wa
 /// Debian's package qemu-system-common up to version 7, and the package virtiofsd.
 const VIRTIOFSD: [&str; 2] = ["/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd"];
 
+/// For how long a guest may use names and attributes without asking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    Nothing,
+    /// What virtiofsd says without being told.
+    Default,
+}
+
 /// A running machine and its file server.
 pub struct Peer {
     processes: Vec<i32>,
+    world: String,
+    socket: PathBuf,
 }
 
 impl Peer {
-    /// Boots beside the container `c` of the world, whose machine it takes for its own.
-    pub fn boot(world: &World, dir: &Path) -> Peer {
+    /// Boots a machine like the container's beside it.
+    pub fn boot(world: &World, model: &Model, dir: &Path, trust: Trust) -> Peer {
         let image = world.path("workload.img");
-        pack(&image);
-        let socket = world.path("virtiofsd.sock");
-        let server = spawn_server(&socket, dir);
+        if !image.exists() {
+            pack(&image);
+        }
+        let socket = world.path(&format!("virtiofsd-{trust:?}.sock"));
+        let server = spawn_server(&socket, dir, trust);
         wait_until("virtiofsd's socket", SHORT, || socket.exists());
-        let (program, words) = model(world);
-        let args = adapt(
-            &words,
-            &Flavour::Source.artefact("vmlinux"),
-            &image,
-            &socket,
-        );
-        let mut command = Command::new(program);
+        let kernel = Flavour::Source.artefact("vmlinux");
+        let args = adapt(&model.words, &kernel, &image, &socket);
+        let mut command = Command::new(&model.program);
         command
             .args(args)
             .stdin(Stdio::null())
@@ -40,7 +47,17 @@ impl Peer {
         join_cgroups(world, machine);
         Peer {
             processes: vec![machine, server],
+            world: world.name().to_owned(),
+            socket,
         }
+    }
+
+    fn is_served(&self) -> bool {
+        let socket = self.socket.display().to_string();
+        leaks::processes(&self.world).into_iter().any(|p| {
+            let line = fs::read(format!("/proc/{}/cmdline", p.pid)).unwrap_or_default();
+            p.comm.starts_with("virtiofsd") && String::from_utf8_lossy(&line).contains(&socket)
+        })
     }
 }
 
@@ -64,6 +81,9 @@ impl Drop for Peer {
             let _ = process::signal(*pid, libc::SIGKILL);
             let _ = reaper::wait(*pid, SHORT);
         }
+        // virtiofsd has a process in other namespaces, which ends after the one that was
+        // killed, and which the container's cgroups are not to wait for.
+        wait_until("the end of virtiofsd", SHORT, || !self.is_served());
     }
 }
 
@@ -73,7 +93,7 @@ fn spawn(command: &mut Command) -> i32 {
     child.pid
 }
 
-fn spawn_server(socket: &Path, dir: &Path) -> i32 {
+fn spawn_server(socket: &Path, dir: &Path, trust: Trust) -> i32 {
     let program = VIRTIOFSD.iter().find(|path| Path::new(path).exists());
     let program = program.expect("virtiofsd is installed (qemu-system-common, or virtiofsd)");
     let mut command = Command::new(program);
@@ -88,6 +108,7 @@ fn spawn_server(socket: &Path, dir: &Path) -> i32 {
             "-o",
             "announce_submounts",
         ])
+        .args((trust == Trust::Nothing).then_some("-otimeout=0"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
@@ -112,17 +133,26 @@ fn pack(image: &Path) {
     assert!(status.success(), "build-image: {status}");
 }
 
-/// Program and arguments of the container's QEMU.
-fn model(world: &World) -> (PathBuf, Vec<String>) {
-    let qemu = leaks::processes(world.name())
-        .into_iter()
-        .find(|p| p.comm.starts_with("qemu-system"))
-        .expect("a running container has a QEMU");
-    let program = fs::read_link(format!("/proc/{}/exe", qemu.pid)).expect("QEMU runs");
-    let line = fs::read(format!("/proc/{}/cmdline", qemu.pid)).expect("QEMU runs");
-    let words = line.split(|byte| *byte == 0).skip(1);
-    let words = words.map(|word| String::from_utf8_lossy(word).into_owned());
-    (program, words.filter(|word| !word.is_empty()).collect())
+/// The machine of a container.
+pub struct Model {
+    program: PathBuf,
+    words: Vec<String>,
+}
+
+impl Model {
+    /// That of the only QEMU of the world.
+    pub fn learn(world: &World) -> Model {
+        let qemu = leaks::processes(world.name())
+            .into_iter()
+            .find(|p| p.comm.starts_with("qemu-system"))
+            .expect("a running container has a QEMU");
+        let program = fs::read_link(format!("/proc/{}/exe", qemu.pid)).expect("QEMU runs");
+        let line = fs::read(format!("/proc/{}/cmdline", qemu.pid)).expect("QEMU runs");
+        let words = line.split(|byte| *byte == 0).skip(1);
+        let words = words.map(|word| String::from_utf8_lossy(word).into_owned());
+        let words = words.filter(|word| !word.is_empty()).collect();
+        Model { program, words }
+    }
 }
 
 /// The same machine with files instead of descriptors, without a vsock device, and

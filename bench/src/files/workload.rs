@@ -5,15 +5,24 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Environment variable that makes this binary the workload; the directory.
+/// Environment variable that makes this binary the workload: where the directories
+/// below are.
 pub const VARIABLE: &str = "KUASAR_RUNV_BENCH_FILES";
-/// What the host wants next.
+/// Files are looked at and made in areas below this directory, and nothing else
+/// happens in it.
+pub const WORK: &str = "work";
+/// Where the host says what it wants next, in a file [`ORDER`], and the guest what it
+/// took, in a file of the area's name.
+pub const ORDERS: &str = "orders";
 pub const ORDER: &str = "order";
-/// Tag and mount point of the directory, when this binary is an init.
-pub const TAG: &str = "kuasar-share";
+/// Tag and mount point of the share, when this binary is an init.
+const TAG: &str = "kuasar-share";
 const MOUNT_POINT: &str = "/run";
+/// Where an init puts itself, as a container is: its memory is accounted for.
+const CGROUPS: &str = "/cgroups";
 
-/// Of one file that is read or written.
+/// The file that is read or written, and its size.
+pub const DATA: &str = "data";
 pub const BYTES: usize = 64 << 20;
 /// That are looked at or made.
 pub const FILES: usize = 1000;
@@ -41,37 +50,55 @@ impl Task {
     }
 }
 
-/// The directory to work in, if that is what this process is for. As the init of a
-/// machine it has no environment of ours, and mounts the directory first.
-pub fn directory() -> Option<PathBuf> {
-    if let Some(dir) = std::env::var_os(VARIABLE) {
-        return Some(dir.into());
+/// Where the directories are, if this process is the workload. As the init of a
+/// machine it has no environment of ours, and first makes itself the conditions that
+/// a container has.
+pub fn root() -> Option<PathBuf> {
+    if let Some(root) = std::env::var_os(VARIABLE) {
+        return Some(root.into());
     }
     let is_init = std::process::id() == 1 && !Path::new("/proc/self").exists();
-    is_init.then(mount)
+    is_init.then(|| {
+        join_cgroup();
+        mount(TAG, MOUNT_POINT, "virtiofs");
+        MOUNT_POINT.into()
+    })
 }
 
-fn mount() -> PathBuf {
+fn mount(source: &str, target: &str, kind: &str) {
     let c = |text: &str| std::ffi::CString::new(text).expect("no NUL");
-    let (tag, place, kind) = (c(TAG), c(MOUNT_POINT), c("virtiofs"));
-    // SAFETY: C strings that outlive the call; the file system takes no data.
+    let (source, place, c_kind) = (c(source), c(target), c(kind));
+    // SAFETY: C strings that outlive the call; the file systems take no data.
     let rc = unsafe {
         libc::mount(
-            tag.as_ptr(),
+            source.as_ptr(),
             place.as_ptr(),
-            kind.as_ptr(),
+            c_kind.as_ptr(),
             0,
             std::ptr::null(),
         )
     };
-    assert_eq!(rc, 0, "virtiofs: {}", std::io::Error::last_os_error());
-    MOUNT_POINT.into()
+    assert_eq!(rc, 0, "{kind}: {}", std::io::Error::last_os_error());
+}
+
+/// A cgroup with all controllers there are.
+fn join_cgroup() {
+    let root = Path::new(CGROUPS);
+    fs::create_dir(root).expect("the initramfs is writable");
+    mount("cgroup2", CGROUPS, "cgroup2");
+    let there = fs::read_to_string(root.join("cgroup.controllers")).expect("controllers");
+    let enable: Vec<_> = there.split_whitespace().map(|c| format!("+{c}")).collect();
+    fs::write(root.join("cgroup.subtree_control"), enable.join(" ")).expect("controllers");
+    let own = root.join("workload");
+    fs::create_dir(&own).expect("a cgroup");
+    fs::write(own.join("cgroup.procs"), "0").expect("a process may move itself");
 }
 
 /// Does what it is told, for ever.
-pub fn main(dir: &Path) -> ! {
+pub fn main(root: &Path) -> ! {
+    let orders = root.join(ORDERS);
+    let order = orders.join(ORDER);
     loop {
-        let order = dir.join(ORDER);
         let Ok(text) = fs::read_to_string(&order) else {
             std::thread::sleep(Duration::from_millis(20));
             continue;
@@ -79,10 +106,12 @@ pub fn main(dir: &Path) -> ! {
         fs::remove_file(&order).expect("the order can be removed");
         let (name, area) = text.split_once(' ').expect("a task and an area");
         let task = Task::ALL.into_iter().find(|task| task.name() == name);
-        let area = dir.join(area);
-        let took = perform(task.expect("a known task"), &area);
+        let dir = root.join(WORK).join(area);
+        let took = perform(task.expect("a known task"), &dir);
+        // What the host removes, it keeps for as long as a guest knows it.
+        fs::remove_dir_all(&dir).expect("the files of the task");
         let result = format!("{}\n", took.as_nanos());
-        fs::write(area.with_extension("result"), result).expect("the result");
+        fs::write(orders.join(area), result).expect("the result");
     }
 }
 
@@ -91,7 +120,7 @@ fn perform(task: Task, area: &Path) -> Duration {
     let started = Instant::now();
     match task {
         Task::Read => {
-            let mut file = File::open(area.join("data")).expect("the file");
+            let mut file = File::open(area.join(DATA)).expect("the file");
             let mut left = BYTES;
             while left > 0 {
                 let got = file.read(&mut block).expect("the file can be read");
@@ -100,7 +129,7 @@ fn perform(task: Task, area: &Path) -> Duration {
             }
         }
         Task::Write => {
-            let mut file = File::create(area.join("data")).expect("a file");
+            let mut file = File::create(area.join(DATA)).expect("a file");
             for _ in 0..BYTES / BLOCK {
                 file.write_all(&block).expect("it can be written");
             }

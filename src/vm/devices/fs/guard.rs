@@ -8,8 +8,9 @@
 //! has the shared directory as its root is the second line of defence.
 //!
 //! **Trust.** How long the guest may use a name and its attributes without asking.
-//! Not at all while a file changes, so every change the host makes is seen at once;
-//! otherwise for the shortest time there is, a tick or two of the guest's clock.
+//! Not at all while the host changes a file, so that each of its changes is seen at
+//! once; otherwise, and while only the guest changes it, for a few ticks of the
+//! guest's clock ([`known`](super::known)).
 //! Zero would make the guest's driver forget a file, with the pages it has cached of
 //! it, as soon as nobody uses it, and every exec would read its program anew.
 //!
@@ -31,12 +32,10 @@
 //! file has not changed since it was last opened, judged by its change time, and
 //! only if that was old enough then that no later change can carry the same time.
 
-use std::collections::{HashMap, hash_map};
 use std::ffi::CStr;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
@@ -44,61 +43,29 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse;
 
+use super::known::{Author, Changed, Files};
 use super::privileges::WithoutFsetid;
-
-/// Coarsest granularity of change times that matters (two seconds on VFAT), and
-/// some more.
-const SETTLED: Duration = Duration::from_secs(3);
 
 /// Files that the guest may keep although nobody uses them, for a new use of the
 /// pages it has cached of them; about 5 MiB of memory on the host.
 const MAX_IDLE: usize = 8192;
 
-/// The shortest time that is not zero; the guest's driver rounds it up to a tick.
-/// Longer ones gain nothing for exec and little for walks (under emulation: 50
-/// runs of a 2 MiB program 5.5 s of CPU with zero, 0.4 s with this and with 50 ms;
-/// `ls -lR` of 2000 files 1.3 s and 0.9 s).
-const TRUST: Duration = Duration::from_nanos(1);
+/// Two ticks of a guest's clock of 250 Hz. Its driver rounds the time up to a tick and
+/// counts from the next one, so it is over after 12 ms at the latest, and after 20 ms
+/// where the clock has 100 Hz. Half of it has the guest look at each directory of a
+/// path twice as often, which is a tenth of the requests of a walk; longer ones gain
+/// little (under emulation: 50 runs of a 2 MiB program 5.5 s of CPU with zero, 0.4 s
+/// with one tick and with 50 ms; `ls -lR` of 2000 files 1.3 s and 0.9 s).
+const TRUST: Duration = Duration::from_millis(8);
 
-/// A change time, as the file system records it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Changed {
-    seconds: u64,
-    nanoseconds: u32,
-}
-
-impl Changed {
-    fn of(attr: &fuse::Attr) -> Self {
-        Self {
-            seconds: attr.ctime,
-            nanoseconds: attr.ctimensec,
-        }
-    }
-
-    /// Whether any change after `now` is sure to have another change time.
-    fn is_settled(self, now: SystemTime) -> bool {
-        let changed = UNIX_EPOCH
-            .checked_add(Duration::new(self.seconds, 0))
-            .and_then(|time| time.checked_add(Duration::from_nanos(self.nanoseconds.into())));
-        // A time in the future is never settled.
-        changed.is_some_and(|time| now.duration_since(time).is_ok_and(|age| age >= SETTLED))
-    }
-}
-
-/// What is known about a file that the guest has looked up.
-#[derive(Debug, Default)]
-struct Known {
-    /// Replies that named it and that the guest has not forgotten.
-    lookups: u64,
-    /// Its change time at the last open, if it was settled.
-    opened: Option<Changed>,
-}
+/// Bits of a mode that a write takes away.
+const SET_ID: u32 = libc::S_ISUID | libc::S_ISGID;
 
 /// A file system whose requests are checked first.
 pub struct Guard<F> {
     inner: F,
     /// The server has a descriptor for each, so it bounds them.
-    known: Mutex<HashMap<u64, Known>>,
+    known: Files,
     handles: AtomicUsize,
     /// Descriptors that are many.
     crowd: usize,
@@ -109,20 +76,17 @@ impl<F> Guard<F> {
     pub fn new(inner: F, descriptors: u64) -> Self {
         Self {
             inner,
-            known: Mutex::new(HashMap::new()),
+            known: Files::default(),
             handles: AtomicUsize::new(0),
             crowd: usize::try_from(descriptors / 2).map_or(MAX_IDLE, |half| half.min(MAX_IDLE)),
         }
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How long the guest may use these attributes, and the name that led to them,
+    /// How long the guest may use these attributes, and a name that leads to them,
     /// without asking.
-    fn trust_in(attr: &fuse::Attr) -> Duration {
-        if Changed::of(attr).is_settled(SystemTime::now()) {
+    fn trust_in(&self, inode: u64, attr: &fuse::Attr) -> Duration {
+        let changed = Changed::of(attr);
+        if self.known.is_quiet(inode, changed, SystemTime::now()) {
             TRUST
         } else {
             Duration::ZERO
@@ -130,32 +94,20 @@ impl<F> Guard<F> {
     }
 
     /// Completes a reply that names a file in the directory `parent`.
-    fn named(&self, parent: u64, mut entry: Entry) -> Entry {
-        let mut known = self.known();
-        known.entry(entry.inode).or_default().lookups += 1;
-        let crowded = known.len() + self.handles.load(Ordering::Relaxed) >= self.crowd;
-        drop(known);
+    fn named(&self, parent: u64, mut entry: Entry, author: Author) -> Entry {
+        let changed = Changed::of(&entry.attr);
+        self.known.named(entry.inode, changed, author);
+        let crowded = self.known.len() + self.handles.load(Ordering::Relaxed) >= self.crowd;
         let directory = entry.attr.mode & libc::S_IFMT == libc::S_IFDIR;
         let mount_point = entry.attr.flags & fuse::ATTR_SUBMOUNT != 0;
         let strict = crowded || mount_point || directory && parent == fuse::ROOT_ID;
-        entry.attr_timeout = Self::trust_in(&entry.attr);
+        entry.attr_timeout = self.trust_in(entry.inode, &entry.attr);
         entry.entry_timeout = if strict {
             Duration::ZERO
         } else {
             entry.attr_timeout
         };
         entry
-    }
-
-    /// The guest has forgotten `count` replies that named a file.
-    fn forgotten(&self, inode: u64, count: u64) {
-        if let hash_map::Entry::Occupied(mut known) = self.known().entry(inode) {
-            let left = known.get().lookups.saturating_sub(count);
-            known.get_mut().lookups = left;
-            if left == 0 {
-                known.remove();
-            }
-        }
     }
 
     /// Counts a handle that may have been closed.
@@ -165,17 +117,32 @@ impl<F> Guard<F> {
         }
         result
     }
+}
 
-    /// Notes that a file is opened with this change time; whether the pages that
-    /// the guest has cached of it are good.
-    fn note_open(&self, inode: u64, changed: Changed, now: SystemTime) -> bool {
-        let settled = changed.is_settled(now).then_some(changed);
-        let mut known = self.known();
-        let Some(known) = known.get_mut(&inode) else {
-            return false;
-        };
-        let before = std::mem::replace(&mut known.opened, settled);
-        settled.is_some() && before == settled
+impl<F: FileSystem<Inode = u64>> Guard<F> {
+    /// Notes the change time of a file, before or after something `author` has done.
+    fn look_at(&self, ctx: Context, inode: u64, author: Author) -> Option<fuse::Attr> {
+        let (attr, _) = self.inner.getattr(ctx, inode, None).ok()?;
+        self.known.see(inode, Changed::of(&attr), author);
+        Some(attr)
+    }
+
+    /// Does something for the guest that changes these files, whether it succeeds or
+    /// not.
+    fn changing<T>(
+        &self,
+        ctx: Context,
+        inodes: &[u64],
+        change: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        for inode in inodes {
+            self.look_at(ctx, *inode, Author::Anyone);
+        }
+        let result = change();
+        for inode in inodes {
+            self.look_at(ctx, *inode, Author::Guest);
+        }
+        result
     }
 }
 
@@ -202,17 +169,32 @@ macro_rules! pass {
     )* };
 }
 
-/// Methods whose reply is a file in a directory; directory and name are the
-/// parameters named in front.
-macro_rules! entries {
+/// Methods that make something in a directory and whose reply is what they have made;
+/// directory and name are the parameters named in front.
+macro_rules! makers {
     ($(
         [$parent:ident $name:ident]
-        fn $method:ident ($($arg:ident: $type:ty),* $(,)?);
+        fn $method:ident ($ctx:ident: Context, $($arg:ident: $type:ty),* $(,)?);
     )*) => { $(
-        fn $method(&self, $($arg: $type),*) -> io::Result<Entry> {
+        fn $method(&self, $ctx: Context, $($arg: $type),*) -> io::Result<Entry> {
             check($name)?;
-            let entry = self.inner.$method($($arg),*)?;
-            Ok(self.named($parent, entry))
+            let make = || self.inner.$method($ctx, $($arg),*);
+            let entry = self.changing($ctx, &[$parent], make)?;
+            Ok(self.named($parent, entry, Author::Guest))
+        }
+    )* };
+}
+
+/// Methods that change the files named in front, after the check of the names behind
+/// them.
+macro_rules! changes {
+    ($(
+        [$($inode:ident)* $(; $($name:ident)*)?]
+        fn $method:ident ($ctx:ident: Context, $($arg:ident: $type:ty),* $(,)?) -> $result:ty;
+    )*) => { $(
+        fn $method(&self, $ctx: Context, $($arg: $type),*) -> $result {
+            $($(check($name)?;)*)?
+            self.changing($ctx, &[$($inode),*], || self.inner.$method($ctx, $($arg),*))
         }
     )* };
 }
@@ -232,14 +214,14 @@ where
     type DirIter = F::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.known().clear();
+        self.known.clear();
         self.handles.store(0, Ordering::Relaxed);
         self.inner.init(capable)
     }
 
     fn forget(&self, ctx: Context, inode: Ino<F>, count: u64) {
         self.inner.forget(ctx, inode, count);
-        self.forgotten(inode, count);
+        self.known.forgotten(inode, count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(Ino<F>, u64)>) {
@@ -250,8 +232,14 @@ where
 
     fn getattr(&self, ctx: Context, inode: Ino<F>, handle: Option<Fh<F>>) -> io::Result<Stat> {
         let (attr, _) = self.inner.getattr(ctx, inode, handle)?;
-        let trust = Self::trust_in(&attr);
+        let trust = self.trust_in(inode, &attr);
         Ok((attr, trust))
+    }
+
+    fn lookup(&self, ctx: Context, parent: Ino<F>, name: &CStr) -> io::Result<Entry> {
+        check(name)?;
+        let entry = self.inner.lookup(ctx, parent, name)?;
+        Ok(self.named(parent, entry, Author::Anyone))
     }
 
     fn open(
@@ -261,17 +249,22 @@ where
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<Opened<F>> {
-        let (handle, mut options) = {
+        let open = || {
             let _privileges = WithoutFsetid::when(kill_priv)?;
-            self.inner.open(ctx, inode, false, flags)?
+            self.inner.open(ctx, inode, false, flags)
         };
+        let truncates = flags & libc::O_TRUNC as u32 != 0;
+        let changed: &[u64] = if truncates { &[inode] } else { &[] };
+        let (handle, mut options) = self.changing(ctx, changed, open)?;
         self.handles.fetch_add(1, Ordering::Relaxed);
         // Closing a file that was only read has nothing to report.
         let reads_only = flags & libc::O_ACCMODE as u32 == libc::O_RDONLY as u32;
         options.set(OpenOptions::NOFLUSH, reads_only);
         // Without attributes the pages are dropped, which is always right.
         if let Ok((attr, _)) = self.inner.getattr(ctx, inode, handle)
-            && self.note_open(inode, Changed::of(&attr), SystemTime::now())
+            && self
+                .known
+                .note_open(inode, Changed::of(&attr), SystemTime::now())
         {
             options |= OpenOptions::KEEP_CACHE;
         }
@@ -290,12 +283,23 @@ where
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Fh<F>>, OpenOptions)> {
         check(name)?;
-        let created = self
-            .inner
-            .create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
-        let (entry, handle, options) = created;
+        let exclusive = libc::O_EXCL as u32;
+        let create = |flags, extensions| {
+            self.inner
+                .create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
+        };
+        // Asked like this, it says whether the file was there before.
+        let made = self.changing(ctx, &[parent], || {
+            create(flags | exclusive, extensions.clone())
+        });
+        let (author, (entry, handle, options)) = match made {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && flags & exclusive == 0 => {
+                (Author::Anyone, create(flags, extensions)?)
+            }
+            made => (Author::Guest, made?),
+        };
         self.handles.fetch_add(1, Ordering::Relaxed);
-        Ok((self.named(parent, entry), handle, options))
+        Ok((self.named(parent, entry, author), handle, options))
     }
 
     fn setattr(
@@ -308,7 +312,10 @@ where
     ) -> io::Result<Stat> {
         let _privileges = WithoutFsetid::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
         valid.remove(SetattrValid::KILL_SUIDGID);
-        self.inner.setattr(ctx, inode, attr, handle, valid)
+        let set = || self.inner.setattr(ctx, inode, attr, handle, valid);
+        let (attr, _) = self.changing(ctx, &[inode], set)?;
+        let trust = self.trust_in(inode, &attr);
+        Ok((attr, trust))
     }
 
     fn write<R: ZeroCopyReader>(
@@ -324,10 +331,18 @@ where
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
-        let _privileges = WithoutFsetid::when(kill_priv)?;
-        self.inner.write(
-            ctx, inode, handle, from, size, offset, lock_owner, delayed, false, flags,
-        )
+        let before = self.look_at(ctx, inode, Author::Anyone);
+        // Giving up the capability takes three system calls, which a file without the
+        // bits does not need. Bits that the host sets right now are set after the write.
+        let kill_priv = kill_priv && before.is_none_or(|attr| attr.mode & SET_ID != 0);
+        let written = {
+            let _privileges = WithoutFsetid::when(kill_priv)?;
+            self.inner.write(
+                ctx, inode, handle, from, size, offset, lock_owner, delayed, false, flags,
+            )
+        };
+        self.look_at(ctx, inode, Author::Guest);
+        written
     }
 
     fn release(
@@ -357,39 +372,74 @@ where
         self.closed(released)
     }
 
-    entries! {
-        [parent name] fn lookup(ctx: Context, parent: Ino<F>, name: &CStr);
+    fn link(&self, ctx: Context, inode: Ino<F>, parent: Ino<F>, name: &CStr) -> io::Result<Entry> {
+        check(name)?;
+        let link = || self.inner.link(ctx, inode, parent, name);
+        let entry = self.changing(ctx, &[inode, parent], link)?;
+        Ok(self.named(parent, entry, Author::Anyone))
+    }
+
+    fn rename(
+        &self,
+        ctx: Context,
+        from_dir: Ino<F>,
+        from: &CStr,
+        to_dir: Ino<F>,
+        to: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        check(from)?;
+        check(to)?;
+        // The file itself changes as well, for most file systems.
+        let file = self
+            .inner
+            .lookup(ctx, from_dir, from)
+            .map(|entry| entry.inode);
+        let file = file.ok();
+        let changed: Vec<_> = [from_dir, to_dir].into_iter().chain(file).collect();
+        let rename = || self.inner.rename(ctx, from_dir, from, to_dir, to, flags);
+        let renamed = self.changing(ctx, &changed, rename);
+        if let Some(file) = file {
+            self.inner.forget(ctx, file, 1);
+        }
+        renamed
+    }
+
+    makers! {
         [parent name] fn symlink(ctx: Context, target: &CStr, parent: Ino<F>, name: &CStr,
             extensions: Extensions);
         [parent name] fn mknod(ctx: Context, parent: Ino<F>, name: &CStr, mode: u32, rdev: u32, umask: u32,
             extensions: Extensions);
         [parent name] fn mkdir(ctx: Context, parent: Ino<F>, name: &CStr, mode: u32, umask: u32,
             extensions: Extensions);
-        [parent name] fn link(ctx: Context, inode: Ino<F>, parent: Ino<F>, name: &CStr);
+    }
+
+    changes! {
+        [parent; name] fn unlink(ctx: Context, parent: Ino<F>, name: &CStr) -> io::Result<()>;
+        [parent; name] fn rmdir(ctx: Context, parent: Ino<F>, name: &CStr) -> io::Result<()>;
+        [inode] fn fallocate(ctx: Context, inode: Ino<F>, handle: Fh<F>, mode: u32, offset: u64,
+            length: u64) -> io::Result<()>;
+        [inode] fn setxattr(ctx: Context, inode: Ino<F>, name: &CStr, value: &[u8], flags: u32,
+            extra: SetxattrFlags) -> io::Result<()>;
+        [inode] fn removexattr(ctx: Context, inode: Ino<F>, name: &CStr) -> io::Result<()>;
+        [to] fn copyfilerange(ctx: Context, from: Ino<F>, from_handle: Fh<F>, from_offset: u64,
+            to: Ino<F>, to_handle: Fh<F>, to_offset: u64, len: u64, flags: u64)
+            -> io::Result<usize>;
     }
 
     pass! {
         [] fn destroy();
         [] fn readlink(ctx: Context, inode: Ino<F>) -> io::Result<Vec<u8>>;
-        [name] fn unlink(ctx: Context, parent: Ino<F>, name: &CStr) -> io::Result<()>;
-        [name] fn rmdir(ctx: Context, parent: Ino<F>, name: &CStr) -> io::Result<()>;
-        [from to] fn rename(ctx: Context, from_dir: Ino<F>, from: &CStr, to_dir: Ino<F>, to: &CStr,
-            flags: u32) -> io::Result<()>;
         [] fn read<W: ZeroCopyWriter>(ctx: Context, inode: Ino<F>, handle: Fh<F>, to: W,
             size: u32, offset: u64, lock_owner: Option<u64>, flags: u32) -> io::Result<usize>;
         [] fn flush(ctx: Context, inode: Ino<F>, handle: Fh<F>, lock_owner: u64)
             -> io::Result<()>;
         [] fn fsync(ctx: Context, inode: Ino<F>, data_only: bool, handle: Fh<F>)
             -> io::Result<()>;
-        [] fn fallocate(ctx: Context, inode: Ino<F>, handle: Fh<F>, mode: u32, offset: u64,
-            length: u64) -> io::Result<()>;
         [] fn statfs(ctx: Context, inode: Ino<F>) -> io::Result<libc::statvfs64>;
-        [] fn setxattr(ctx: Context, inode: Ino<F>, name: &CStr, value: &[u8], flags: u32,
-            extra: SetxattrFlags) -> io::Result<()>;
         [] fn getxattr(ctx: Context, inode: Ino<F>, name: &CStr, size: u32)
             -> io::Result<GetxattrReply>;
         [] fn listxattr(ctx: Context, inode: Ino<F>, size: u32) -> io::Result<ListxattrReply>;
-        [] fn removexattr(ctx: Context, inode: Ino<F>, name: &CStr) -> io::Result<()>;
         [] fn readdir(ctx: Context, inode: Ino<F>, handle: Fh<F>, size: u32, offset: u64)
             -> io::Result<F::DirIter>;
         [] fn fsyncdir(ctx: Context, inode: Ino<F>, data_only: bool, handle: Fh<F>)
@@ -397,9 +447,6 @@ where
         [] fn access(ctx: Context, inode: Ino<F>, mask: u32) -> io::Result<()>;
         [] fn lseek(ctx: Context, inode: Ino<F>, handle: Fh<F>, offset: u64, whence: u32)
             -> io::Result<u64>;
-        [] fn copyfilerange(ctx: Context, from: Ino<F>, from_handle: Fh<F>, from_offset: u64,
-            to: Ino<F>, to_handle: Fh<F>, to_offset: u64, len: u64, flags: u64)
-            -> io::Result<usize>;
         [] fn syncfs(ctx: Context, inode: Ino<F>) -> io::Result<()>;
         [] fn getlk() -> io::Result<()>;
         [] fn setlk() -> io::Result<()>;

@@ -31,6 +31,7 @@
 //!
 //! - [`device`]: requests in, answers out
 //! - [`guard`]: checks requests and decides what the guest may trust
+//! - [`known`]: the files that the guest knows, and who has changed them
 //! - [`privileges`]: what the thread does without when it acts for a user
 //! - [`config`]: the server's own options
 //! - [`vhost_user`]: the glue towards an external VMM
@@ -41,6 +42,7 @@ mod device;
 #[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
 pub(in crate::vm) mod fuzzing;
 mod guard;
+mod known;
 mod privileges;
 #[cfg(test)]
 mod tests;

@@ -1,8 +1,9 @@
 //! Requests as a hostile guest may send them, answered by the real server.
 
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -18,17 +19,24 @@ const WRITABLE: u16 = 2;
 
 const LOOKUP: u32 = 1;
 const GETATTR: u32 = 3;
+const SETATTR: u32 = 4;
 const SYMLINK: u32 = 6;
 const MKDIR: u32 = 9;
 const UNLINK: u32 = 10;
+const RENAME: u32 = 12;
+const LINK: u32 = 13;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
+const WRITE: u32 = 16;
 const INIT: u32 = 26;
+const CREATE: u32 = 35;
 const READDIRPLUS: u32 = 44;
 
 const ROOT: u64 = 1;
 /// Flag of INIT.
 const SUBMOUNTS: u32 = 1 << 27;
+/// Flag of WRITE: the writer is not allowed to leave set-id bits as they are.
+const KILL_SUIDGID: u32 = 1 << 2;
 
 /// A guest that talks FUSE to the server of a directory.
 struct Guest {
@@ -113,6 +121,94 @@ impl Guest {
         body.resize(64, 0);
         assert_eq!(self.ask(INIT, 0, &body).0, 0);
     }
+}
+
+/// The answer to LOOKUP and its like.
+struct Entry {
+    node: u64,
+    /// For how long name and attributes may be used without asking.
+    trust: [Duration; 2],
+}
+
+impl Entry {
+    fn read(answer: &[u8]) -> Self {
+        let u64_at = |at: usize| u64::from_le_bytes(answer[at..at + 8].try_into().unwrap());
+        let u32_at = |at: usize| u32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
+        Self {
+            node: u64_at(0),
+            trust: [
+                Duration::new(u64_at(16), u32_at(32)),
+                Duration::new(u64_at(24), u32_at(36)),
+            ],
+        }
+    }
+
+    fn is_trusted(&self) -> bool {
+        assert_eq!(self.trust[0].is_zero(), self.trust[1].is_zero());
+        !self.trust[0].is_zero()
+    }
+}
+
+impl Guest {
+    fn lookup(&self, parent: u64, name: &str) -> Entry {
+        let (error, answer) = self.ask(LOOKUP, parent, format!("{name}\0").as_bytes());
+        assert_eq!(error, 0, "{name}");
+        Entry::read(&answer)
+    }
+
+    /// Whether a file is there after the guest has asked for it to be made; its handle.
+    fn create(&self, parent: u64, name: &str) -> (Entry, u64) {
+        let mut body = [libc::O_RDWR as u32, libc::S_IFREG | 0o644, 0, 0]
+            .map(u32::to_le_bytes)
+            .concat();
+        body.extend(format!("{name}\0").as_bytes());
+        let (error, answer) = self.ask(CREATE, parent, &body);
+        assert_eq!(error, 0, "{name}");
+        let handle = u64::from_le_bytes(answer[128..136].try_into().unwrap());
+        (Entry::read(&answer), handle)
+    }
+
+    fn write(&self, node: u64, handle: u64, flags: u32) {
+        let mut body = Vec::new();
+        body.extend(handle.to_le_bytes());
+        body.extend(0u64.to_le_bytes());
+        body.extend([7, flags].map(u32::to_le_bytes).concat());
+        body.extend(0u64.to_le_bytes());
+        body.extend([0u32; 2].map(u32::to_le_bytes).concat());
+        body.extend(b"written");
+        assert_eq!(self.ask(WRITE, node, &body).0, 0);
+    }
+
+    fn chmod(&self, node: u64, mode: u32) {
+        let mut body = vec![0; 88];
+        body[..4].copy_from_slice(&1u32.to_le_bytes());
+        body[68..72].copy_from_slice(&mode.to_le_bytes());
+        assert_eq!(self.ask(SETATTR, node, &body).0, 0);
+    }
+
+    /// RENAME, or LINK with the file's number as first argument.
+    fn move_to(&self, opcode: u32, node: u64, first: u64, names: &str) {
+        let body = [&first.to_le_bytes(), names.as_bytes()].concat();
+        assert_eq!(self.ask(opcode, node, &body).0, 0, "{names:?}");
+    }
+}
+
+/// Does something to a file until its change time is another, which takes as long as
+/// the host's clock for change times is coarse.
+fn as_the_host(path: &str, change: impl Fn()) {
+    let time = || {
+        let file = fs::metadata(path).unwrap();
+        (file.ctime(), file.ctime_nsec())
+    };
+    let before = time();
+    for _ in 0..1000 {
+        change();
+        if time() != before {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("{path} has the change time of before");
 }
 
 /// A FUSE request of process 1, user and group 0.
@@ -239,5 +335,98 @@ fn random_requests_do_no_harm() {
         }
         guest.init();
         guest.ask(LOOKUP, ROOT, b"file\0");
+    });
+}
+
+#[test]
+fn what_the_guest_makes_and_changes_is_trusted_until_the_host_changes_it() {
+    with_guest(|guest| {
+        guest.init();
+        fs::create_dir("/dir").unwrap();
+        let dir = guest.lookup(ROOT, "dir").node;
+        let (made, handle) = guest.create(dir, "made");
+        assert!(made.is_trusted());
+        guest.write(made.node, handle, 0);
+        guest.chmod(made.node, 0o600);
+        guest.move_to(LINK, dir, made.node, "linked\0");
+        assert!(guest.lookup(dir, "linked").is_trusted());
+        guest.move_to(RENAME, dir, dir, "made\0renamed\0");
+        assert!(guest.lookup(dir, "renamed").is_trusted());
+
+        as_the_host("/dir/renamed", || {
+            fs::write("/dir/renamed", "by the host").unwrap();
+        });
+        assert!(!guest.lookup(dir, "renamed").is_trusted());
+        // Not even if the guest changes it again.
+        guest.write(made.node, handle, 0);
+        assert!(!guest.lookup(dir, "renamed").is_trusted());
+    });
+}
+
+#[test]
+fn a_change_by_the_host_is_seen_behind_a_later_one_by_the_guest() {
+    with_guest(|guest| {
+        guest.init();
+        let (file, handle) = guest.create(ROOT, "made");
+        as_the_host("/made", || fs::write("/made", "by the host").unwrap());
+        guest.write(file.node, handle, 0);
+        assert!(!guest.lookup(ROOT, "made").is_trusted());
+    });
+}
+
+#[test]
+fn a_file_of_the_host_that_the_guest_opens_as_a_new_one_is_the_hosts() {
+    with_guest(|guest| {
+        guest.init();
+        fs::write("/there", "by the host").unwrap();
+        let (there, _) = guest.create(ROOT, "there");
+        assert!(!there.is_trusted());
+        let (made, _) = guest.create(ROOT, "made");
+        assert!(made.is_trusted());
+    });
+}
+
+#[test]
+fn a_directory_is_trusted_while_only_the_guest_fills_it() {
+    with_guest(|guest| {
+        guest.init();
+        let mkdir = |name: &str| {
+            let body = [&[0xed, 1, 0, 0, 0, 0, 0, 0], name.as_bytes(), b"\0"].concat();
+            let (error, answer) = guest.ask(MKDIR, ROOT, &body);
+            assert_eq!(error, 0);
+            Entry::read(&answer)
+        };
+        // Directories at the top may be mount points: only their attributes are trusted.
+        let top = mkdir("top");
+        assert_eq!(top.trust.map(|time| time.is_zero()), [true, false]);
+        guest.create(top.node, "file");
+        let mut name = *b"file\0";
+        assert!(!guest.lookup(ROOT, "top").trust[1].is_zero());
+        assert_eq!(guest.ask(UNLINK, top.node, &name).0, 0);
+        assert!(!guest.lookup(ROOT, "top").trust[1].is_zero());
+        as_the_host("/top", || {
+            File::create("/top/by the host").unwrap();
+            fs::remove_file("/top/by the host").unwrap();
+        });
+        assert!(guest.lookup(ROOT, "top").trust[1].is_zero());
+        name[0] = b'g';
+        assert_eq!(guest.ask(UNLINK, top.node, &name).0, libc::ENOENT);
+    });
+}
+
+#[test]
+fn set_id_bits_go_when_somebody_else_writes() {
+    with_guest(|guest| {
+        guest.init();
+        let (file, handle) = guest.create(ROOT, "program");
+        let mode = || fs::metadata("/program").unwrap().mode() & 0o7777;
+        let set = |mode| fs::set_permissions("/program", fs::Permissions::from_mode(mode)).unwrap();
+        for (before, after) in [(0o4755, 0o755), (0o2755, 0o755), (0o6711, 0o711)] {
+            set(before);
+            guest.write(file.node, handle, 0);
+            assert_eq!(mode(), before);
+            guest.write(file.node, handle, KILL_SUIDGID);
+            assert_eq!(mode(), after, "{before:o}");
+        }
     });
 }
