@@ -41,7 +41,9 @@ use crate::process::{Process, SignalError};
 use crate::reaper::Reaper;
 use crate::streams::{Connection, Streams};
 use crate::sys;
-use crate::zygote::{CreateRequest, Created, FailureKind, Request, Zygote, ZygoteError};
+use crate::zygote::{
+    AnswerSocket, CreateRequest, Created, FailureKind, Request, Zygote, ZygoteError,
+};
 use namespaces::Namespaces;
 use preserved::Preserved;
 use shared_memory::{Pool, SharedMemory};
@@ -327,7 +329,7 @@ impl Containers {
     }
 
     async fn build(
-        &self,
+        self: &Arc<Self>,
         new: &NewContainer,
         dir: &Path,
         cgroup: &Cgroup,
@@ -363,7 +365,7 @@ impl Containers {
         let created = self.zygote.submit(&request, &with).await?;
         drop(theirs);
         let namespaces = Namespaces::of(created.pid);
-        let process = self.adopt(created)?;
+        let (process, hold) = self.adopt(created)?;
         let namespaces =
             namespaces.map_err(ContainerError::io("opening the container's namespaces"))?;
         let oom = OomWatch::new(&new.id, cgroup, &self.events);
@@ -373,8 +375,17 @@ impl Containers {
             oom: Some(Arc::clone(&oom)),
             outlives_process: false,
         };
-        self.attach_streams(&new.id, "", &process, stdio);
-        self.report_end(&new.id, &process, &oom);
+        let (this, id) = (Arc::clone(self), new.id.clone());
+        let (of, its) = (Arc::clone(&process), Arc::clone(&oom));
+        sys::spawn(async move {
+            // The answer goes first: under emulation the host reads it and asks for the
+            // start while this is done. What is asked comes after this, because it has to
+            // arrive first.
+            tokio::task::yield_now().await;
+            drop(hold);
+            this.attach_streams(&id, "", &of, stdio);
+            this.report_end(&id, &of, &its);
+        });
         Ok(Arc::new(Container {
             dir: dir.to_owned(),
             cgroup: cgroup.clone(),
@@ -387,8 +398,9 @@ impl Containers {
         }))
     }
 
-    /// Makes the agent the parent of a process that a helper has made.
-    fn adopt(&self, created: Created) -> Result<Arc<Process>> {
+    /// Knows a process that a helper has made. The agent becomes its parent when the helper
+    /// is let go of.
+    fn adopt(&self, created: Created) -> Result<(Arc<Process>, AnswerSocket)> {
         let exit = self.reaper.watch(created.pid);
         let terminal = created
             .terminal
@@ -398,8 +410,7 @@ impl Containers {
         let process = Process::new(created.pid, exit, terminal)
             .map(Arc::new)
             .map_err(ContainerError::io("opening the process"))?;
-        drop(created.hold);
-        Ok(process)
+        Ok((process, created.hold))
     }
 
     /// Reports the end of a container's own process when it comes.

@@ -131,7 +131,8 @@ impl Containers {
             .map(AsFd::as_fd)
             .collect();
         let created = self.zygote.submit(&request, &with).await?;
-        let process = self.adopt(created)?;
+        let (process, hold) = self.adopt(created)?;
+        drop(hold);
         // It has no start to wait for.
         process.note_start();
         let stdio = Stdio {
