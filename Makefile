@@ -76,6 +76,11 @@ demo: ## set everything up and run a bundle in a VM
 test: ## set everything up and run all tests
 	@scripts/test
 
+.PHONY: fuzz
+fuzz: ## run every fuzz target for ten minutes
+	@scripts/setup-packages build
+	@scripts/fuzz
+
 .PHONY: test-kvm
 test-kvm: image ## run a selection of the tests on the built-in VMM, in a test machine with KVM
 	@scripts/test-kvm

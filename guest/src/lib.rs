@@ -23,6 +23,8 @@ pub mod clock;
 pub mod containers;
 pub mod debug_console;
 pub mod events;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod helper;
 pub mod hotplug;
 pub mod ipc;

@@ -15,7 +15,7 @@
 //! Until then it, and not the agent, is the parent of the container's first
 //! process, so that the process cannot be reaped before the agent knows it.
 
-mod request;
+pub(crate) mod request;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

@@ -4,6 +4,9 @@
 //! call has a deadline, ttrpc limits the size of a message, and the text of an
 //! error is cut and cleaned before it is shown.
 
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub mod fuzzing;
 mod resources;
 mod storage;
 pub mod streams;

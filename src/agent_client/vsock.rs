@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::sys::unix_socket;
 
 /// Longest answer line of the device, in bytes.
-const MAX_LINE: usize = 128;
+pub(super) const MAX_LINE: usize = 128;
 
 /// Asks for a port without waiting for the answer, so that several can be
 /// asked for at once; [`Dialing::finish`] waits.
@@ -30,6 +30,12 @@ pub fn start(dir: BorrowedFd<'_>, name: &str, port: u32) -> io::Result<Dialing> 
 pub struct Dialing(UnixStream);
 
 impl Dialing {
+    /// A connection that is asked for already.
+    #[cfg(any(test, fuzzing))]
+    pub fn of_stream(stream: UnixStream) -> Dialing {
+        Dialing(stream)
+    }
+
     /// Sends the first bytes of the stream ahead; the device keeps them until the
     /// guest has accepted. They have to fit into the socket's buffer.
     ///

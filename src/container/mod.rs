@@ -13,6 +13,9 @@ mod devices;
 pub mod events;
 pub mod exec;
 pub mod execs;
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub mod fuzzing;
 pub mod guest_spec;
 pub mod guest_volumes;
 pub mod hooks;

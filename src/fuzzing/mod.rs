@@ -9,6 +9,7 @@
 
 mod input;
 
+pub use crate::agent_client::fuzzing::{agent_answers, agent_client};
 pub use crate::vm::fuzzing::*;
 pub use input::Input;
 
@@ -20,11 +21,28 @@ pub struct Target {
     pub run: fn(&[u8]),
 }
 
+/// A table of entry points by their names.
+macro_rules! targets {
+    ($($name:ident),* $(,)?) => {
+        &[$(Target { name: stringify!($name), run: $name }),*]
+    };
+}
+
 /// All of this crate's.
-pub const TARGETS: &[Target] = &[Target {
-    name: "registers",
-    run: registers,
-}];
+pub const TARGETS: &[Target] = targets![
+    agent_answers,
+    agent_client,
+    balloon,
+    block,
+    fs,
+    more_memory,
+    net,
+    qmp,
+    registers,
+    rng,
+    vsock,
+    vsock_packets,
+];
 
 #[cfg(test)]
 mod tests {
@@ -42,6 +60,26 @@ mod tests {
         inputs.extend(kept.map(|entry| std::fs::read(entry.unwrap().path()).unwrap()));
         assert!(inputs.len() > before, "the corpus of {name} is empty");
         inputs
+    }
+
+    /// Xorshift (Marsaglia, 2003).
+    fn random(seed: &mut u64) -> u64 {
+        *seed ^= *seed << 13;
+        *seed ^= *seed >> 7;
+        *seed ^= *seed << 17;
+        *seed >> 8
+    }
+
+    #[test]
+    fn no_input_at_random_does_harm() {
+        let mut seed = 0x5eed;
+        for target in TARGETS {
+            for _ in 0..100 {
+                let len = random(&mut seed) % 600;
+                let input: Vec<u8> = (0..len).map(|_| random(&mut seed) as u8).collect();
+                (target.run)(&input);
+            }
+        }
     }
 
     #[test]

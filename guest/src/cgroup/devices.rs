@@ -164,6 +164,12 @@ fn program(rules: &[Rule]) -> Vec<Insn> {
     program
 }
 
+/// Length of the program that the rules make, in instructions.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn program_len(rules: &[Rule]) -> usize {
+    program(rules).len()
+}
+
 fn answer(allow: bool) -> [Insn; 2] {
     [
         insn(MOVE_IMM, R_RESULT, 0, 0, u32::from(allow)),

@@ -97,7 +97,7 @@ fn find<'a>(dir: &Path, setting: &'a Setting) -> Result<Option<Change<'a>>, Sett
 
 /// A file of a controller. Those of the cgroup itself (`cgroup.*`) are the
 /// agent's.
-fn is_limit(file: &str) -> bool {
+pub(crate) fn is_limit(file: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     file.chars().all(plain)
         && file

@@ -27,13 +27,13 @@ mod joins;
 mod late_mounts;
 mod lookup;
 mod namespaces;
-mod passwd;
+pub(crate) mod passwd;
 mod preserved;
 mod resources;
 mod rlimits;
 mod rootfs;
 mod seccomp;
-mod spec;
+pub(crate) mod spec;
 mod tenant;
 mod terminal;
 

@@ -28,7 +28,7 @@ pub fn home_of(uid: u32) -> String {
     }
 }
 
-fn home_in(passwd: &[u8], uid: u32) -> Option<String> {
+pub(crate) fn home_in(passwd: &[u8], uid: u32) -> Option<String> {
     passwd.split(|&b| b == b'\n').find_map(|line| {
         // name:password:uid:gid:gecos:home:shell
         let mut fields = line.split(|&b| b == b':');

@@ -237,6 +237,53 @@ fn describe(message: &RouteNetlinkMessage) -> String {
     }
 }
 
+/// Makes messages of all that a request has, as if every interface were there, in the
+/// form in which the kernel gets them.
+#[cfg(any(test, fuzzing))]
+pub fn messages(request: &ApplyRequest) -> Vec<Vec<u8>> {
+    use netlink_packet_core::{NetlinkHeader, NetlinkMessage, NetlinkPayload};
+    use std::iter::zip;
+
+    let macs = request.interfaces.iter().map(|i| i.device_mac.clone());
+    let applied = Applied {
+        indices: zip(macs, 2..).collect(),
+        ..Applied::default()
+    };
+    let indices = Indices::of(request, &applied);
+    let mut messages = Vec::new();
+    let all = |list: &[Vec<u8>], decode: &dyn Fn(&[u8]) -> Option<RouteNetlinkMessage>| {
+        list.iter()
+            .filter_map(|bytes| decode(bytes))
+            .collect::<Vec<_>>()
+    };
+    messages.extend(all(&request.addresses, &|bytes| {
+        let address = address(bytes, &indices).ok()??;
+        let _ = link_local(&address);
+        Some(RouteNetlinkMessage::NewAddress(address))
+    }));
+    messages.extend(all(&request.routes, &|bytes| {
+        let route = route(bytes, &indices).ok()??;
+        Some(RouteNetlinkMessage::NewRoute(route))
+    }));
+    messages.extend(all(&request.neighbours, &|bytes| {
+        let neighbour = neighbour(bytes, &indices).ok()??;
+        Some(RouteNetlinkMessage::NewNeighbour(neighbour))
+    }));
+    messages.extend(all(&request.rules, &|bytes| {
+        Some(RouteNetlinkMessage::NewRule(rule(bytes).ok()?))
+    }));
+    let encode = |message: RouteNetlinkMessage| {
+        let _ = describe(&message);
+        let payload = NetlinkPayload::InnerMessage(message);
+        let mut message = NetlinkMessage::new(NetlinkHeader::default(), payload);
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        bytes
+    };
+    messages.into_iter().map(encode).collect()
+}
+
 /// Interfaces of a request: indices on the host, and in the guest.
 struct Indices {
     by_host: HashMap<u32, u32>,

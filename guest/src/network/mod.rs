@@ -188,6 +188,12 @@ fn check(request: &ApplyRequest) -> Result<()> {
     Ok(())
 }
 
+/// Whether a request passes, and what the kernel gets of its messages.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn judge(request: &ApplyRequest) -> (bool, Vec<Vec<u8>>) {
+    (check(request).is_ok(), apply::messages(request))
+}
+
 #[async_trait]
 impl Network for NetworkService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {

@@ -214,6 +214,11 @@ fn plain(name: &str) -> Result<&str> {
     Ok(name)
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) fn is_plain(name: &str) -> bool {
+    plain(name).is_ok()
+}
+
 /// Makes the directory that a volume is mounted on.
 fn make_place(name: &str) -> Result<PathBuf> {
     let place = Path::new(GUEST_VOLUMES_DIR).join(name);

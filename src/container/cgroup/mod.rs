@@ -17,9 +17,14 @@ use rustix::fs::{Access, access};
 use self::systemd::Scope;
 use super::Error;
 
-/// How long a cgroup may stay busy after its last process has ended.
-const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
-const REMOVE_RETRY: Duration = Duration::from_millis(5);
+/// How long a cgroup may stay busy after its last process has ended: a machine of KVM is
+/// taken apart meanwhile, with threads of the kernel's that are in its cgroup.
+const REMOVE_DEADLINE: Duration = Duration::from_secs(10);
+/// Wait before the first of the next attempts, and before the last ones.
+const REMOVE_RETRY: std::ops::Range<Duration> =
+    Duration::from_millis(2)..Duration::from_millis(100);
+/// Most processes that the error names.
+const MAX_NAMED: usize = 5;
 
 /// One cgroup hierarchy of the host.
 #[derive(Debug, PartialEq, Eq)]
@@ -222,29 +227,70 @@ pub fn join(directories: &[PathBuf], pid: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes the directories; those above them stay, as with runc.
+/// Removes the directories, with those that somebody has made below them; those above
+/// them stay, as with runc.
 ///
 /// # Errors
 /// One that is still busy after a while.
 pub fn remove(directories: &[PathBuf]) -> io::Result<()> {
     let end = Instant::now() + REMOVE_DEADLINE;
     for dir in directories {
-        loop {
-            match fs::remove_dir(dir) {
-                Ok(()) => break,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => break,
-                // A process that has ended leaves its cgroup a little later.
-                Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < end => {
-                    std::thread::sleep(REMOVE_RETRY);
-                }
-                Err(e) => {
-                    let text = format!("removing the cgroup {}: {e}", dir.display());
-                    return Err(io::Error::new(e.kind(), text));
-                }
-            }
-        }
+        remove_one(dir, end).map_err(|e| {
+            let text = format!(
+                "removing the cgroup {}: {e}{}",
+                dir.display(),
+                who_is_in(dir)
+            );
+            io::Error::new(e.kind(), text)
+        })?;
     }
     Ok(())
+}
+
+fn remove_one(dir: &Path, end: Instant) -> io::Result<()> {
+    let mut wait = REMOVE_RETRY.start;
+    loop {
+        match fs::remove_dir(dir) {
+            Ok(()) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // There are others in it, or a process that has ended leaves it a little later.
+            Err(e) if is_busy(&e) && Instant::now() < end => {
+                for below in subdirectories(dir) {
+                    remove_one(&below, end)?;
+                }
+                std::thread::sleep(wait);
+                wait = (wait * 2).min(REMOVE_RETRY.end);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+fn is_busy(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EBUSY | libc::ENOTEMPTY))
+}
+
+fn subdirectories(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    entries.filter(is_dir).map(|entry| entry.path()).collect()
+}
+
+/// The processes that keep a cgroup busy, as the end of an error's text.
+fn who_is_in(dir: &Path) -> String {
+    let pids = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    let names: Vec<String> = pids
+        .lines()
+        .take(MAX_NAMED)
+        .map(|pid| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            format!("{pid} ({})", name.trim_end())
+        })
+        .collect();
+    match names.as_slice() {
+        [] => String::new(),
+        names => format!("; in it are {}", names.join(", ")),
+    }
 }
 
 #[cfg(test)]

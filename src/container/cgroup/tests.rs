@@ -37,3 +37,44 @@ fn a_v2_host_has_one_hierarchy() {
 fn a_path_that_leads_upwards_is_refused() {
     assert!(directories(Some(Path::new("/a/../../etc")), "c1", None).is_err());
 }
+
+/// Directories of a cgroup of this test's own in every hierarchy.
+fn own_directories(name: &str) -> Vec<PathBuf> {
+    let path = format!("/kuasar-runv-test-{name}-{}", std::process::id());
+    let made = directories(Some(Path::new(&path)), "c1", None).unwrap();
+    create(&made).unwrap();
+    made
+}
+
+#[test]
+fn a_cgroup_that_is_busy_goes_when_its_process_has() {
+    let made = own_directories("busy");
+    let mut sleep = std::process::Command::new("sleep")
+        .arg("60")
+        .spawn()
+        .unwrap();
+    join(&made, sleep.id() as i32).unwrap();
+    assert!(who_is_in(&made[0]).contains(&format!("{} (sleep)", sleep.id())));
+    assert!(is_busy(&fs::remove_dir(&made[0]).unwrap_err()));
+    let end = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        sleep.kill().unwrap();
+        sleep.wait().unwrap();
+    });
+    remove(&made).unwrap();
+    end.join().unwrap();
+    assert!(made.iter().all(|dir| !dir.exists()));
+}
+
+#[test]
+fn cgroups_that_somebody_made_below_go_too() {
+    let made = own_directories("nested");
+    for dir in &made {
+        fs::create_dir_all(dir.join("a/b")).unwrap();
+        fs::create_dir(dir.join("c")).unwrap();
+    }
+    remove(&made).unwrap();
+    assert!(made.iter().all(|dir| !dir.exists()));
+    // Again, as after a delete that was killed.
+    remove(&made).unwrap();
+}

@@ -5,11 +5,11 @@
 //! processes that stand for the container's own and for those of `exec`.
 
 mod columns;
-mod options;
+pub(super) mod options;
 
 use std::collections::HashMap;
 
-use kuasar_runv_protocol::agent::ProcessInfo;
+use kuasar_runv_protocol::agent::{ListProcessesResponse, ProcessInfo};
 use kuasar_runv_protocol::{MAX_ARGS_LEN, MAX_PROCESSES};
 
 use super::state::{ContainerRecord, Status};
@@ -52,14 +52,12 @@ pub fn table(root: &Root, id: &str, ps_options: &[String]) -> Result<String, Con
     let mut memory_kib = 0;
     if has_processes(record.status(root)) {
         let agent = Guest::open(root, &record.sandbox_id)?.agent()?;
-        let mut listed = agent.list_processes(id).map_err(ContainerError::Agent)?;
+        let listed = agent.list_processes(id).map_err(ContainerError::Agent)?;
         if listed.truncated {
             log::warn!("the container has more than {MAX_PROCESSES} processes; not all are shown");
         }
         memory_kib = listed.memory_kib;
-        processes = std::mem::take(&mut listed.processes);
-        processes.truncate(MAX_PROCESSES);
-        processes.iter_mut().for_each(make_printable);
+        processes = checked(listed);
     }
     let facts = Facts::new(memory_kib, names("/etc/passwd"), names("/etc/group"));
     Ok(columns::render(&layout, &processes, &facts))
@@ -92,6 +90,21 @@ pub fn json(root: &Root, id: &str) -> Result<String, ContainerError> {
 
 fn has_processes(status: Status) -> bool {
     !matches!(status, Status::Creating | Status::Stopped)
+}
+
+/// What the guest says, bounded and printable.
+fn checked(listed: ListProcessesResponse) -> Vec<ProcessInfo> {
+    let mut processes = listed.processes;
+    processes.truncate(MAX_PROCESSES);
+    processes.iter_mut().for_each(make_printable);
+    processes
+}
+
+/// As [`table`], of what a guest says.
+#[cfg(any(test, fuzzing))]
+pub fn table_of(listed: ListProcessesResponse, layout: &options::Layout) -> String {
+    let facts = Facts::new(listed.memory_kib, HashMap::new(), HashMap::new());
+    columns::render(layout, &checked(listed), &facts)
 }
 
 /// The guest's texts made fit for a terminal, and bounded.

@@ -19,8 +19,21 @@ pub(super) struct AgentEvents {
 }
 
 impl AgentEvents {
+    pub(super) fn new(stream: UnixStream) -> AgentEvents {
+        AgentEvents {
+            stream,
+            buffer: Vec::new(),
+        }
+    }
+
+    /// What waits for its end to come.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn waiting(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// The events that are complete.
-    fn receive(&mut self) -> io::Result<Vec<Event>> {
+    pub(super) fn receive(&mut self) -> io::Result<Vec<Event>> {
         let mut chunk = [0; 4096];
         match self.stream.read(&mut chunk) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -61,10 +74,7 @@ impl Sandboxer {
         });
         match accepted {
             Ok(stream) => {
-                self.agent = Some(AgentEvents {
-                    stream,
-                    buffer: Vec::new(),
-                });
+                self.agent = Some(AgentEvents::new(stream));
                 // Containers can open vsock connections too: only the first one,
                 // made before there is any, is the agent's.
                 self.event_listener = None;

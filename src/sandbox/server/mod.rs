@@ -11,6 +11,9 @@
 mod agent;
 mod clients;
 mod clock;
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub mod fuzzing;
 mod identity;
 pub(super) mod machine;
 mod network;

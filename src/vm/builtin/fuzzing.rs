@@ -7,6 +7,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::devices::{block, fuzzing as devices, net};
 use super::layout::{VIRTIO_SIZE, VIRTIO_SLOTS, VIRTIO_START};
 use super::machine::Board;
 use super::memory::MemoryFile;
@@ -16,6 +17,25 @@ use super::virtio::rings::{Events, SharedRings};
 use super::virtio::worker::ServiceMemory;
 use crate::fuzzing::Input;
 use crate::vm::devices::vhost_user::lock;
+
+/// A device by the input's driver.
+macro_rules! devices {
+    ($($name:ident: $($path:ident)::+),* $(,)?) => {$(
+        pub fn $name(input: &[u8]) {
+            $($path)::+(&mut Input::new(input));
+        }
+    )*};
+}
+
+devices! {
+    balloon: devices::balloon,
+    block: block::fuzzing::block,
+    fs: devices::fs,
+    more_memory: devices::more_memory,
+    net: net::fuzzing::net,
+    rng: devices::rng,
+    vsock: devices::vsock,
+}
 
 /// Slots that have a device, and that the input mostly is about.
 const DEVICES: usize = 3;

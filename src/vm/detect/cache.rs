@@ -18,7 +18,7 @@ use super::{KvmStatus, record};
 /// Bumped when the record or the probe changes.
 const VERSION: u32 = 1;
 /// Longest wait for another process's probe, a few times what it takes.
-const LOCK_DEADLINE: Duration = Duration::from_secs(3);
+const LOCK_DEADLINE: Duration = Duration::from_secs(6);
 const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 /// What an answer depends on.

@@ -42,7 +42,7 @@ impl fmt::Display for KvmStatus {
 const KVM_DEVICE: &str = "/dev/kvm";
 
 /// Asks the cache below `cache_dir`, or else the machine. A probe takes some
-/// milliseconds where KVM works and up to two seconds where it does not.
+/// milliseconds where KVM works and up to four seconds where it does not.
 ///
 /// Never fails: what cannot be found out is `Unusable` with the reason, and a
 /// cache that cannot be used only costs the time of another probe.
@@ -81,7 +81,7 @@ fn ask(cache: &Cache, machine: &Machine, probe: impl FnOnce() -> Outcome) -> Kvm
     }
     let status = match probe() {
         Outcome::Works => KvmStatus::Usable,
-        Outcome::Fails(reason) => KvmStatus::Unusable { reason },
+        Outcome::Fails(reason) | Outcome::TooSlow(reason) => KvmStatus::Unusable { reason },
         Outcome::Unknown(reason) => return KvmStatus::Unusable { reason },
     };
     if let Err(e) = cache.put(machine, &status) {

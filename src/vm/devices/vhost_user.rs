@@ -76,6 +76,17 @@ impl Status {
         }))
     }
 
+    fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
+    /// For who drives a device without a [`Handle`].
+    #[cfg(any(test, fuzzing))]
+    #[track_caller]
+    pub fn assert_works(&self) {
+        assert_eq!(self.failure(), None, "the device has failed");
+    }
+
     /// The device no longer works. The first reason counts.
     fn fail(&self, reason: String) {
         self.failure.get_or_init(|| reason);
@@ -119,7 +130,7 @@ impl Handle {
     /// no use any more. `None` while it works, and when it ended with its VMM.
     #[must_use]
     pub fn failure(&self) -> Option<&str> {
-        self.status.failure.get().map(String::as_str)
+        self.status.failure()
     }
 }
 

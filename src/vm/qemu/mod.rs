@@ -12,6 +12,9 @@
 mod block;
 mod command_line;
 mod events;
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub(super) mod fuzzing;
 mod hotplug;
 mod qmp;
 pub mod requirements;

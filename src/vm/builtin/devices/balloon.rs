@@ -58,8 +58,10 @@ impl Service for Balloon {
 
 impl Balloon {
     fn discard(&self, chain: DescriptorChain<&GuestMemoryMmap>) {
-        // The guest may only give away what the device may write to.
-        for pages in chain.writable() {
+        // The guest may only give away what the device may write to. Linux reports no more at
+        // once than the queue holds; a chain that goes round would have the kernel give the
+        // same back for seconds.
+        for pages in chain.writable().take(usize::from(QUEUE_SIZE)) {
             if let Err(e) = self.file.discard(pages.addr(), pages.len().into()) {
                 log::warn!("balloon: giving memory back: {e}");
                 return;
@@ -98,6 +100,22 @@ mod tests {
         assert_eq!(ring.read(0x20_000, 4), [0; 4]);
         assert_eq!(ring.read(0x30_000, 4), [0; 4]);
         assert_eq!(ring.read(0x40_000, 4), b"data");
+    }
+
+    #[test]
+    fn a_report_is_not_longer_than_its_queue() {
+        let mut ring = TestRing::new();
+        let pages = (0..QUEUE_SIZE).map(|n| (0x20_000 + u64::from(n) * 0x1000, 0x1000));
+        let pages: Vec<_> = pages.chain([(0x80_000, 0x1000)]).collect();
+        for (address, _) in &pages {
+            ring.write(*address, b"data");
+        }
+        ring.add_indirect(0x10_000, &pages);
+        report(&ring, 2);
+        assert_eq!(ring.used(), [0]);
+        assert_eq!(ring.read(0x20_000, 4), [0; 4]);
+        assert_eq!(ring.read(0x20_000 + 31 * 0x1000, 4), [0; 4]);
+        assert_eq!(ring.read(0x80_000, 4), b"data");
     }
 
     #[test]

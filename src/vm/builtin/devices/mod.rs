@@ -8,6 +8,9 @@ mod balloon;
 pub mod block;
 mod buffers;
 mod console;
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub mod fuzzing;
 #[cfg(test)]
 mod hostile;
 mod mailbox;

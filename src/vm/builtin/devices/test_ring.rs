@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_bindings::bindings::virtio_ring::{
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::vm::builtin::memory::MemoryFile;
@@ -98,6 +100,25 @@ impl TestQueue {
         let head = self.next_descriptor;
         let flags = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE;
         self.descriptor(0x50_000, 16, flags, head);
+        self.publish(head);
+    }
+
+    /// Makes a chain of writable buffers available that is in a table of its own.
+    pub fn add_indirect(&mut self, table: u64, buffers: &[(u64, u32)]) {
+        let count = buffers.len() as u16;
+        for (index, (address, len)) in (0..count).zip(buffers) {
+            let place = table + u64::from(index) * 16;
+            let more = u32::from(index + 1 < count) * VRING_DESC_F_NEXT;
+            self.write(place, &address.to_le_bytes());
+            self.write(place + 8, &len.to_le_bytes());
+            self.write(
+                place + 12,
+                &((VRING_DESC_F_WRITE | more) as u16).to_le_bytes(),
+            );
+            self.write(place + 14, &(index + 1).to_le_bytes());
+        }
+        let head = self.next_descriptor;
+        self.descriptor(table, u32::from(count) * 16, VRING_DESC_F_INDIRECT, 0);
         self.publish(head);
     }
 

@@ -11,6 +11,7 @@ use std::sync::Mutex;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::filesystem::FileSystem;
 use virtiofsd::fuse::{InHeader, Opcode, OutHeader};
 use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::server::Server;
@@ -24,14 +25,20 @@ use crate::vm::devices::vhost_user::{lock, panic_text};
 pub type GuestMemory = GuestMemoryMmap<BitmapMmapRegion>;
 
 /// The file system device of one VM.
-pub struct Device {
-    server: Server<Guard<PassthroughFs>>,
+pub struct Device<F = PassthroughFs>
+where
+    Guard<F>: FileSystem + Sync,
+{
+    server: Server<Guard<F>>,
     noise: Mutex<Throttle>,
 }
 
-impl Device {
+impl<F> Device<F>
+where
+    Guard<F>: FileSystem + Sync,
+{
     /// A device that serves these files.
-    pub fn new(files: Guard<PassthroughFs>) -> Self {
+    pub fn new(files: Guard<F>) -> Self {
         Self {
             server: Server::new(files),
             noise: Mutex::new(Throttle::default()),

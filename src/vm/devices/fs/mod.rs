@@ -38,6 +38,9 @@
 
 mod config;
 mod device;
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub(in crate::vm) mod fuzzing;
 mod guard;
 mod known;
 mod privileges;

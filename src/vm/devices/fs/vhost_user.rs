@@ -11,11 +11,14 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_queue::Error as QueueError;
+use virtiofsd::filesystem::FileSystem;
+use virtiofsd::passthrough::PassthroughFs;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use super::device::{Device, GuestMemory};
+use super::guard::Guard;
 use crate::vm::devices::vhost_user::{ExitEvent, Ring, Status, guarded, is_running, lock};
 
 type Memory = GuestMemoryAtomic<GuestMemory>;
@@ -28,17 +31,23 @@ const QUEUE_SIZE: usize = 1024;
 const BATCH: usize = 64;
 
 /// The device and what the worker needs to run it.
-pub struct Backend {
-    device: Device,
+pub struct Backend<F = PassthroughFs>
+where
+    Guard<F>: FileSystem + Sync,
+{
+    device: Device<F>,
     exit: ExitEvent,
     status: Arc<Status>,
     memory: Mutex<Option<Memory>>,
 }
 
-impl Backend {
+impl<F> Backend<F>
+where
+    Guard<F>: FileSystem + Sync,
+{
     /// # Errors
     /// No descriptor is to be had.
-    pub fn new(device: Device, status: Arc<Status>) -> io::Result<Arc<Self>> {
+    pub fn new(device: Device<F>, status: Arc<Status>) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             device,
             exit: ExitEvent::new()?,
@@ -80,7 +89,10 @@ impl Backend {
     }
 }
 
-impl VhostUserBackend for Backend {
+impl<F: Send + Sync> VhostUserBackend for Backend<F>
+where
+    Guard<F>: FileSystem + Sync,
+{
     type Bitmap = BitmapMmapRegion;
     type Vring = Ring<Memory>;
 

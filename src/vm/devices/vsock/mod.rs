@@ -29,10 +29,18 @@
 
 pub mod connection;
 pub mod device;
+#[cfg(any(test, fuzzing))]
+#[allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a fuzz target fails by panicking"
+)]
+pub(in crate::vm) mod fuzzing;
 pub mod host;
 pub mod packet;
 pub mod table;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 mod tests;
 mod vhost_user;
 
@@ -44,7 +52,8 @@ use std::sync::Arc;
 use rustix::thread::CapabilitySet;
 
 use self::device::Device;
-use self::vhost_user::{Backend, CONTINUE_EVENT, HOST_EVENT};
+use self::vhost_user::Backend;
+pub(in crate::vm) use self::vhost_user::{CONTINUE_EVENT, HOST_EVENT};
 use super::vhost_user::{Control, Error, Handle, serve};
 use crate::sys::capabilities::limit_to;
 

@@ -59,7 +59,7 @@ impl Disk {
     }
 
     /// As if the file were a device with blocks of this size.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn demand_alignment(&mut self, alignment: usize) {
         self.alignment = alignment;
     }

@@ -5,6 +5,9 @@
 //! without a copy.
 
 mod disk;
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub mod fuzzing;
 mod request;
 
 use std::io;

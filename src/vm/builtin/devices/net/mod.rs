@@ -9,6 +9,9 @@
 //! there ([`vhost`]), or else by a thread for each pair ([`pair`]).
 
 mod control;
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub mod fuzzing;
 mod pair;
 mod tap;
 mod vhost;

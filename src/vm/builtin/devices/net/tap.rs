@@ -40,6 +40,12 @@ impl TapQueue {
         Ok(TapQueue(RwLock::new(Some(file))))
     }
 
+    /// Any socket of datagrams as if it were an interface.
+    #[cfg(any(test, fuzzing))]
+    pub fn of_socket(socket: OwnedFd) -> TapQueue {
+        TapQueue(RwLock::new(Some(File::from(socket))))
+    }
+
     pub fn file(&self) -> RwLockReadGuard<'_, Option<File>> {
         self.0.read_unpoisoned()
     }

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use vhost::vhost_kern::VhostKernBackend;
 use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{GuestAddressSpace, GuestMemory};
+use vm_memory::{Address, GuestAddressSpace, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
@@ -49,13 +49,16 @@ impl VhostNet {
         };
         vhost.set_owner().map_err(io::Error::other)?;
         let guest = memory.memory();
-        let regions: Result<Vec<_>, _> = guest
-            .iter()
-            .map(VhostUserMemoryRegionInfo::from_guest_region)
-            .collect();
-        regions
-            .and_then(|regions| vhost.set_mem_table(&regions))
-            .map_err(io::Error::other)?;
+        // The kernel works in this process's mapping, and asks for no file.
+        let regions = guest.iter().map(|region| VhostUserMemoryRegionInfo {
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            mmap_offset: 0,
+            mmap_handle: -1,
+        });
+        let regions: Vec<_> = regions.collect();
+        vhost.set_mem_table(&regions).map_err(io::Error::other)?;
         Ok(vhost)
     }
 

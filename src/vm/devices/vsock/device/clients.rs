@@ -217,19 +217,19 @@ impl Device {
         self.remove(token);
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn connections(&self) -> usize {
         self.table.len()
     }
 
     /// Packets and turns that wait for receive buffers.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn waiting(&self) -> (usize, usize) {
         (self.replies.len(), self.ready.len())
     }
 
     /// Lets every deadline pass.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn expire_all(&mut self) {
         for token in self.table.select(|c| c.deadline.is_some()) {
             self.expire(token);

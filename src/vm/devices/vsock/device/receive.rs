@@ -202,7 +202,12 @@ impl Device {
         let mut buffers = Vec::new();
         slices.clear();
         slices.clear_iovecs();
-        while wanted > 0 {
+        // No more than the ring holds, or a guest that adds buffers without room for payload
+        // as fast as they are taken would keep the device here, and have it remember them.
+        for _ in 0..queue.size() {
+            if wanted == 0 {
+                break;
+            }
             let start = slices.end();
             let Some((head, room)) = self.next_buffer(mem, queue, slices)? else {
                 break;
