@@ -40,6 +40,7 @@ pub const TARGETS: &[Target] = targets![
     qmp,
     registers,
     rng,
+    snapshot,
     vsock,
     vsock_packets,
 ];

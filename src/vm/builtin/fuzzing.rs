@@ -12,8 +12,11 @@ use super::layout::{VIRTIO_SIZE, VIRTIO_SLOTS, VIRTIO_START};
 use super::machine::Board;
 use super::memory::MemoryFile;
 use super::ports::{Console, Line, Ports};
-use super::virtio::registers::{Identity, QueueSetup, Rings};
+use super::snapshot::format::State;
+use super::snapshot::sample;
+use super::virtio::registers::{Identity, QueueSetup, Registers, Rings};
 use super::virtio::rings::{Events, SharedRings};
+use super::virtio::saved::{Position, SavedDevice, SavedDriver};
 use super::virtio::worker::ServiceMemory;
 use crate::fuzzing::Input;
 use crate::vm::devices::vhost_user::lock;
@@ -51,15 +54,20 @@ struct Checked {
 
 impl Rings for Checked {
     fn start(&mut self, features: u64, queues: &[QueueSetup]) -> bool {
+        self.go_on(features, queues, &vec![Position::default(); queues.len()])
+    }
+
+    fn go_on(&mut self, features: u64, queues: &[QueueSetup], positions: &[Position]) -> bool {
         assert!(!*lock(&self.is_running), "started twice");
         assert_eq!(features & !self.identity.features, 0, "was not offered");
         assert_ne!(features & VERSION_1, 0);
         assert_eq!(queues.len(), self.identity.queues.len());
+        assert_eq!(queues.len(), positions.len());
         for (queue, most) in queues.iter().zip(&self.identity.queues) {
             let fits = queue.size.is_power_of_two() && queue.size <= *most;
             assert!(!queue.ready || fits, "{queue:?} of {most}");
         }
-        let started = self.rings.start(features, queues);
+        let started = self.rings.go_on(features, queues, positions);
         *lock(&self.is_running) = started;
         started
     }
@@ -73,14 +81,21 @@ impl Rings for Checked {
     }
 }
 
+fn features(number: usize) -> u64 {
+    VERSION_1 | 0x3000_0000 | 1 << (number * 7)
+}
+
+fn queue_sizes(number: usize) -> Vec<u16> {
+    [vec![64], vec![128, 1024], vec![256, 256, 16]][number].clone()
+}
+
 /// A device without a worker, and whether it runs.
 fn device(number: usize, memory: &ServiceMemory<()>) -> (Checked, Arc<Mutex<bool>>) {
-    let queues = [vec![64], vec![128, 1024], vec![256, 256, 16]][number].clone();
     let identity = Identity {
         id: number as u32 + 1,
-        features: VERSION_1 | 0x3000_0000 | 1 << (number * 7),
+        features: features(number),
         config: vec![number as u8; 24].into(),
-        queues,
+        queues: queue_sizes(number),
     };
     let is_running = Arc::new(Mutex::new(false));
     let events = Events::new(identity.queues.len()).expect("descriptors");
@@ -91,6 +106,75 @@ fn device(number: usize, memory: &ServiceMemory<()>) -> (Checked, Arc<Mutex<bool
         is_running: is_running.clone(),
     };
     (checked, is_running)
+}
+
+/// The files of a template that somebody has changed: what is in `state`, and what a
+/// device is told to go on with.
+pub fn snapshot(input: &[u8]) {
+    // Nearly always its first line is wrong.
+    let _ = State::parse(input);
+    let mut input = Input::new(input);
+    let saved = saved_device(&mut input);
+    let file = MemoryFile::new(MEMORY, 0).expect("memory");
+    let memory = GuestMemoryAtomic::new(file.map().expect("memory"));
+    for number in 0..DEVICES {
+        let (checked, is_running) = device(number, &memory);
+        let mut registers = Registers::default();
+        registers.insert(checked.identity.clone(), Box::new(checked));
+        let restored = registers.restore(&SavedDevice {
+            id: number as u32 + 1,
+            ..saved.clone()
+        });
+        assert!(
+            restored.is_ok() || !*lock(&is_running),
+            "it runs all the same"
+        );
+        registers.remove();
+        assert!(!*lock(&is_running));
+    }
+    let mut state = sample::state();
+    state.devices = vec![saved];
+    let mut json = serde_json::to_vec(&state).expect("JSON");
+    while !input.is_empty() {
+        let at = usize::from(input.u16()) % json.len();
+        let new = input.bytes(4);
+        json.splice(at..(at + new.len()).min(json.len()), new.iter().copied());
+    }
+    if let Ok(state) = State::parse(&sample::file(&json)) {
+        let again = serde_json::to_vec(&state).expect("JSON");
+        assert_eq!(State::parse(&sample::file(&again)), Ok(state));
+    }
+}
+
+/// Mostly one that fits a device of [`device`].
+fn saved_device(input: &mut Input<'_>) -> SavedDevice {
+    let number = input.below(DEVICES);
+    let queue_sizes = queue_sizes(number);
+    let count = queue_sizes.len() + usize::from(input.byte() == 1);
+    let queues = (0..count).map(|_| QueueSetup {
+        size: 1 << (input.byte() % 11),
+        ready: input.flag(),
+        descriptors: u64::from(input.u16()) & !0xf,
+        available: u64::from(input.u16()) & !1,
+        used: u64::from(input.u16()) & !3,
+    });
+    let queues: Vec<_> = queues.collect();
+    let positions = (0..count).map(|_| Position {
+        available: input.u16(),
+        used: input.u16(),
+    });
+    SavedDevice {
+        id: 0,
+        offered: features(number),
+        queue_sizes,
+        driver: SavedDriver {
+            positions: positions.collect(),
+            queues,
+            status: [15, 11, 3, 1, 0, input.u32()][input.below(6)],
+            features: VERSION_1 | u64::from(input.byte()) << 28,
+            ..SavedDriver::default()
+        },
+    }
 }
 
 /// Reads and writes of any width at any address and port, in between devices that come,

@@ -107,7 +107,8 @@ impl MadeFor {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::unwrap_used)]
     pub fn of_test(size: VmSize) -> MadeFor {
         let file = FileId::of(Path::new("/proc/self/exe")).unwrap();
         MadeFor {

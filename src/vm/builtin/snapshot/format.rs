@@ -25,7 +25,7 @@ use crate::vm::builtin::virtio::saved::SavedDevice;
 
 /// Another one with each change of anything in here, or of what it means.
 pub const VERSION: u32 = 1;
-const MAGIC: &str = "kuasar-runv-template";
+pub const MAGIC: &str = "kuasar-runv-template";
 /// A machine with 64 processors has 2 MiB.
 const MAX_BYTES: u64 = 16 << 20;
 /// The first line is shorter.
@@ -118,7 +118,7 @@ impl State {
         Self::parse(&bytes).map_err(|what| Error::invalid(path, what))
     }
 
-    fn parse(bytes: &[u8]) -> Result<State, String> {
+    pub fn parse(bytes: &[u8]) -> Result<State, String> {
         if bytes.len() as u64 > MAX_BYTES {
             return Err("it is too long".into());
         }
@@ -178,61 +178,9 @@ impl State {
 }
 
 #[cfg(test)]
-pub mod tests {
+mod tests {
+    use super::super::sample::{file, state};
     use super::*;
-    use crate::vm::VmSize;
-
-    /// Of a machine with one processor and 16 MiB.
-    pub fn state() -> State {
-        let processor = Processor {
-            cpuid: vec![Plain(kvm_cpuid_entry2::default())],
-            tsc_khz: 1_000_000,
-            activity: Plain(kvm_mp_state::default()),
-            regs: Plain(kvm_regs::default()),
-            sregs: Plain(kvm_sregs::default()),
-            xsave: Plain(kvm_xsave::default()),
-            xcrs: Plain(kvm_xcrs::default()),
-            debug: Plain(kvm_debugregs::default()),
-            lapic: Plain(kvm_lapic_state::default()),
-            events: Plain(kvm_vcpu_events::default()),
-            msrs: vec![(0x10, 5), (0x6e0, u64::MAX)],
-        };
-        State {
-            made_for: MadeFor::of_test(VmSize {
-                vcpus: 1,
-                memory_mib: 16,
-            }),
-            created: 1,
-            extents: vec![
-                Extent {
-                    offset: 0,
-                    len: 0x1000,
-                },
-                Extent {
-                    offset: 0x1_0000,
-                    len: 0x2000,
-                },
-            ],
-            chips: Chips {
-                interrupts: [Plain(kvm_irqchip::default()); 3],
-                timer: Plain(kvm_pit_state2::default()),
-                clock: Plain(kvm_clock_data::default()),
-            },
-            processors: vec![processor],
-            serial: SavedSerial::default(),
-            devices: Vec::new(),
-        }
-    }
-
-    /// A file with a correct first line.
-    fn file(json: &[u8]) -> Vec<u8> {
-        let head = format!(
-            "{MAGIC} {VERSION} {} {:08x}\n",
-            json.len(),
-            crc32fast::hash(json)
-        );
-        [head.as_bytes(), json].concat()
-    }
 
     #[test]
     fn what_is_written_is_read() {

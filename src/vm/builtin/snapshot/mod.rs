@@ -26,6 +26,9 @@ pub mod pages;
 mod plain;
 pub mod processor;
 pub mod restore;
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, clippy::unwrap_used)]
+pub mod sample;
 pub mod store;
 
 use std::io;

@@ -266,7 +266,7 @@ impl Drop for New {
 
 #[cfg(test)]
 mod tests {
-    use super::super::format::tests::state;
+    use super::super::sample::state;
     use super::*;
     use std::os::unix::fs::{FileExt, PermissionsExt};
     use vm_memory::{Bytes, GuestAddress};
