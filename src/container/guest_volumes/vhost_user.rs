@@ -42,14 +42,16 @@ fn connect_to(socket: &File, deadline: Duration) -> io::Result<OwnedFd> {
     stream.set_read_timeout(Some(deadline))?;
     stream.set_write_timeout(Some(deadline))?;
     let header = |words: [u32; 3]| words.map(u32::to_le_bytes).concat();
-    stream.write_all(&header(GET_FEATURES))?;
     let mut answer = [0; 20];
-    stream.read_exact(&mut answer).map_err(|e| {
+    let asked = stream.write_all(&header(GET_FEATURES));
+    let answered = asked.and_then(|()| stream.read_exact(&mut answer));
+    answered.map_err(|e| {
         io::Error::other(match e.kind() {
             io::ErrorKind::WouldBlock => format!(
                 "the program there does not answer within {} s",
                 deadline.as_secs()
             ),
+            // It has closed the connection, before or after it was asked.
             _ => "the program there does not speak vhost-user, or serves another machine".into(),
         })
     })?;
@@ -117,6 +119,12 @@ mod tests {
             assert!(message.contains(words), "{message}");
         }
         let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hasty");
+        let listener = UnixListener::bind(&path).unwrap();
+        let hasty = thread::spawn(move || drop(listener.accept()));
+        let message = connect(&path).unwrap_err().to_string();
+        assert!(message.contains("does not speak"), "{message}");
+        hasty.join().unwrap();
         let path = dir.path().join("closed");
         drop(UnixListener::bind(&path).unwrap());
         assert!(connect(&path).is_err());
