@@ -135,6 +135,11 @@ fn a_disk_of_a_storage_daemon_is_a_block_device() {
     let mut written = [0; 5];
     file.read_exact_at(&mut written, 1 << 20).unwrap();
     assert_eq!(&written, b"guest");
+    // It serves no files, and nobody waits for some.
+    let bundle = world.bundle().sh("ls /vol");
+    let bundle = bundle.mount(program.mount("virtiofs", &[]));
+    let words = "serves no files";
+    let _ = world.try_create(&bundle, "files").fails_with(1, words);
 }
 
 #[test]

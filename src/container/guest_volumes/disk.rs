@@ -129,7 +129,9 @@ impl Disk {
     /// [`Error::InUse`], [`Error::Volume`].
     pub fn open(&self) -> Result<OwnedFd, Error> {
         if self.kind == DiskSource::Program {
-            return vhost_user::connect(&self.source);
+            let mounted = self.file_system.as_ref();
+            let files = mounted.is_some_and(|mounted| mounted.kind == VIRTIO_FS);
+            return vhost_user::connect(&self.source, files);
         }
         let mut options = OpenOptions::new();
         options.read(true).write(!self.read_only);

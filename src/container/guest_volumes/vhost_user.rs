@@ -22,21 +22,26 @@ const ANSWERS: Duration = Duration::from_secs(10);
 const GET_FEATURES: [u32; 3] = [1, 1, 0];
 const ANSWER: [u32; 3] = [1, 1 | 1 << 2, 8];
 
+/// Features that a disk may have and a file server has not: those of the kind of device
+/// (VIRTIO 1.2, 2.2) but the only one of file systems (5.11.3).
+const NOT_OF_FILES: u64 = 0x00ff_fffe;
+
 /// Connects to the program that listens at `path`, and has it show that it speaks
-/// the protocol: nobody waits for a program that does not after this.
+/// the protocol, and is no disk where `files` are wanted: nobody waits for a program that
+/// is another after this.
 ///
 /// # Errors
 /// [`Error::Volume`].
-pub fn connect(path: &Path) -> Result<OwnedFd, Error> {
+pub fn connect(path: &Path, files: bool) -> Result<OwnedFd, Error> {
     let socket = File::options()
         .read(true)
         .custom_flags(libc::O_PATH)
         .open(path)
         .map_err(at(path))?;
-    connect_to(&socket, ANSWERS).map_err(at(path))
+    connect_to(&socket, files, ANSWERS).map_err(at(path))
 }
 
-fn connect_to(socket: &File, deadline: Duration) -> io::Result<OwnedFd> {
+fn connect_to(socket: &File, files: bool, deadline: Duration) -> io::Result<OwnedFd> {
     let mut stream = unix_socket::connect_to(socket)?;
     // Both directions are in one message: this is the deadline of all.
     stream.set_read_timeout(Some(deadline))?;
@@ -60,6 +65,13 @@ fn connect_to(socket: &File, deadline: Duration) -> io::Result<OwnedFd> {
             "the program there does not speak vhost-user",
         ));
     }
+    let mut features = [0; 8];
+    features.copy_from_slice(&answer[12..]);
+    if files && u64::from_le_bytes(features) & NOT_OF_FILES != 0 {
+        return Err(io::Error::other(
+            "the program there serves no files: it is a disk's",
+        ));
+    }
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Ok(stream.into())
@@ -73,7 +85,7 @@ mod tests {
     use super::*;
 
     /// What [`connect_to`] makes of a program that answers like this, and what it asks.
-    fn with(answer: Option<&'static [u8]>) -> (io::Result<OwnedFd>, Vec<u8>) {
+    fn with(answer: Option<&'static [u8]>, files: bool) -> (io::Result<OwnedFd>, Vec<u8>) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
@@ -93,16 +105,26 @@ mod tests {
             }
             asked
         });
-        let connected = connect_to(&socket, Duration::from_millis(300));
+        let connected = connect_to(&socket, files, Duration::from_millis(300));
         (connected, program.join().unwrap())
     }
 
     #[test]
     fn a_program_is_asked_what_it_is() {
         let features = b"\x01\0\0\0\x05\0\0\0\x08\0\0\0\0\0\0\x40\x01\0\0\0";
-        let (connected, asked) = with(Some(features));
+        let (connected, asked) = with(Some(features), false);
         assert!(connected.is_ok());
         assert_eq!(asked, b"\x01\0\0\0\x01\0\0\0\0\0\0\0");
+    }
+
+    #[test]
+    fn a_disk_is_told_from_files() {
+        let flush = b"\x01\0\0\0\x05\0\0\0\x08\0\0\0\0\x02\0\x40\x01\0\0\0";
+        assert!(with(Some(flush), false).0.is_ok());
+        let message = with(Some(flush), true).0.unwrap_err().to_string();
+        assert!(message.contains("serves no files"), "{message}");
+        let files = b"\x01\0\0\0\x05\0\0\0\x08\0\0\0\0\0\0\x70\x01\0\0\0";
+        assert!(with(Some(files), true).0.is_ok());
     }
 
     #[test]
@@ -115,19 +137,19 @@ mod tests {
             (Some(&b""[..]), "does not speak"),
             (None, "does not answer within"),
         ] {
-            let message = with(answer).0.unwrap_err().to_string();
+            let message = with(answer, false).0.unwrap_err().to_string();
             assert!(message.contains(words), "{message}");
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("hasty");
         let listener = UnixListener::bind(&path).unwrap();
         let hasty = thread::spawn(move || drop(listener.accept()));
-        let message = connect(&path).unwrap_err().to_string();
+        let message = connect(&path, false).unwrap_err().to_string();
         assert!(message.contains("does not speak"), "{message}");
         hasty.join().unwrap();
         let path = dir.path().join("closed");
         drop(UnixListener::bind(&path).unwrap());
-        assert!(connect(&path).is_err());
-        assert!(connect(&dir.path().join("none")).is_err());
+        assert!(connect(&path, false).is_err());
+        assert!(connect(&dir.path().join("none"), false).is_err());
     }
 }
