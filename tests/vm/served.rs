@@ -174,6 +174,19 @@ fn files_of_a_file_server_are_mounted_in_the_guest() {
     let _ = container.delete_force().ok();
 }
 
+/// A `create` that is given up late has nothing to say about what it takes apart.
+#[test]
+fn files_where_a_disk_is_wanted_are_one_error() {
+    let world = World::new();
+    let directory = world.path("served");
+    fs::create_dir(&directory).unwrap();
+    let program = Program::files(&world, "files", &directory);
+    let bundle = world.bundle().sh("exit 0");
+    let bundle = bundle.mount(program.mount("vhost-user-blk", &[]));
+    let out = world.try_create(&bundle, "c").fails_with(1, "the volume ");
+    assert!(!out.stderr().contains("level=warning"), "{}", out.stderr());
+}
+
 #[test]
 fn what_does_not_serve_is_an_error_that_says_so() {
     let world = World::new();

@@ -24,8 +24,8 @@ use super::state::ContainerRecord;
 use super::{Error, context, pod};
 use crate::agent_client::Agent;
 use crate::root::Root;
-use crate::sandbox::Sandbox;
 use crate::sandbox::control::{DiskMode, GuestDisk, Unused};
+use crate::sandbox::{self, Sandbox};
 use disk::Disk;
 use huge_pages::HugePages;
 use socket::Socket;
@@ -220,8 +220,8 @@ pub fn note(root: &Root, sandbox_id: &str) -> io::Result<()> {
 }
 
 /// Has the guest write back what it has of the pod's disks, because its machine is
-/// about to end. The containers in it end first. What fails is logged: the machine
-/// may have ended by itself.
+/// about to end. The containers in it end first. What fails is logged. A machine that
+/// has ended by itself, or is of a `create` that is given up, has nothing any more.
 pub fn write_back(root: &Root, sandbox_id: &str) {
     if !root.sandbox(sandbox_id).join(MARK).exists() {
         return;
@@ -229,8 +229,12 @@ pub fn write_back(root: &Root, sandbox_id: &str) {
     let written = Sandbox::open(root, sandbox_id)
         .map_err(Error::Sandbox)
         .and_then(|sandbox| write_back_all(root, &sandbox, sandbox_id));
-    if let Err(e) = written {
-        log::warn!("writing the disks of {sandbox_id} back: {e}");
+    match written {
+        Ok(()) => {}
+        Err(e @ Error::Sandbox(sandbox::Error::Gone(_))) => {
+            log::debug!("the disks of {sandbox_id}: {e}");
+        }
+        Err(e) => log::warn!("writing the disks of {sandbox_id} back: {e}"),
     }
 }
 
