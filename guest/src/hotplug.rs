@@ -70,9 +70,14 @@ pub fn remove_at(place: &str) -> io::Result<()> {
     if let Some(device) = device_at(place)? {
         remove_device(device)?;
     }
+    release(place);
+    Ok(())
+}
+
+/// The end of [`keep`]: its driver lets go of the device like any other.
+pub fn release(place: &str) {
     let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
     kept.remove(place);
-    Ok(())
 }
 
 /// Has the kernel look for new devices, and forget those that are gone.

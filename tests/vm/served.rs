@@ -91,6 +91,11 @@ fn a_disk_of_a_storage_daemon_comes_and_goes_with_a_member_of_a_pod() {
     let image = image(&world, "image");
     let program = Program::storage(&world, "storage", &image);
     let first = pods::sandbox(&world, "s");
+    // What cannot be mounted is taken out again.
+    let bundle = pods::member(&world, &first.id, "exit 0").mount(program.mount("xfs", &[]));
+    let _ = world
+        .try_create(&bundle, "other")
+        .fails_with(1, "does not know the file system");
     for round in ["one", "two"] {
         let script = format!("ls /vol | grep -v lost; echo {round} >/vol/{round}; sleep 1000");
         let bundle = pods::member(&world, &first.id, &script);

@@ -12,7 +12,7 @@ use kuasar_runv_protocol::storage;
 use kuasar_runv_protocol::words::words;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::served::{self, ANSWERED};
+use super::served::{ANSWERED, Claim, within};
 use super::uevents::appears;
 use super::{Error, Result, make_place};
 use crate::hotplug;
@@ -41,9 +41,9 @@ impl Disk {
     /// # Errors
     /// It does not appear, or cannot be mounted; it is not mounted then.
     pub fn find(serial: &str, wanted: &storage::Disk) -> Result<Disk> {
-        let place = Some(wanted.place.clone()).filter(|place| !place.is_empty());
-        let name = match &place {
-            Some(place) => wait_at(place)?,
+        let claim = (!wanted.place.is_empty()).then(|| Claim::new(&wanted.place));
+        let name = match &claim {
+            Some(claim) => wait_at(claim.place())?,
             None => wait_for(serial)?,
         };
         let node = Path::new("/dev").join(name);
@@ -57,12 +57,26 @@ impl Disk {
             node,
             number: (libc::major(rdev), libc::minor(rdev)),
             mounted: None,
-            place,
+            place: None,
             is_stuck: false,
         };
         if !wanted.fs_type.is_empty() {
-            disk.mounted = Some(disk.mount(serial, wanted)?);
+            let mounted = match &claim {
+                Some(claim) => {
+                    let (copy, serial, wanted) = (disk.clone(), serial.to_owned(), wanted.clone());
+                    within(ANSWERED, claim.place(), move || {
+                        copy.mount(&serial, &wanted)
+                    })
+                }
+                None => Some(disk.mount(serial, wanted)),
+            };
+            let Some(mounted) = mounted else {
+                claim.map(Claim::hold);
+                return Err(stuck(&disk.node));
+            };
+            disk.mounted = Some(mounted?);
         }
+        disk.place = claim.map(Claim::hold);
         Ok(disk)
     }
 
@@ -108,7 +122,7 @@ impl Disk {
             return Err(stuck(&self.node));
         }
         let mut copy = self.clone();
-        match served::within(ANSWERED, &place, move || copy.remove_now()) {
+        match within(ANSWERED, &place, move || copy.remove_now()) {
             Some(done) => done,
             None => {
                 self.is_stuck = true;
@@ -194,7 +208,6 @@ fn wait_for(serial: &str) -> Result<String> {
 
 /// The name of the disk in this place, when it is there.
 fn wait_at(place: &str) -> Result<String> {
-    hotplug::keep(place);
     appears(place, || {
         let Some(device) = hotplug::device_at(place)? else {
             return Ok(None);

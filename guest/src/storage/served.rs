@@ -22,6 +22,41 @@ pub const VIRTIO_FS: &str = "virtiofs";
 /// How long such a program may take; longer than what is waited for meanwhile.
 pub const ANSWERED: Duration = Duration::from_secs(20);
 
+/// A device that is being made use of. Given up, its driver lets go of it like any other
+/// when the host takes it away; a place that was kept for good would be lost for the pod.
+pub struct Claim {
+    place: String,
+    is_given_up: bool,
+}
+
+impl Claim {
+    pub fn new(place: &str) -> Claim {
+        hotplug::keep(place);
+        Claim {
+            place: place.to_owned(),
+            is_given_up: true,
+        }
+    }
+
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// It is in use, or does not answer: only [`hotplug::remove_at`] has it let go.
+    pub fn hold(mut self) -> String {
+        self.is_given_up = false;
+        std::mem::take(&mut self.place)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.is_given_up {
+            hotplug::release(&self.place);
+        }
+    }
+}
+
 /// Does something with the device in a place; `None` if that does not end in time,
 /// or the device says that it is no use to try.
 pub fn within<T: Send + 'static>(
@@ -60,14 +95,13 @@ impl ServedFiles {
     /// # Errors
     /// It does not appear, or cannot be mounted; it is not mounted then.
     pub fn mount(tag: &str, wanted: &storage::Disk) -> Result<ServedFiles> {
-        let place = wanted.place.clone();
-        hotplug::keep(&place);
-        let bound = || Ok(hotplug::device_at(&place)?.filter(|d| d.join("driver").exists()));
+        let claim = Claim::new(&wanted.place);
+        let bound = || Ok(hotplug::device_at(claim.place())?.filter(|d| d.join("driver").exists()));
         let _device = appears(tag, bound)?;
         let mounted = make_place(tag)?;
         let (source, target) = (tag.to_owned(), mounted.clone());
         let (options, read_only) = (wanted.options.clone(), wanted.read_only);
-        let result = within(ANSWERED, &place, move || {
+        let result = within(ANSWERED, claim.place(), move || {
             let flags = match read_only {
                 true => MsFlags::MS_RDONLY,
                 false => MsFlags::empty(),
@@ -77,7 +111,7 @@ impl ServedFiles {
         });
         match result {
             Some(Ok(())) => Ok(ServedFiles {
-                place,
+                place: claim.hold(),
                 mounted,
                 is_stuck: false,
             }),
@@ -87,7 +121,10 @@ impl ServedFiles {
                 let why = words(&e.into());
                 Err(Error::Invalid(format!("mounting {VIRTIO_FS}: {why}")))
             }
-            None => Err(stuck()),
+            None => {
+                claim.hold();
+                Err(stuck())
+            }
         }
     }
 
@@ -126,4 +163,22 @@ fn stuck() -> Error {
         "the program that serves the files does not answer: they stay until the machine ends"
             .to_owned(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_kept_as_long_as_somebody_uses_it() {
+        let device = |place: &str| PathBuf::from(format!("/sys/devices/platform/{place}"));
+        let given_up = Claim::new("LNRO0005:70");
+        assert!(hotplug::is_kept(&device("LNRO0005:70")));
+        drop(given_up);
+        assert!(!hotplug::is_kept(&device("LNRO0005:70")));
+        let used = Claim::new("LNRO0005:71").hold();
+        assert!(hotplug::is_kept(&device(&used)));
+        hotplug::remove_at(&used).unwrap();
+        assert!(!hotplug::is_kept(&device(&used)));
+    }
 }
