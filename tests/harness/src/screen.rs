@@ -147,6 +147,17 @@ impl Screen {
     }
 }
 
+/// What a failed test was looking at.
+impl Drop for Screen {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let late = self.chunks.try_iter().flatten().collect::<Vec<_>>();
+            self.seen.push_str(&String::from_utf8_lossy(&late));
+            eprintln!("the screen shows {:?}", self.seen);
+        }
+    }
+}
+
 fn winsize(rows: u16, cols: u16) -> libc::winsize {
     libc::winsize {
         ws_row: rows,
