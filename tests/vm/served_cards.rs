@@ -63,7 +63,7 @@ fn a_card_of_a_program_is_an_interface_of_the_container() {
         assert!(said.contains(words), "{words}: {said}");
     }
     // The other way round, and more than one packet.
-    let ping = outer.exec("ping", "-q -c 20 -i 0.05 -s 1300 -W 5 10.88.0.2");
+    let ping = outer.exec("busybox", "ping -q -c 20 -i 0.05 -s 1300 -W 5 10.88.0.2");
     let said = ping.ok().stdout();
     assert!(said.contains(" 0% packet loss"), "{said}");
     // The program ends: the card is down, and the rest goes on.
@@ -71,6 +71,7 @@ fn a_card_of_a_program_is_an_interface_of_the_container() {
     container.wait_for_output("down\n");
     let _ = container.exec_sh(&[], "echo still here").ok();
     let _ = container.delete_force().ok();
+    drop(outer);
     world.assert_clean();
 }
 
@@ -92,6 +93,7 @@ fn a_card_comes_and_goes_with_a_member_of_a_pod() {
         let _ = first.exec_sh(&[], "[ ! -e /sys/class/net/fast0 ]").ok();
     }
     let _ = first.delete_force().ok();
+    drop(outer);
     world.assert_clean();
 }
 

@@ -7,6 +7,11 @@
 //! So QEMU connects to a socket in the sandbox directory, and a thread passes messages on, each
 //! with its descriptors, until one side ends the connection. They are few: frames go through
 //! memory that both have.
+//!
+//! QEMU switches a card's queues on before it says which features it has accepted. A program is
+//! right to take that for an error, because it is the feature `PROTOCOL_FEATURES` that makes the
+//! request one of the protocol, and those made of rust-vmm's crates do. So such requests wait
+//! here until the features have gone by ([`Order`]).
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
@@ -30,7 +35,19 @@ use crate::sys::unix_socket;
 /// Number of the request, flags, length of what follows (QEMU's docs/interop/vhost-user.rst,
 /// "Message structure").
 const HEADER: usize = 12;
+const FLAGS_AT: usize = 4;
 const LENGTH_AT: usize = 8;
+/// Flags: version, what is an answer, and that one is awaited.
+const VERSION: u32 = 1;
+const REPLY: u32 = 1 << 2;
+const NEED_REPLY: u32 = 1 << 3;
+/// Requests that have to do with the order ("Front-end message types").
+const SET_FEATURES: u32 = 2;
+const RESET_OWNER: u32 = 4;
+const SET_VRING_ENABLE: u32 = 18;
+const RESET_DEVICE: u32 = 34;
+/// Most queues that are switched before the features are set; a card here has two.
+const MAX_HELD: usize = 16;
 /// Longest message; the longest of the protocol are tables of some tens of entries.
 const MAX_PAYLOAD: usize = 16 << 10;
 /// Most descriptors of a message: one for each region of memory.
@@ -88,13 +105,30 @@ fn between(one: UnixStream, other: UnixStream) -> io::Result<[JoinHandle<()>; 2]
         stream.set_write_timeout(Some(DEADLINE))?;
     }
     let there = (one.try_clone()?, other.try_clone()?);
-    Ok([direction(there.0, there.1)?, direction(other, one)?])
+    let order = Some(Order::default());
+    Ok([
+        direction(there.0, there.1, order)?,
+        direction(other, one, None)?,
+    ])
 }
 
-fn direction(from: UnixStream, to: UnixStream) -> io::Result<JoinHandle<()>> {
+fn direction(
+    from: UnixStream,
+    to: UnixStream,
+    mut order: Option<Order>,
+) -> io::Result<JoinHandle<()>> {
     let thread = std::thread::Builder::new().name("vhost-relay".into());
     thread.stack_size(128 << 10).spawn(move || {
-        let passed = limit_to(CapabilitySet::empty()).and_then(|()| pass_all(&from, &to));
+        let pass_all = |()| {
+            while let Some(message) = receive(&from)? {
+                match &mut order {
+                    Some(order) => order.pass(message, &from, &to)?,
+                    None => message.send(&to)?,
+                }
+            }
+            Ok(())
+        };
+        let passed = limit_to(CapabilitySet::empty()).and_then(pass_all);
         if let Err(e) = passed {
             log::debug!("vhost-user relay: {e}");
         }
@@ -105,13 +139,70 @@ fn direction(from: UnixStream, to: UnixStream) -> io::Result<JoinHandle<()>> {
     })
 }
 
-fn pass_all(from: &UnixStream, to: &UnixStream) -> io::Result<()> {
-    while pass(from, to)? {}
-    Ok(())
+/// A message with its descriptors; the bytes are at least a header.
+struct Message {
+    bytes: Vec<u8>,
+    fds: Vec<OwnedFd>,
 }
 
-/// Passes one message on; `false` at the end.
-fn pass(mut from: &UnixStream, to: &UnixStream) -> io::Result<bool> {
+impl Message {
+    fn word(&self, at: usize) -> u32 {
+        let mut word = [0; 4];
+        word.copy_from_slice(&self.bytes[at..at + 4]);
+        u32::from_le_bytes(word)
+    }
+
+    fn send(&self, to: &UnixStream) -> io::Result<()> {
+        send(to, &self.bytes, &self.fds)
+    }
+}
+
+/// The order of QEMU's requests: queues are switched when features have been set.
+#[derive(Default)]
+struct Order {
+    features_are_set: bool,
+    /// The last request for each queue that is held back.
+    held: Vec<Message>,
+}
+
+impl Order {
+    fn pass(&mut self, mut message: Message, qemu: &UnixStream, to: &UnixStream) -> io::Result<()> {
+        let request = message.word(0);
+        let is_early = request == SET_VRING_ENABLE
+            && !self.features_are_set
+            // Number and state of a queue.
+            && message.bytes.len() == HEADER + 8;
+        if !is_early {
+            message.send(to)?;
+            // Both take features back.
+            self.features_are_set &= !matches!(request, RESET_OWNER | RESET_DEVICE);
+            if request == SET_FEATURES {
+                self.features_are_set = true;
+                return self.held.drain(..).try_for_each(|held| held.send(to));
+            }
+            return Ok(());
+        }
+        let flags = message.word(FLAGS_AT);
+        if flags & NEED_REPLY != 0 {
+            // QEMU goes on only with an answer, and the program gives one when it is asked for.
+            message.bytes[FLAGS_AT..LENGTH_AT]
+                .copy_from_slice(&(flags & !NEED_REPLY).to_le_bytes());
+            let header = [SET_VRING_ENABLE, VERSION | REPLY, 8].map(u32::to_le_bytes);
+            send(qemu, &[header.concat(), vec![0; 8]].concat(), &[])?;
+        }
+        let queue = message.word(HEADER);
+        self.held.retain(|held| held.word(HEADER) != queue);
+        if self.held.len() >= MAX_HELD {
+            let reason = "too many queues are switched before features are set";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+        }
+        self.held.push(message);
+        Ok(())
+    }
+}
+
+/// The next message; `None` at the end.
+fn receive(mut from: &UnixStream) -> io::Result<Option<Message>> {
     let mut message = vec![0; HEADER];
     from.set_read_timeout(None)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -131,7 +222,7 @@ fn pass(mut from: &UnixStream, to: &UnixStream) -> io::Result<bool> {
         }
     }
     if received.bytes == 0 {
-        return Ok(false);
+        return Ok(None);
     }
     let too_long = || io::Error::new(io::ErrorKind::InvalidData, "a message is too long");
     if received.flags.contains(rustix::net::ReturnFlags::CTRUNC) {
@@ -147,8 +238,10 @@ fn pass(mut from: &UnixStream, to: &UnixStream) -> io::Result<bool> {
     }
     message.resize(HEADER + length, 0);
     from.read_exact(&mut message[HEADER..])?;
-    send(to, &message, &fds)?;
-    Ok(true)
+    Ok(Some(Message {
+        bytes: message,
+        fds,
+    }))
 }
 
 fn send(to: &UnixStream, message: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
@@ -189,7 +282,7 @@ mod tests {
         program.read_exact(&mut got).unwrap();
         assert_eq!(got, plain);
         let (to, from) = UnixStream::pair().unwrap();
-        assert!(pass(&program, &to).unwrap());
+        receive(&program).unwrap().unwrap().send(&to).unwrap();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut bytes = [0; 64];
@@ -225,6 +318,77 @@ mod tests {
         let threads = between(one, other).unwrap();
         let header = [5u32, 1, 1 << 20].map(u32::to_le_bytes).concat();
         (&qemu).write_all(&header).unwrap();
+        assert_eq!(program.read(&mut [0]).unwrap(), 0);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    }
+
+    fn request(request: u32, flags: u32, payload: &[u32]) -> Vec<u8> {
+        let header = [request, VERSION | flags, 4 * payload.len() as u32];
+        header
+            .iter()
+            .chain(payload)
+            .flat_map(|word| word.to_le_bytes())
+            .collect()
+    }
+
+    #[test]
+    fn queues_are_switched_when_features_are_set() {
+        const SET_OWNER: u32 = 3;
+        let (mut qemu, one) = UnixStream::pair().unwrap();
+        let (program, other) = UnixStream::pair().unwrap();
+        let threads = between(one, other).unwrap();
+        let enable = |queue, state| request(SET_VRING_ENABLE, 0, &[queue, state]);
+        let features = request(SET_FEATURES, 0, &[1 << 30, 1]);
+        let expect = |messages: &[&[u8]]| {
+            for message in messages {
+                let got = receive(&program).unwrap().unwrap();
+                assert_eq!(&got.bytes, message);
+            }
+        };
+
+        qemu.write_all(&enable(0, 1)).unwrap();
+        qemu.write_all(&enable(1, 1)).unwrap();
+        let owner = request(SET_OWNER, 0, &[]);
+        qemu.write_all(&owner).unwrap();
+        // The last word for a queue counts, and who awaits an answer gets one.
+        qemu.write_all(&request(SET_VRING_ENABLE, NEED_REPLY, &[0, 0]))
+            .unwrap();
+        let answer = receive(&qemu).unwrap().unwrap();
+        assert_eq!(answer.bytes, request(SET_VRING_ENABLE, REPLY, &[0, 0]));
+        qemu.write_all(&features).unwrap();
+        expect(&[&owner, &features, &enable(1, 1), &enable(0, 0)]);
+
+        // From then on it is the program that answers.
+        let asked = request(SET_VRING_ENABLE, NEED_REPLY, &[0, 1]);
+        qemu.write_all(&asked).unwrap();
+        expect(&[&asked]);
+        // Until features are nobody's again.
+        for reset in [RESET_OWNER, RESET_DEVICE] {
+            let reset = request(reset, 0, &[]);
+            qemu.write_all(&reset).unwrap();
+            qemu.write_all(&enable(1, 0)).unwrap();
+            qemu.write_all(&features).unwrap();
+            expect(&[&reset, &features, &enable(1, 0)]);
+        }
+
+        drop(qemu);
+        assert!(receive(&program).unwrap().is_none());
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_held_back_is_bounded() {
+        let (mut qemu, one) = UnixStream::pair().unwrap();
+        let (mut program, other) = UnixStream::pair().unwrap();
+        let threads = between(one, other).unwrap();
+        for queue in 0..=MAX_HELD as u32 {
+            qemu.write_all(&request(SET_VRING_ENABLE, 0, &[queue, 1]))
+                .unwrap();
+        }
         assert_eq!(program.read(&mut [0]).unwrap(), 0);
         for thread in threads {
             thread.join().unwrap();

@@ -79,11 +79,24 @@ fn add_net(
         remove(qmp, REMOVE, id, deadline);
         return Err(e);
     }
+    let mut arguments = front_end(id, &device.kind);
+    if !has_kvm(qmp, deadline) {
+        // Without KVM, QEMU (7.2) ends by SIGSEGV when a driver takes such a card into use that
+        // has message signalled interrupts: it looks for KVM's routes of them
+        // (`virtio_pci_one_vector_unmask`). So the card has a line.
+        arguments["vectors"] = json!(0);
+    }
     Ok(FrontEnd {
-        arguments: front_end(id, &device.kind),
+        arguments,
         // What uses the connection goes before it.
         remove_backend: vec![REMOVE_NET, REMOVE],
     })
+}
+
+/// Whether the machine runs with KVM, and not emulated.
+fn has_kvm(qmp: &mut Qmp, deadline: Duration) -> bool {
+    qmp.execute("query-kvm", None, deadline)
+        .is_ok_and(|answer| answer["enabled"] == true)
 }
 
 fn front_end(id: &str, kind: &VhostUserKind) -> Value {
