@@ -57,6 +57,19 @@ fn nothing_is_left_in_a_namespace_whatever_dies() {
 /// Two machines cannot have one interface. Containers of one state root share a machine
 /// then; those of another root know nothing of each other.
 #[test]
+fn the_only_queue_of_a_tap_is_its_own() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let _container = running(&world, &inner, "c");
+    let all = inner.exec("tc", "qdisc show").ok().stdout();
+    let mut taps = all.lines().filter(|line| line.contains("dev runv"));
+    assert!(
+        taps.any(|line| line.starts_with("qdisc noqueue")),
+        "a queueing discipline in front of the tap: {all}"
+    );
+}
+
+#[test]
 fn filters_of_a_dead_machine_are_no_obstacle() {
     let (world, other) = (World::new(), World::new());
     let (inner, _outer) = wire(&world);

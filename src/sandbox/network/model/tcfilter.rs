@@ -10,7 +10,7 @@
 use std::io;
 
 use kuasar_runv_protocol::rtnetlink::Rtnetlink;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{
     TcAction, TcActionAttribute, TcActionMirrorOption, TcActionOption, TcActionType, TcAttribute,
@@ -49,6 +49,9 @@ pub(super) fn tie(host: &mut Host<'_>, link: &Link) -> io::Result<Tied> {
         ));
     }
     let tap = Tap::create(netlink, host.queues, link.mtu).map_err(step("making a tap"))?;
+    if let Err(e) = without_queue(netlink, tap.index) {
+        log::debug!("the tap keeps its queueing discipline: {e}");
+    }
     // The tap takes its own along when it goes.
     add_qdisc(netlink, tap.index).map_err(step("adding an ingress qdisc to the tap"))?;
     add_filter(netlink, tap.index, link.index).map_err(step("adding a filter to the tap"))?;
@@ -124,6 +127,17 @@ fn add_qdisc(netlink: &mut Rtnetlink, index: u32) -> io::Result<()> {
         Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(()),
         other => other,
     }
+}
+
+/// Packets go to the tap's queues at once: these are where they wait for the guest, and
+/// the tap never asks its queueing discipline to hold anything back (tun_net_xmit in
+/// drivers/net/tun.c), so that one only costs time.
+fn without_queue(netlink: &mut Rtnetlink, tap: u32) -> io::Result<()> {
+    let mut qdisc = TcMessage::with_index(signed(tap));
+    qdisc.header.parent = TcHandle::ROOT;
+    qdisc.attributes.push(TcAttribute::Kind("noqueue".into()));
+    let replace = RouteNetlinkMessage::NewQueueDiscipline(qdisc);
+    netlink.request(replace, NLM_F_CREATE | NLM_F_REPLACE)
 }
 
 fn add_filter(netlink: &mut Rtnetlink, from: u32, to: u32) -> io::Result<()> {
