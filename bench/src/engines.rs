@@ -86,9 +86,15 @@ pub fn measure(rounds: u32) -> Section {
         let mut floors = Samples::default();
         let mut samples: Vec<Samples> = requests.iter().map(|_| Samples::default()).collect();
         for round in 0..=rounds {
-            eprint!("\r{name}: round {round} of {rounds} ");
+            eprint!("{name}: round {round} of {rounds}:");
             let bare = floor.boot().as_secs_f64();
             let cost: Vec<f64> = requests.iter().map(|what| engine.run(what)).collect();
+            // The report comes after all engines, minutes later.
+            eprint!(" floor {bare:.2}");
+            for (what, seconds) in requests.iter().zip(&cost) {
+                eprint!(", {what} {seconds:.2}");
+            }
+            eprintln!(" s");
             // The first round only warms up.
             if round > 0 {
                 floors.add(bare);
@@ -97,7 +103,6 @@ pub fn measure(rounds: u32) -> Section {
                 }
             }
         }
-        eprintln!();
         engine.end();
         let (runc, bare) = (samples[0].median(), floors.median());
         rows.push(Row::new(format!("floor beside {name}"), "s", floors));

@@ -175,8 +175,9 @@ run_case() {
 
 # tag_of NAME LABEL: what is in all names that a case makes.
 tag_of() {
-  local tag=${1//_/-}
-  if [[ $2 == runc ]]; then echo "$tag-r"; else echo "$tag-k"; fi
+  # No case's begins another's, as ctr-exec- would ctr-exec-kill-.
+  local tag=${1//_/-}0
+  if [[ $2 == runc ]]; then echo "${tag}r"; else echo "${tag}k"; fi
 }
 
 # The body of the process for one case.
