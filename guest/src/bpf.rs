@@ -310,3 +310,67 @@ impl Drop for Page {
         unsafe { libc::munmap(self.0, PAGE_SIZE) };
     }
 }
+
+#[cfg(test)]
+pub mod machine {
+    //! What the kernel would do with a program, as far as the programs here need it.
+
+    use super::*;
+
+    /// Address of the context; no other can be loaded from.
+    const CONTEXT: u64 = 0xc0_0000_0000;
+    /// Of registers that hold nothing.
+    const NOTHING: u64 = 0xdead_dead_dead_dead;
+    /// Registers of arguments, which a call does not preserve.
+    const ARGUMENTS: std::ops::RangeInclusive<usize> = 1..=5;
+
+    /// Runs a program about `context` in a network namespace with this cookie; the result.
+    pub fn run(program: &[Insn], context: &mut [u32], cookie: u64) -> u64 {
+        let mut regs = [NOTHING; 11];
+        regs[usize::from(R_CONTEXT)] = CONTEXT;
+        let mut pc = 0;
+        loop {
+            let Insn {
+                code,
+                regs: r,
+                off,
+                imm,
+            } = program[pc];
+            let (dst, src) = (usize::from(r & 15), usize::from(r >> 4));
+            let (place, imm) = (usize::try_from(off).unwrap() / 4, imm as u32);
+            pc += 1;
+            let mut jump = |taken: bool| pc += if taken { off as usize } else { 0 };
+            // Those of 32 bits clear the others.
+            match code {
+                LOAD_WORD => {
+                    assert_eq!(regs[src], CONTEXT);
+                    regs[dst] = context[place].into();
+                }
+                STORE_WORD => {
+                    assert_eq!(regs[dst], CONTEXT);
+                    context[place] = regs[src] as u32;
+                }
+                LOAD_LONG_IMM => {
+                    regs[dst] = u64::from(program[pc].imm as u32) << 32 | u64::from(imm);
+                    pc += 1;
+                }
+                AND_IMM => regs[dst] = (regs[dst] as u32 & imm).into(),
+                SHIFT_RIGHT_IMM => regs[dst] = (regs[dst] as u32 >> imm).into(),
+                MOVE_IMM => regs[dst] = imm.into(),
+                MOVE_REG => regs[dst] = (regs[src] as u32).into(),
+                MOVE_LONG_REG => regs[dst] = regs[src],
+                JUMP_NE_IMM => jump(regs[dst] as u32 != imm),
+                JUMP_EQ_IMM => jump(regs[dst] as u32 == imm),
+                JUMP_LONG_NE_REG => jump(regs[dst] != regs[src]),
+                CALL => {
+                    assert_eq!(imm, FN_GET_NETNS_COOKIE);
+                    assert_eq!(regs[usize::from(R_CONTEXT)], CONTEXT);
+                    regs[ARGUMENTS].fill(NOTHING);
+                    regs[usize::from(R_RESULT)] = cookie;
+                }
+                EXIT => return regs[usize::from(R_RESULT)],
+                other => panic!("unknown instruction {other:#x}"),
+            }
+        }
+    }
+}

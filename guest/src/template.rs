@@ -16,8 +16,7 @@ use std::os::unix::ffi::OsStrExt;
 use kuasar_runv_protocol::template::{Identity, Prepared, SEED_LEN};
 use kuasar_runv_protocol::{PROTOCOL_VERSION, TEMPLATE_PORT};
 use nix::sys::socket::{
-    AddressFamily, Backlog, Shutdown, SockFlag, SockType, VsockAddr, accept4, bind, connect,
-    listen, shutdown, socket,
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, connect, listen, socket,
 };
 
 use crate::sys;
@@ -63,14 +62,12 @@ fn wait() -> io::Result<Identity> {
     let host = stream()?;
     let port = VsockAddr::new(libc::VMADDR_CID_HOST, TEMPLATE_PORT);
     connect(host.as_raw_fd(), &port)?;
-    let mut host = File::from(host);
     let prepared = Prepared {
         protocol_version: PROTOCOL_VERSION,
     };
-    host.write_all(&prepared.encode())?;
-    shutdown(host.as_raw_fd(), Shutdown::Write)?;
-    // The host closes when it has read that; no connection is left.
-    io::copy(&mut host.take(1), &mut io::sink())?;
+    File::from(host).write_all(&prepared.encode())?;
+    // Closed, and nothing awaited of it: the host saves the machine as soon as it has read
+    // that, and in the machines that are made of it the connection has no other end.
 
     let accepted = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: just made for us.

@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kuasar_runv_protocol::agent::{
     CreateContainerResponse, ExecProcessResponse, GetInfoResponse, GetStatsResponse,
@@ -33,11 +33,12 @@ const RESPONSE: u8 = 2;
 pub fn agent_client(input: &[u8]) {
     let mut input = Input::new(input);
     let which = input.byte();
+    let threads = Threads::count();
     let (ours, guest) = UnixStream::pair().expect("sockets");
     let agent = Agent::new(ours, DEADLINE).expect("a client");
     let words = input.rest();
     std::thread::scope(|scope| {
-        scope.spawn(|| answer(guest, words));
+        let guest = scope.spawn(|| answer(guest, words));
         let error = match which % 5 {
             0 => agent.stats("c").map(|stats| {
                 container::statistics(stats, &StatsResponse::new());
@@ -53,7 +54,34 @@ pub fn agent_client(input: &[u8]) {
             assert!(message.chars().count() <= MAX_ERROR_TEXT);
             assert!(!message.contains(char::is_control), "{message:?}");
         }
+        guest.join().expect("a call");
     });
+    drop(agent);
+    threads.wait();
+}
+
+/// The threads of this process. Those of the client end by themselves and nobody can join
+/// them; what they still hold is no leak.
+struct Threads(usize);
+
+impl Threads {
+    fn now() -> usize {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("proc");
+        tasks.count()
+    }
+
+    fn count() -> Threads {
+        Threads(Threads::now())
+    }
+
+    /// Until there are no more than there were. Other tests have threads of their own.
+    fn wait(self) {
+        let end = Instant::now() + DEADLINE;
+        while !cfg!(test) && Threads::now() > self.0 {
+            assert!(Instant::now() < end, "a thread of the client stays");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
 }
 
 /// Waits for a call, and says what it has to say.

@@ -300,6 +300,12 @@ impl Timeouts {
         Duration::from_secs(seconds.into())
     }
 
+    /// How long a machine of a template may take, which has most of a boot behind it.
+    #[must_use]
+    pub fn restore(&self) -> Duration {
+        self.boot(false) / 4
+    }
+
     #[must_use]
     pub fn agent(&self) -> Duration {
         Duration::from_secs(self.agent_s.into())

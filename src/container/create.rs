@@ -210,7 +210,9 @@ fn wait_for_guest(
     config: &Config,
     interrupt: BorrowedFd<'_>,
 ) -> Result<(), Error> {
-    let boot_deadline = config.timeouts.boot(true) + SANDBOXER_MARGIN;
+    // A machine of a template that does not come up is followed by one that is booted.
+    let timeouts = &config.timeouts;
+    let boot_deadline = timeouts.restore() + timeouts.boot(true) + SANDBOXER_MARGIN;
     let ready = sandbox
         .wait_ready(boot_deadline, interrupt)?
         .ok_or(Error::Interrupted)?;

@@ -34,6 +34,7 @@ pub const TARGETS: &[Target] = targets![
     agent_client,
     balloon,
     block,
+    console,
     fs,
     more_memory,
     net,
@@ -41,6 +42,7 @@ pub const TARGETS: &[Target] = targets![
     registers,
     rng,
     snapshot,
+    vhost_user,
     vsock,
     vsock_packets,
 ];

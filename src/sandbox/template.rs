@@ -199,8 +199,8 @@ impl Booting {
         }
     }
 
-    /// Hears what the agent has connected for. Its connection is closed when it has
-    /// closed its side.
+    /// Hears what the agent has connected for. It waits for nothing from here: what was
+    /// said to it now might arrive after it has been saved.
     fn hear(&self) -> Result<(), Error> {
         let hear = || -> io::Result<Prepared> {
             let (mut agent, _) = self.listener.accept()?;

@@ -18,12 +18,12 @@ mod relay;
 mod seccomp;
 pub mod spawn;
 mod terminal;
-mod trim;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use crate::sys::seqpacket::Channel;
+use crate::sys::trim;
 use end::Ending;
 
 /// The stand-in's name on the hidden command line.
@@ -91,6 +91,7 @@ pub fn main() -> u8 {
     let Ok(relay) = relay::Relay::new(streams) else {
         return 1;
     };
+    // The message with the streams was received into a buffer for the longest there is.
     trim::heap();
     if seccomp::confine().is_err() || channel.send(b"attached", &[]).is_err() {
         return 1;

@@ -11,5 +11,6 @@ pub mod namespace;
 pub mod own_binary;
 pub mod process;
 pub mod seqpacket;
+pub mod trim;
 pub mod unix_socket;
 pub mod wake;

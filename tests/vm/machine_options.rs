@@ -2,9 +2,13 @@
 //! huge pages of the host.
 
 use std::fs;
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 
 use kuasar_runv_test_harness::world::configuration;
 use kuasar_runv_test_harness::{Flavour, SHORT, World, wait_until};
+use serde_json::json;
 
 /// A world with more lines for the tables `[vm]` and `[guest]`.
 fn world_with(vm: &str, guest: &str) -> World {
@@ -53,6 +57,67 @@ fn a_virtio_console_is_the_guests_console() {
     wait_until("the log has what the kernel prints", SHORT, || {
         console_log(&world, "c").contains("] ")
     });
+    let _ = container.delete_force().ok();
+}
+
+/// Each record is about 900 bytes. An open file of `/dev/kmsg` takes ten of them in five
+/// seconds (kernel/printk/printk.c), so each has its own.
+const FLOOD: &str = "mknod /tmp/k c 1 11
+    fill=$(head -c 880 /dev/zero | tr '\\0' x)
+    n=0; while [ $n -lt 800 ]; do echo \"<3>flood $n $fill\" >/tmp/k; n=$((n + 1)); done
+    echo done; sleep 1000";
+
+#[test]
+fn a_guest_that_writes_to_its_log_without_end_has_two_files_and_the_newest_is_in_them() {
+    const LIMIT: u64 = 256 * 1024;
+    let world = World::new();
+    let kmsg = json!([
+        { "allow": false, "access": "rwm" },
+        { "allow": true, "type": "c", "major": 1, "minor": 11, "access": "w" },
+    ]);
+    let bundle = world
+        .bundle()
+        .sh(FLOOD)
+        .capabilities(&["CAP_MKNOD"])
+        .with(|c| c["linux"]["resources"]["devices"] = kmsg);
+    let container = world.start(&bundle, "c");
+    container.wait_for_output("done\n");
+    // The agent complains of who connects to its port for streams and says nothing.
+    let sandbox = world.root.join("sandboxes").join(world.id("c"));
+    let mut agent = UnixStream::connect(sandbox.join("vsock.sock")).expect("a socket");
+    writeln!(agent, "CONNECT 1026").expect("the device reads");
+    agent.shutdown(Shutdown::Write).expect("a connection");
+    wait_until("the newest is in the log", SHORT, || {
+        let log = console_log(&world, "c");
+        log.rsplit_once("flood 799 ")
+            .is_some_and(|(_, after)| after.contains("kuasar-agent: stream without"))
+    });
+    let mut logs: Vec<_> = fs::read_dir(&sandbox)
+        .expect("the sandbox's directory")
+        .map(|entry| {
+            entry
+                .expect("an entry")
+                .file_name()
+                .into_string()
+                .expect("text")
+        })
+        .filter(|name| name.starts_with("console.log"))
+        .collect();
+    logs.sort();
+    assert_eq!(logs, ["console.log", "console.log.1"]);
+    let [new, old] = [0, 1].map(|n| fs::read(sandbox.join(&logs[n])).expect("a log"));
+    assert!(new.len() as u64 <= LIMIT, "{} bytes", new.len());
+    let old_len = old.len() as u64;
+    assert!((LIMIT / 2..=LIMIT).contains(&old_len), "{old_len} bytes");
+    // One goes on where the other ends, with nothing lost in between.
+    let text = String::from_utf8_lossy(&[old, new].concat()).into_owned();
+    let numbers: Vec<u32> = text
+        .match_indices("flood ")
+        .filter_map(|(at, word)| text[at + word.len()..].split_once(" x")?.0.parse().ok())
+        .collect();
+    let first = numbers.first().copied().expect("some of it");
+    assert!(first > 0, "all of it is there");
+    assert_eq!(numbers, (first..800).collect::<Vec<_>>());
     let _ = container.delete_force().ok();
 }
 

@@ -4,10 +4,13 @@
 //! The ones that make templates need the built-in hypervisor: `scripts/test-kvm` runs them.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use kuasar_runv_test_harness::{Container, Output, SHORT, Value, World, process, wait_until};
+use kuasar_runv_test_harness::{
+    Container, Netns, Output, SHORT, Value, World, process, wait_until,
+};
 
 /// For a boot of a machine in a machine.
 const BOOT: Duration = Duration::from_secs(180);
@@ -191,10 +194,6 @@ mod restored {
         assert_eq!(list(&world)[0]["status"], "current");
 
         let start = |name: &str| world.start(&world.bundle().sh("echo up; sleep 1000"), name);
-        let log = |name: &str| {
-            let dir = world.root.join("sandboxes").join(world.id(name));
-            fs::read_to_string(dir.join("sandboxer.log")).unwrap()
-        };
         let dir = templates(&world).join(key);
         let memory = fs::File::options().write(true).open(dir.join("memory"));
         let memory = memory.unwrap();
@@ -202,7 +201,7 @@ mod restored {
         memory.set_len(len - 4096).unwrap();
         let cut = start("cut");
         assert!(!is_restored(&cut));
-        let warning = log("cut");
+        let warning = log(&world, "cut");
         assert!(warning.contains("the template cannot be used"), "{warning}");
         let _ = cut.delete_force().ok();
         memory.set_len(len).unwrap();
@@ -221,6 +220,98 @@ mod restored {
         assert!(!is_restored(&booted));
         let _ = template(&world, &["rm", "--stale"]).ok();
         assert!(list(&world).is_empty());
+    }
+
+    /// What the sandboxer of a container has said.
+    fn log(world: &World, name: &str) -> String {
+        let dir = world.root.join("sandboxes").join(world.id(name));
+        fs::read_to_string(dir.join("sandboxer.log")).unwrap()
+    }
+
+    /// A template is trusted, but one whose memory was damaged costs time and no pod.
+    #[test]
+    #[ignore = "needs the built-in hypervisor, see scripts/test-kvm"]
+    fn a_machine_that_does_not_come_up_is_booted_instead() {
+        let mut world = World::new();
+        enable(&mut world, "");
+        let key = create(&world);
+        let memory = templates(&world).join(&key).join("memory");
+        let memory = fs::File::options().read(true).write(true).open(&memory);
+        let memory = memory.unwrap();
+        let pages = memory.metadata().unwrap().len() / 4096;
+        let fill_what_is_used = |pattern: [u8; 2]| {
+            let (mut page, pattern) = ([0; 4096], pattern.repeat(2048));
+            for at in (0..pages).map(|number| number * 4096) {
+                memory.read_exact_at(&mut page, at).unwrap();
+                if page.iter().any(|byte| *byte != 0) {
+                    memory.write_all_at(&pattern, at).unwrap();
+                }
+            }
+        };
+        // Neither has page tables any more.
+        for (name, pattern) in [("garbage", [0xeb, 0xfe]), ("nothing", [0; 2])] {
+            fill_what_is_used(pattern);
+            let script = "echo up >/dev/shm/file; cat /dev/shm/file; sleep 1000";
+            let container = world.start(&world.bundle().sh(script), name);
+            container.wait_for_output("up");
+            assert!(!is_restored(&container));
+            let said = log(&world, name);
+            assert!(said.contains("made of the template"), "{said}");
+            assert!(said.contains("and one is booted instead: "), "{said}");
+            let _ = container.kill("KILL").ok();
+            assert_eq!(container.exit_code(), 137);
+            let _ = container.delete().ok();
+        }
+        world.assert_clean();
+    }
+
+    /// Each gets its own cards, although the kernel that finds them is the same.
+    #[test]
+    #[ignore = "needs the built-in hypervisor, see scripts/test-kvm"]
+    fn machines_of_a_template_have_networks_of_their_own() {
+        let mut world = World::new();
+        enable(&mut world, "");
+        let _ = create(&world);
+        let outer = Netns::new(&world, "out");
+        let mut seen = Vec::new();
+        let mut containers = Vec::new();
+        let mut inner = Vec::new();
+        for number in [2, 3] {
+            let netns = Netns::new(&world, &format!("in{number}"));
+            let (address, peer) = (format!("10.77.{number}.2/24"), format!("veth{number}"));
+            netns.connect("eth0", &[&address], &outer, &peer);
+            let gateway = format!("10.77.{number}.1");
+            outer.address(&peer, &[&format!("{gateway}/24")]);
+            netns.ip(&format!("route add default via {gateway}"));
+            let script = format!(
+                "echo mac=$(cat /sys/class/net/eth0/address); ip -o addr show dev eth0
+                ping -q -c 1 -W 5 {gateway} | grep -q ' 0% packet loss' && echo reached; sleep 1000"
+            );
+            let bundle = world.bundle().sh(&script).network(&netns.path());
+            let container = world.start(&bundle, &format!("c{number}"));
+            container.wait_for_output("reached");
+            assert!(is_restored(&container));
+            let said = container.stdout();
+            assert!(said.contains(&address), "{said}");
+            let mac = said.lines().find_map(|line| line.strip_prefix("mac="));
+            let mac = mac.unwrap().to_owned();
+            let on_host = netns.ip("-o link show eth0");
+            assert!(on_host.contains(&mac), "{mac} {on_host}");
+            assert!(!seen.contains(&mac), "{mac}");
+            seen.push(mac);
+            containers.push(container);
+            inner.push(netns);
+        }
+        // By way of the host, as two pods of it.
+        outer.exec("sysctl", "-qw net.ipv4.ip_forward=1").ok();
+        let ping = "ping -q -c 1 -W 5 10.77.2.2 | grep -q ' 0% packet loss'";
+        let _ = containers[1].exec_sh(&[], ping).ok();
+        // One that comes later as well.
+        inner[1].connect("eth1", &["10.78.3.2/24"], &outer, "late");
+        outer.address("late", &["10.78.3.1/24"]);
+        let ping =
+            "until ping -q -c 1 -W 5 10.78.3.1 | grep -q ' 0% packet loss'; do sleep 0.1; done";
+        let _ = containers[1].exec_sh(&[], ping).ok();
     }
 
     #[test]

@@ -89,47 +89,14 @@ mod tests {
         namespace: 0x1_0000_0007,
     };
 
-    /// What the kernel would do with the program; the port afterwards.
+    /// The port after the program has been asked.
     fn run(program: &[Insn], address: Ipv4Addr, port: u16, namespace: u64) -> u16 {
-        let mut context = [0u32; 10];
+        let mut context = [0; 10];
         context[1] = u32::from_ne_bytes(address.octets());
         context[6] = port.to_be().into();
-        let mut regs = [0u64; 11];
-        let mut pc = 0;
-        loop {
-            let Insn {
-                code,
-                regs: r,
-                off,
-                imm,
-            } = program[pc];
-            let (dst, src) = (usize::from(r & 15), usize::from(r >> 4));
-            let place = usize::try_from(off).unwrap() / 4;
-            pc += 1;
-            match code {
-                MOVE_LONG_REG => regs[dst] = regs[src],
-                MOVE_IMM => regs[dst] = u64::from(imm as u32),
-                LOAD_WORD => regs[dst] = context[place].into(),
-                STORE_WORD => context[place] = regs[src] as u32,
-                bpf::LOAD_LONG_IMM => {
-                    let high = u64::from(program[pc].imm as u32);
-                    regs[dst] = high << 32 | u64::from(imm as u32);
-                    pc += 1;
-                }
-                JUMP_NE_IMM if regs[dst] as u32 != imm as u32 => pc += off as usize,
-                JUMP_LONG_NE_REG if regs[dst] != regs[src] => pc += off as usize,
-                JUMP_NE_IMM | JUMP_LONG_NE_REG => {}
-                CALL => {
-                    assert_eq!(imm as u32, FN_GET_NETNS_COOKIE);
-                    regs[0] = namespace;
-                }
-                EXIT => {
-                    assert_eq!(regs[0], 1, "the kernel would refuse");
-                    return u16::from_be(context[6] as u16);
-                }
-                other => panic!("unknown instruction {other:#x}"),
-            }
-        }
+        let allowed = bpf::machine::run(program, &mut context, namespace);
+        assert_eq!(allowed, 1, "the kernel would refuse");
+        u16::from_be(context[6] as u16)
     }
 
     #[test]

@@ -151,6 +151,8 @@ impl Sandboxer {
                 ready.protocol_version
             )));
         }
+        self.forget_spare()
+            .map_err(|e| End::Failed(e.to_string()))?;
         let info = ReadyInfo {
             sandboxer_start_us: self.start_us,
             vmm_start_us: self.vmm_start_us,

@@ -8,6 +8,7 @@
 //! It holds no descriptor of its caller (containerd hands its listening socket
 //! to the runtime, and waits for the end of the pipes it gave it).
 
+mod again;
 mod agent;
 mod clients;
 mod clock;
@@ -33,6 +34,7 @@ use std::time::{Duration, Instant};
 use kuasar_runv_protocol::{EVENT_PORT, GUEST_CID};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use self::again::Spare;
 use self::agent::AgentEvents;
 use self::clients::Client;
 use self::clock::ClockWatch;
@@ -49,6 +51,7 @@ use super::{CONTROL_SOCKET, VSOCK_SOCKET};
 use crate::root::Root;
 use crate::sys::process::ProcessRef;
 use crate::sys::seqpacket::Channel;
+use crate::sys::trim;
 use crate::sys::unix_socket;
 use crate::vm::{self, BackEnds, Served, Vm};
 
@@ -64,6 +67,8 @@ const CREATOR_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a VM may go on after its hypervisor has let go of a device, which it
 /// does when it ends.
 const DEVICE_GRACE: Duration = Duration::from_secs(5);
+/// After so long without anything to do it gives memory back that it may need again.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// Runs a sandboxer until its VM ends; the return value is the exit code.
 pub fn main() -> u8 {
@@ -143,6 +148,8 @@ struct Sandboxer {
     agent: Option<AgentEvents>,
     /// What a machine of a template gets first, until its agent is ready.
     identity: Option<Offer>,
+    /// What is booted when that does not get ready.
+    spare: Option<Spare>,
     clock: ClockWatch,
     boot: Boot,
     start_us: u64,
@@ -159,6 +166,8 @@ struct Sandboxer {
     vm_ends_by: Option<Instant>,
     /// The process whose end is that of the VM, if nobody else uses it.
     last: Option<OwnedFd>,
+    /// When memory is given back, unless something happens before.
+    trims_at: Option<Instant>,
 }
 
 impl Sandboxer {
@@ -177,7 +186,7 @@ impl Sandboxer {
         let size = config.demands.size()?;
         let most = config.demands.bounds().most;
         let vm_config = machine::vm_config(&config.config, size, most, &dir);
-        let mut machine = vm::create(&config.config, vm_config, &known)?;
+        let mut machine = vm::create(&config.config, vm_config.clone(), &known)?;
         let mut demands = config.demands.clone();
         demands.bound(machine::most(&*machine, size, demands.bounds().most));
 
@@ -198,15 +207,22 @@ impl Sandboxer {
             guest_cid: GUEST_CID.into(),
             shared,
         })?;
-        let identity = match machine.is_restored() {
-            true => Some(Offer::make(&dir).map_err(context("the machine's identity"))?),
-            false => None,
+        let is_restored = machine.is_restored();
+        let (identity, spare) = match is_restored {
+            true => {
+                let offer = Offer::make(&dir).map_err(context("the machine's identity"))?;
+                let spare = Spare::new(&config.config, vm_config, known);
+                (Some(offer), Some(spare))
+            }
+            false => (None, None),
         };
         let network = Network::new(config).map_err(context("an event descriptor"))?;
-        privileges::keep_running(config.config.network.model)
-            .map_err(context("giving up capabilities"))?;
-        let timeout = config.config.timeouts.boot(machine.capabilities().emulated);
-        Ok(Sandboxer {
+        let timeouts = &config.config.timeouts;
+        let timeout = match is_restored {
+            true => timeouts.restore(),
+            false => timeouts.boot(machine.capabilities().emulated),
+        };
+        let sandboxer = Sandboxer {
             vm: machine,
             size: Resized {
                 booted: size,
@@ -220,6 +236,7 @@ impl Sandboxer {
             event_listener: Some(event_listener),
             agent: None,
             identity,
+            spare,
             clock: ClockWatch::new().map_err(context("watching the clock"))?,
             boot: Boot::Running {
                 deadline: Instant::now() + timeout,
@@ -235,7 +252,12 @@ impl Sandboxer {
             devices,
             vm_ends_by: None,
             last: None,
-        })
+            trims_at: None,
+        };
+        if !is_restored {
+            sandboxer.has_booted(&config.config)?;
+        }
+        Ok(sandboxer)
     }
 
     fn run(mut self, creator: Channel) -> u8 {
@@ -248,7 +270,15 @@ impl Sandboxer {
             listens_to: None,
         });
         let code = loop {
-            match self.step() {
+            let ended = match self.step() {
+                Err(End::Failed(reason)) => match self.boot_instead(&reason) {
+                    Ok(true) => Ok(()),
+                    Ok(false) => Err(End::Failed(reason)),
+                    Err(e) => Err(End::Failed(format!("{reason}, and then: {e}"))),
+                },
+                ended => ended,
+            };
+            match ended {
                 Ok(()) => {}
                 Err(End::Quietly) => break 0,
                 Err(End::Failed(reason)) => {
@@ -270,6 +300,9 @@ impl Sandboxer {
     /// Waits for something to happen and deals with it.
     fn step(&mut self) -> Result<(), End> {
         let ready = self.wait().map_err(|e| End::Failed(format!("poll: {e}")))?;
+        if ready.any {
+            self.trims_at = Some(Instant::now() + QUIET);
+        }
         if ready.vm {
             self.vm_events()?;
         }
@@ -308,8 +341,13 @@ impl Sandboxer {
         self.check_deadlines()
     }
 
-    fn check_deadlines(&self) -> Result<(), End> {
+    fn check_deadlines(&mut self) -> Result<(), End> {
         let now = Instant::now();
+        if self.trims_at.is_some_and(|at| now >= at) {
+            self.trims_at = None;
+            trim::heap();
+            trim::code_and_constants();
+        }
         if let Boot::Running { deadline } = self.boot
             && now >= deadline
         {
@@ -332,7 +370,8 @@ impl Sandboxer {
             Boot::Running { deadline } => Some(deadline),
             Boot::Ready(_) => None,
         };
-        let deadline = [boot, self.vm_ends_by].into_iter().flatten().min()?;
+        let deadlines = [boot, self.vm_ends_by, self.trims_at];
+        let deadline = deadlines.into_iter().flatten().min()?;
         let left = deadline.saturating_duration_since(Instant::now());
         Some(Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
@@ -383,8 +422,10 @@ impl Sandboxer {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
+        let any = fds.iter().any(|fd| !fd.revents().is_empty());
         let is_ready = |index: usize| !fds[index].revents().is_empty();
         Ok(ReadyFds {
+            any,
             vm: is_ready(0),
             listener: is_ready(1),
             network: is_ready(2),
@@ -411,6 +452,7 @@ enum End {
 }
 
 struct ReadyFds {
+    any: bool,
     vm: bool,
     listener: bool,
     network: bool,

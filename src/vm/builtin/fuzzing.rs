@@ -7,7 +7,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::devices::{block, fuzzing as devices, net};
+use super::devices::{block, fuzzing as devices, net, vhost_user as front_end};
 use super::layout::{VIRTIO_SIZE, VIRTIO_SLOTS, VIRTIO_START};
 use super::machine::Board;
 use super::memory::MemoryFile;
@@ -33,10 +33,12 @@ macro_rules! devices {
 devices! {
     balloon: devices::balloon,
     block: block::fuzzing::block,
+    console: devices::console,
     fs: devices::fs,
     more_memory: devices::more_memory,
     net: net::fuzzing::net,
     rng: devices::rng,
+    vhost_user: front_end::fuzzing::vhost_user,
     vsock: devices::vsock,
 }
 

@@ -255,11 +255,19 @@ impl BuiltinVm {
         for report in machine.processors.reports() {
             let (event, message) = match report {
                 Report::Panic => (VmEvent::GuestPanicked, None),
-                Report::PowerOff => (VmEvent::GuestShutdown, Some("the guest powered itself off")),
-                Report::Reset => (VmEvent::GuestReset, Some("the guest reset itself")),
-                Report::TripleFault => (
+                Report::PowerOff => (
+                    VmEvent::GuestShutdown,
+                    Some("the guest powered itself off".to_owned()),
+                ),
+                Report::Reset => (
                     VmEvent::GuestReset,
-                    Some("a processor of the guest has triple-faulted"),
+                    Some("the guest reset itself".to_owned()),
+                ),
+                Report::TripleFault(place) => (
+                    VmEvent::GuestReset,
+                    Some(format!(
+                        "a processor of the guest has triple-faulted ({place})"
+                    )),
                 ),
                 Report::Broken(reason) => (VmEvent::Stalled { reason }, None),
             };
@@ -274,7 +282,7 @@ impl BuiltinVm {
             }
             self.events.push_back(VmEvent::Exited(VmExit {
                 status: None,
-                message: Some(message.to_owned()),
+                message: Some(message),
             }));
         }
     }

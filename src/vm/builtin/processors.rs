@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::machine::Board;
 use super::ports::Request;
 use super::seccomp::{self, Kind};
-use super::vcpu::{self, Exit};
+use super::vcpu::{self, Exit, Trail};
 use crate::sys::capabilities::limit_to;
 use crate::vm::devices::vhost_user::{lock, panic_text};
 
@@ -38,7 +38,8 @@ pub enum Report {
     Panic,
     PowerOff,
     Reset,
-    TripleFault,
+    /// Where the processor was.
+    TripleFault(String),
     Broken(String),
 }
 
@@ -187,11 +188,12 @@ impl Shared {
     fn thread(&self, vcpu: &mut VcpuFd, board: &Board) {
         let ran = catch_unwind(AssertUnwindSafe(|| {
             confine()?;
+            let mut trail = Trail::default();
             loop {
                 match self.wanted() {
-                    Wanted::Run => self.handle(vcpu::run(vcpu, board)),
+                    Wanted::Run => self.handle(vcpu::run(vcpu, board, &mut trail)),
                     Wanted::Pause => {
-                        self.handle(vcpu::settle(vcpu, board));
+                        self.handle(vcpu::settle(vcpu, board, &mut trail));
                         self.pause(vcpu);
                     }
                     Wanted::End => return Ok::<_, io::Error>(()),
@@ -234,7 +236,7 @@ impl Shared {
             Exit::Request(Request::ReportPanic) => self.report(Report::Panic),
             Exit::Request(Request::PowerOff) => self.finish(Report::PowerOff),
             Exit::Request(Request::Reset) => self.finish(Report::Reset),
-            Exit::TripleFault => self.finish(Report::TripleFault),
+            Exit::TripleFault(place) => self.finish(Report::TripleFault(place)),
             Exit::Broken(reason) => self.finish(Report::Broken(reason)),
         }
     }

@@ -105,6 +105,11 @@ const SOCKETS: &[libc::c_long] = &[
 const KVM_RUN: u64 = 0xae80;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 
+/// `_IOR(KVMIO, 0x81, struct kvm_regs)` and `_IOR(KVMIO, 0x83, struct kvm_sregs)`, for the
+/// message of a processor that cannot go on. They read what the guest knows anyway.
+const KVM_GET_REGS: u64 = 0x8090_ae81;
+const KVM_GET_SREGS: u64 = 0x8138_ae83;
+
 /// Those about a queue of an interface, and the kernel's work on it.
 fn network_requests() -> Vec<u64> {
     use vhost::vhost_kern::vhost_binding as vhost;
@@ -152,7 +157,7 @@ fn filter(kind: Kind) -> Result<SeccompFilter, seccompiler::BackendError> {
         .map(|number| (*number, Vec::new()))
         .collect();
     let requests = match kind {
-        Kind::Processor => vec![KVM_RUN, KVM_KVMCLOCK_CTRL],
+        Kind::Processor => vec![KVM_RUN, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, KVM_GET_SREGS],
         Kind::Network => network_requests(),
         Kind::Device | Kind::Sockets | Kind::VhostUser => Vec::new(),
     };
@@ -216,16 +221,17 @@ mod tests {
     }
 
     #[test]
-    fn a_processor_has_two_requests_and_no_sockets() {
+    fn a_processor_has_few_requests_and_no_sockets() {
+        const KVM_SET_SREGS: u64 = 0x4138_ae84;
         let errors = confined(Kind::Processor, || {
-            [KVM_RUN, 0xae01, 0x5413].map(|number| {
+            [KVM_RUN, KVM_GET_SREGS, KVM_SET_SREGS, 0x5413].map(|number| {
                 // SAFETY: a request to a descriptor that does not exist.
                 unsafe { libc::ioctl(-1, number) };
                 io::Error::last_os_error().raw_os_error()
             })
         });
         let (bad, refused) = (Some(libc::EBADF), Some(libc::EPERM));
-        assert_eq!(errors, [bad, refused, refused]);
+        assert_eq!(errors, [bad, bad, refused, refused]);
         let errors = confined(Kind::Network, || {
             [TUNSETQUEUE, KVM_RUN, 0x5413].map(|number| {
                 // SAFETY: a request to a descriptor that does not exist.

@@ -16,8 +16,8 @@ pub enum Exit {
     /// It was interrupted, or there was something to be done before it goes on.
     Interrupted,
     Request(Request),
-    /// The processor reset itself, because it could not even handle a fault.
-    TripleFault,
+    /// The processor reset itself, because it could not even handle a fault. Where it was.
+    TripleFault(String),
     /// It cannot go on.
     Broken(String),
 }
@@ -120,24 +120,76 @@ fn set_local_interrupts(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     vcpu.set_lapic(&lapic)
 }
 
+/// What a processor did last outside of itself, for the message of an end that nobody
+/// asked for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Trail {
+    accesses: u64,
+    last: Option<(&'static str, u64)>,
+}
+
+impl Trail {
+    fn note(&mut self, what: &'static str, address: impl Into<u64>) {
+        self.accesses = self.accesses.wrapping_add(1);
+        self.last = Some((what, address.into()));
+    }
+
+    /// Where the processor is. After a triple fault an AMD processor's registers may be
+    /// those after a reset.
+    fn describe(&self, vcpu: &VcpuFd) -> String {
+        let mut text = match (vcpu.get_regs(), vcpu.get_sregs()) {
+            (Ok(regs), Ok(special)) => format!(
+                "rip {:#x}, rsp {:#x}, cr0 {:#x}, cr2 {:#x}, cr3 {:#x}, cr4 {:#x}, efer {:#x}",
+                regs.rip,
+                regs.rsp,
+                special.cr0,
+                special.cr2,
+                special.cr3,
+                special.cr4,
+                special.efer
+            ),
+            (Err(e), _) | (_, Err(e)) => format!("its registers are unknown: {e}"),
+        };
+        match self.last {
+            Some((what, address)) => text.push_str(&format!(
+                "; its last access of {} was {what} {address:#x}",
+                self.accesses
+            )),
+            None => text.push_str("; it had no access to a device"),
+        }
+        text
+    }
+}
+
 /// Runs the processor until something is to be done outside of it, and does it.
-pub fn run(vcpu: &mut VcpuFd, board: &Board) -> Exit {
+pub fn run(vcpu: &mut VcpuFd, board: &Board, trail: &mut Trail) -> Exit {
     match vcpu.run() {
-        Ok(VcpuExit::IoIn(port, data)) => board.port_read(port, data),
+        Ok(VcpuExit::IoIn(port, data)) => {
+            trail.note("reading port", port);
+            board.port_read(port, data);
+        }
         Ok(VcpuExit::IoOut(port, data)) => {
+            trail.note("writing port", port);
             if let Some(request) = board.port_write(port, data) {
                 return Exit::Request(request);
             }
         }
-        Ok(VcpuExit::MmioRead(address, data)) => board.read(address, data),
-        Ok(VcpuExit::MmioWrite(address, data)) => board.write(address, data),
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            trail.note("reading", address);
+            board.read(address, data);
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            trail.note("writing", address);
+            board.write(address, data);
+        }
         Ok(VcpuExit::Intr) => return Exit::Interrupted,
-        Ok(VcpuExit::Shutdown) => return Exit::TripleFault,
+        Ok(VcpuExit::Shutdown) => return Exit::TripleFault(trail.describe(vcpu)),
         Ok(VcpuExit::SystemEvent(kind, _)) => {
             return Exit::Broken(format!("an unexpected system event ({kind})"));
         }
         Ok(VcpuExit::InternalError) => {
-            return Exit::Broken("an internal error of KVM".to_owned());
+            let place = trail.describe(vcpu);
+            return Exit::Broken(format!("an internal error of KVM ({place})"));
         }
         Ok(VcpuExit::FailEntry(reason, _)) => {
             return Exit::Broken(format!("KVM cannot enter the guest ({reason:#x})"));
@@ -155,10 +207,10 @@ pub fn run(vcpu: &mut VcpuFd, board: &Board) -> Exit {
 /// Finishes what the processor was in the middle of, without going on: the result of an
 /// access that was handled is only in its registers when KVM has run once more (KVM's API
 /// documentation, 5, `KVM_EXIT_MMIO`).
-pub fn settle(vcpu: &mut VcpuFd, board: &Board) -> Exit {
+pub fn settle(vcpu: &mut VcpuFd, board: &Board, trail: &mut Trail) -> Exit {
     vcpu.set_kvm_immediate_exit(1);
     let exit = loop {
-        match run(vcpu, board) {
+        match run(vcpu, board, trail) {
             // Another part of the same access.
             Exit::Continue => {}
             exit => break exit,

@@ -16,7 +16,9 @@ use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
 
+use crate::sys::seqpacket::wait_readable;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::time::{Duration, Instant};
 use vhost::vhost_user::{Error as ProtocolError, Listener};
 use vhost_user_backend::bitmap::BitmapReplace;
 use vhost_user_backend::{
@@ -62,6 +64,8 @@ pub struct Handle {
 pub(in crate::vm) struct Status {
     /// Why it does not work any more.
     failure: OnceLock<String>,
+    /// Its thread has nothing more to do.
+    ended: AtomicBool,
     /// Readable when the device has ended or failed.
     changed: EventFd,
 }
@@ -72,6 +76,7 @@ impl Status {
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             failure: OnceLock::new(),
+            ended: AtomicBool::new(false),
             changed: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         }))
     }
@@ -121,9 +126,29 @@ impl Handle {
                     Ok(Err(e)) => control.status.fail(e.to_string()),
                     Err(panic) => control.status.fail(panic_text(&*panic).to_owned()),
                 }
+                control.status.ended.store(true, Ordering::Release);
                 control.status.announce();
             })?;
         Ok(Self { cancel, status })
+    }
+
+    /// Ends the device, which no VMM is connected to any more; `false` when it has not ended
+    /// in time.
+    pub fn end(self, deadline: Duration) -> bool {
+        let status = self.status.clone();
+        drop(self);
+        let end = Instant::now() + deadline;
+        while !status.ended.load(Ordering::Acquire) {
+            let left = end.saturating_duration_since(Instant::now());
+            // SAFETY: the event descriptor is open as long as `status` lives.
+            let changed = unsafe { BorrowedFd::borrow_raw(status.changed.as_raw_fd()) };
+            if left.is_zero() || !wait_readable(changed, left).unwrap_or(false) {
+                return false;
+            }
+            // Fails only when somebody else was faster.
+            let _ = status.changed.read();
+        }
+        true
     }
 
     /// Why the device no longer works although the VM may still run: the VM is of

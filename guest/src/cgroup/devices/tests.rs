@@ -1,38 +1,10 @@
 use super::*;
+use crate::bpf::machine;
 use oci_spec::runtime::LinuxDeviceCgroupBuilder;
 
-/// What the kernel would do with the program: only the instructions above.
 fn run(program: &[Insn], device_type: u32, major: u32, minor: u32, access: u32) -> bool {
-    let context = [access << 16 | device_type, major, minor];
-    let mut regs = [0u32; 11];
-    let mut pc = 0;
-    loop {
-        let Insn {
-            code,
-            regs: r,
-            off,
-            imm,
-        } = program[pc];
-        let (dst, src) = (usize::from(r & 15), usize::from(r >> 4));
-        let imm = imm as u32;
-        pc += 1;
-        let mut jump = |taken: bool| {
-            if taken {
-                pc = pc.checked_add_signed(isize::from(off)).unwrap();
-            }
-        };
-        match code {
-            LOAD_WORD => regs[dst] = context[usize::try_from(off).unwrap() / 4],
-            AND_IMM => regs[dst] &= imm,
-            SHIFT_RIGHT_IMM => regs[dst] >>= imm,
-            MOVE_IMM => regs[dst] = imm,
-            MOVE_REG => regs[dst] = regs[src],
-            JUMP_NE_IMM => jump(regs[dst] != imm),
-            JUMP_EQ_IMM => jump(regs[dst] == imm),
-            EXIT => return regs[0] != 0,
-            other => panic!("unknown instruction {other:#x}"),
-        }
-    }
+    let mut context = [access << 16 | device_type, major, minor];
+    machine::run(program, &mut context, 0) != 0
 }
 
 fn rule(allow: bool, typ: LinuxDeviceType, numbers: (i64, i64), access: &str) -> LinuxDeviceCgroup {

@@ -22,7 +22,7 @@ const OUTPUT: usize = 1;
 /// Columns, rows, ports, and a register that is not offered (5.3.4).
 const CONFIG: [u8; 12] = [0; 12];
 /// Most of a buffer that is printed: a driver has a page for it.
-const MAX_PIECE: usize = 4096;
+pub const MAX_PIECE: usize = 4096;
 
 pub fn identity(features: u64) -> Identity {
     Identity {

@@ -12,14 +12,17 @@ mod malformed;
 mod memory;
 mod oracle;
 
+use std::fs::File;
 use std::sync::Arc;
 
-use vhost_user_backend::VhostUserBackend;
+use rustix::io::{ioctl_fionread, read};
+use rustix::pipe::{PipeFlags, pipe_with};
+use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_INDIRECT;
 use vm_memory::mmap::NewBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-use super::{FEATURES, balloon, fs, more_memory, rng, vsock};
+use super::{FEATURES, balloon, console, fs, more_memory, rng, vsock};
 use crate::fuzzing::Input;
 use crate::vm::builtin::memory::MemoryFile;
 use crate::vm::builtin::virtio::registers::{QueueSetup, Rings};
@@ -65,6 +68,24 @@ struct Queue {
     next_available: u16,
 }
 
+impl Queue {
+    /// The one with this number, where it belongs.
+    fn new(number: u64) -> Queue {
+        let start = number * QUEUE;
+        Queue {
+            setup: QueueSetup {
+                size: ENTRIES,
+                ready: true,
+                descriptors: start,
+                available: start + AVAILABLE,
+                used: start + USED,
+            },
+            next_descriptor: 0,
+            next_available: 0,
+        }
+    }
+}
+
 impl<B: NewBitmap + Clone + Send + Sync + 'static> Driver<B>
 where
     SharedRings<ServiceMemory<B>>: Rings,
@@ -85,22 +106,18 @@ where
             next_buffer: BUFFERS,
             _space: space,
         };
-        for number in 0..queues as u64 {
-            let start = number * QUEUE;
-            driver.queues.push(Queue {
-                setup: QueueSetup {
-                    size: ENTRIES,
-                    ready: true,
-                    descriptors: start,
-                    available: start + AVAILABLE,
-                    used: start + USED,
-                },
-                next_descriptor: 0,
-                next_available: 0,
-            });
-        }
+        driver.queues = (0..queues as u64).map(Queue::new).collect();
         driver.start(FEATURES);
         driver
+    }
+
+    /// A reset, after which everything is as it was in the beginning.
+    fn begin(&mut self) {
+        self.shared.stop();
+        self.write(0, &[0; SIZE as usize]);
+        let queues = self.queues.len() as u64;
+        self.queues = (0..queues).map(Queue::new).collect();
+        assert!(self.start(FEATURES));
     }
 
     fn start(&mut self, features: u64) -> bool {
@@ -315,6 +332,43 @@ fn simple<S: Service<Bitmap = ()>>(
 
 pub fn rng(conduct: &mut impl Conduct) {
     simple(conduct, &memory_file(0), 1, |memory| rng::Rng { memory });
+}
+
+/// What the guest prints, and a host that reads it now and then.
+pub fn console(conduct: &mut impl Conduct) {
+    const OUTPUT: usize = 1;
+    const WORDS: &[u8] = b"alive";
+    let (log, sink) = pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC).expect("a pipe");
+    let unread = || ioctl_fionread(&log).expect("a pipe");
+    let drain = || while read(&log, &mut [0; 4096]).is_ok() {};
+    let mut driver = Driver::new(&memory_file(0), 2);
+    let console = console::Console::new(driver.memory.clone(), File::from(sink));
+    let mut work = |queue: u16, rings: &[ServiceRing<()>]| {
+        let before = unread();
+        let taken: Vec<_> = rings.iter().map(VringT::queue_next_avail).collect();
+        console.handle(queue, rings).expect("the device goes on");
+        let taken = |number: usize| rings[number].queue_next_avail().wrapping_sub(taken[number]);
+        assert_eq!(taken(0), 0, "there is no input");
+        let most = u64::from(taken(OUTPUT)) * console::MAX_PIECE as u64;
+        assert!(unread() - before <= most, "more than there was");
+    };
+    conduct.conduct(&mut driver, &mut any, &mut work, &mut |_| drain());
+    drain();
+    // Whatever there has been, the words of the next driver are printed.
+    driver.begin();
+    driver.write(BUFFERS, WORDS);
+    let words = Descriptor {
+        address: BUFFERS,
+        len: WORDS.len() as u32,
+        flags: 0,
+        next: 0,
+    };
+    driver.descriptor(driver.queues[OUTPUT].setup.descriptors, 0, words);
+    driver.publish(OUTPUT, 0);
+    driver.kick(OUTPUT, &mut work);
+    let mut printed = [0; 16];
+    let len = read(&log, &mut printed).expect("what was printed");
+    assert_eq!(&printed[..len], WORDS);
 }
 
 pub fn balloon(conduct: &mut impl Conduct) {

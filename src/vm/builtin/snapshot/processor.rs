@@ -15,7 +15,10 @@ use super::plain::Plain;
 
 /// Most registers in one request.
 const MSRS_AT_ONCE: usize = 128;
+const TSC: u32 = 0x10;
 const TSC_DEADLINE: u32 = 0x6e0;
+/// As a distance of time stamps, more than a second of any processor.
+const FAR: u64 = 1 << 40;
 /// Memory that is cached (MTRR_DEFAULT), which not every KVM lists.
 const ALSO: [u32; 1] = [0x2ff];
 
@@ -65,6 +68,23 @@ pub fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Processor, Error> {
         lapic: Plain(lapic),
         events: Plain(events),
         msrs,
+    })
+}
+
+/// Sets the time stamp counter of the first processor to something else than it will have.
+///
+/// KVM takes a time stamp within a second of what another processor was given, or what it
+/// made a new one begin with, for an attempt to have them run alike, and ignores its value
+/// (before Linux 6.7 also this first one, arch/x86/kvm/x86.c). The counter of a machine that
+/// was saved in its first second would go back, and its clock stand still until it is there
+/// again.
+///
+/// # Errors
+/// KVM refuses.
+pub fn forget_time(vcpu: &VcpuFd, saved: &Processor) -> Result<(), Error> {
+    let tsc = saved.msrs.iter().find(|(number, _)| *number == TSC);
+    tsc.map_or(Ok(()), |(_, value)| {
+        write_msrs(vcpu, &[(TSC, value.wrapping_add(FAR))])
     })
 }
 

@@ -45,6 +45,9 @@ impl Restored {
             .map(|number| vm.create_vcpu(number))
             .collect::<Result<Vec<_>, _>>()
             .map_err(Error::kvm("making a virtual CPU"))?;
+        if let (Some(first), Some(saved)) = (vcpus.first(), state.processors.first()) {
+            processor::forget_time(first, saved)?;
+        }
         for (vcpu, saved) in vcpus.iter().zip(&state.processors) {
             processor::restore(vcpu, saved)?;
         }

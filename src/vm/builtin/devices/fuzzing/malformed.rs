@@ -140,7 +140,7 @@ impl Conduct for Malformed {
                     .iter()
                     .take(if is_indirect { TABLES.len() } else { 1 })
                 {
-                    begin(driver);
+                    driver.begin();
                     fill(driver, number, chain, table);
                     driver.publish(number, 0);
                     driver.kick(number, work);
@@ -149,12 +149,12 @@ impl Conduct for Malformed {
                 }
             }
             for head in [ENTRIES - 1, ENTRIES, u16::MAX] {
-                begin(driver);
+                driver.begin();
                 driver.publish(number, head);
                 driver.kick(number, work);
             }
             for by in [ENTRIES as i16, ENTRIES as i16 + 1, -1, i16::MAX, i16::MIN] {
-                begin(driver);
+                driver.begin();
                 driver.jump(number, by);
                 driver.kick(number, work);
                 // A broken ring stays as it is, and does not come to life again.
@@ -164,19 +164,6 @@ impl Conduct for Malformed {
             rings(driver, number, work);
         }
     }
-}
-
-/// The driver resets the device, and has all queues where they were.
-fn begin<B: NewBitmap + Clone + Send + Sync + 'static>(driver: &mut Driver<B>)
-where
-    SharedRings<ServiceMemory<B>>: Rings,
-{
-    driver.shared.stop();
-    driver.write(0, &[0; SIZE as usize]);
-    for queue in &mut driver.queues {
-        queue.next_available = 0;
-    }
-    assert!(driver.start(FEATURES));
 }
 
 fn fill<B: NewBitmap + Clone + Send + Sync + 'static>(
@@ -225,14 +212,14 @@ fn rings<B: NewBitmap + Clone + Send + Sync + 'static>(
             }
         }
     }
-    driver.queues[number].setup = usual;
-    begin(driver);
+    driver.begin();
 }
 
 #[test]
 fn no_malformed_chain_or_ring_harms_any_device() {
     super::rng(&mut Malformed);
     super::balloon(&mut Malformed);
+    super::console(&mut Malformed);
     super::more_memory(&mut Malformed);
     super::fs(&mut Malformed);
     super::vsock(&mut Malformed);

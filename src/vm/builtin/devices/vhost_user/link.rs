@@ -230,7 +230,8 @@ impl LinkService {
         }
     }
 
-    fn answer(&self, request: Request) -> bool {
+    /// Whether it is done.
+    pub fn answer(&self, request: Request) -> bool {
         let mut link = lock(&self.link);
         let done = match request {
             Request::Start(features, queues) => {

@@ -10,6 +10,9 @@
 //! late or gone at any time: nothing here waits for it longer than a deadline, and a
 //! device without its program says that it needs a reset, while the machine goes on.
 
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
+pub mod fuzzing;
 mod kinds;
 mod link;
 

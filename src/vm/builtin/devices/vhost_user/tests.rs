@@ -303,3 +303,22 @@ fn a_back_end_that_is_none_is_an_error_in_time() {
         .unwrap();
     assert!(error.to_string().contains("CONFIG"), "{error}");
 }
+
+/// What [`fuzzing`] makes of it: each answer in turn is wrong, in each way.
+#[test]
+fn no_answer_that_is_wrong_does_harm() {
+    for kind in [0, 1] {
+        for place in 0..24 {
+            for how in (0..64).chain(0xf0..=0xff) {
+                for details in [&[1][..], &[0xff; 8]] {
+                    // Two processors; the device is started once.
+                    let mut input = vec![kind | 2 << 1];
+                    input.resize(1 + place, 0);
+                    input.push(how);
+                    input.extend(details);
+                    fuzzing::vhost_user(&mut crate::fuzzing::Input::new(&input));
+                }
+            }
+        }
+    }
+}

@@ -2,8 +2,9 @@
 //!
 //! The kernel maps file pages in blocks of 64 KiB around each one that is
 //! touched, so that after its start a process of this binary maps most of it.
-//! A stand-in waits for hours in one small loop: it drops all those mappings, and
-//! the loop brings back the few it uses.
+//! A stand-in waits for hours in one small loop, and the sandboxer of an idle pod does
+//! nothing either: they drop all those mappings, and what runs again brings back the few
+//! it uses.
 
 use std::ptr;
 
@@ -14,8 +15,7 @@ unsafe extern "C" {
     static etext: u8;
 }
 
-/// Gives back what was allocated and freed: the message with the streams was received
-/// into a buffer for the longest there is.
+/// Gives back what was allocated and freed.
 pub fn heap() {
     // SAFETY: takes an integer, and only touches what is free. That there was nothing
     // to give back is no failure.
