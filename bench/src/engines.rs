@@ -1,4 +1,5 @@
-//! `true` in a container of podman and of `ctr`, with kuasar-runv and with runc.
+//! `true` in a container of podman and of `ctr`, with kuasar-runv and with runc; with
+//! `KUASAR_RUNV_TEST_TEMPLATES`, a directory of templates, in machines of a template too.
 //!
 //! The engines run in the private world of `integration/`, whose scripts answer the
 //! requests of this program one at a time, so that the boot of a bare VM, runc and
@@ -7,11 +8,11 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kuasar_runv_test_harness::{Flavour, Runtime, World, reaper};
 
-use crate::floor::Floor;
+use crate::floor::AnyFloor;
 use crate::report::{Row, Section, Target, Verdict};
 use crate::sample::Samples;
 
@@ -74,39 +75,49 @@ impl Engine {
 
 pub fn measure(rounds: u32) -> Section {
     let world = World::with(Runtime::built(), Flavour::Source);
-    let floor = Floor::learn(&world);
+    let floor = AnyFloor::learn(&world);
     let (mut rows, mut verdicts) = (Vec::new(), Vec::new());
     for (name, title) in ENGINES {
         let mut engine = Engine::start(name);
-        let (mut floors, mut peers, mut ours) = Default::default();
+        let mut requests = vec!["runc", "kuasar-runv"];
+        if std::env::var_os("KUASAR_RUNV_TEST_TEMPLATES").is_some() {
+            requests.push("template");
+        }
+        let mut floors = Samples::default();
+        let mut samples: Vec<Samples> = requests.iter().map(|_| Samples::default()).collect();
         for round in 0..=rounds {
-            eprint!("\r{name}: round {round} of {rounds} ");
-            let begin = Instant::now();
-            floor.boot();
-            let cost = [
-                begin.elapsed().as_secs_f64(),
-                engine.run("runc"),
-                engine.run("kuasar-runv"),
-            ];
+            eprint!("{name}: round {round} of {rounds}:");
+            let bare = floor.boot().as_secs_f64();
+            let cost: Vec<f64> = requests.iter().map(|what| engine.run(what)).collect();
+            // The report comes after all engines, minutes later.
+            eprint!(" floor {bare:.2}");
+            for (what, seconds) in requests.iter().zip(&cost) {
+                eprint!(", {what} {seconds:.2}");
+            }
+            eprintln!(" s");
             // The first round only warms up.
             if round > 0 {
-                for (samples, seconds) in [&mut floors, &mut peers, &mut ours].into_iter().zip(cost)
-                {
-                    Samples::add(samples, seconds);
+                floors.add(bare);
+                for (samples, seconds) in samples.iter_mut().zip(cost) {
+                    samples.add(seconds);
                 }
             }
         }
-        eprintln!();
         engine.end();
-        verdicts.push(Verdict {
-            name: format!("{title}, (kuasar-runv - floor) / runc"),
-            value: (ours.median() - floors.median()) / peers.median(),
-            unit: "",
-            target: Target::AtMost(TARGET),
-        });
+        let (runc, bare) = (samples[0].median(), floors.median());
         rows.push(Row::new(format!("floor beside {name}"), "s", floors));
-        rows.push(Row::new(format!("{title}, runc"), "s", peers));
-        rows.push(Row::new(format!("{title}, kuasar-runv"), "s", ours));
+        for (what, samples) in requests.into_iter().zip(samples) {
+            let ours = samples.median();
+            if what != "runc" {
+                verdicts.push(Verdict {
+                    name: format!("{title}, ({what} - floor) / runc"),
+                    value: (ours - bare) / runc,
+                    unit: "",
+                    target: Target::AtMost(TARGET),
+                });
+            }
+            rows.push(Row::new(format!("{title}, {what}"), "s", samples));
+        }
     }
     Section {
         title: "Engines: a container of `true`".into(),

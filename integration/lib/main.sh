@@ -47,8 +47,9 @@ the installed one), and prints one line for each:
   --limit SECONDS     for one case with one runtime (default 120)
   --output DIR        keep the cases' output there
   --no-runc           do not run the cases with runc first
-  --timed             no cases: for each line "runc" or "kuasar-runv" on standard
-                      input run a container of \`true\` and print the seconds it took
+  --timed             no cases: for each line "runc", "kuasar-runv" or "template" (the
+                      latter in a machine of a template in \$KUASAR_RUNV_TEST_TEMPLATES) on
+                      standard input run a container of \`true\` and print the seconds it took
 
 exit code: 0 no case failed, 1 a case failed, 2 the set-up failed
 Root is needed; the engines run in namespaces of their own, see lib/world.sh.
@@ -140,7 +141,12 @@ run_outside() {
 configure_runtime() {
   mkdir /etc/kuasar-runv/config.d
   [[ -z $KUASAR_RUNV_CONFIG ]] || cp "$KUASAR_RUNV_CONFIG" /etc/kuasar-runv/config.toml
-  printf '[qemu]\naccel = "%s"\n' "${KUASAR_RUNV_TEST_ACCEL:-tcg}" >/etc/kuasar-runv/config.d/accel.toml
+  local hypervisor=${KUASAR_RUNV_TEST_HYPERVISOR:-qemu} accel=${KUASAR_RUNV_TEST_ACCEL:-tcg}
+  {
+    printf 'hypervisor = "%s"\n[qemu]\naccel = "%s"\n' "$hypervisor" "$accel"
+    # KVM that is emulated itself (scripts/l1) is no faster than emulation.
+    [[ $hypervisor/$accel == qemu/tcg ]] || printf '[timeouts]\nboot_s = 120\n'
+  } >/etc/kuasar-runv/config.d/test.toml
   # Engines call the runtime without the caller's environment.
   unset KUASAR_RUNV_CONFIG
   KUASAR=$RUNTIME
@@ -169,8 +175,9 @@ run_case() {
 
 # tag_of NAME LABEL: what is in all names that a case makes.
 tag_of() {
-  local tag=${1//_/-}
-  if [[ $2 == runc ]]; then echo "$tag-r"; else echo "$tag-k"; fi
+  # No case's begins another's, as ctr-exec- would ctr-exec-kill-.
+  local tag=${1//_/-}0
+  if [[ $2 == runc ]]; then echo "${tag}r"; else echo "${tag}k"; fi
 }
 
 # The body of the process for one case.
@@ -253,10 +260,15 @@ judge_leaks() {
 
 # Answers the requests of bench/src/engines.rs.
 serve_timed() {
-  local name begin end
+  local name begin end templates=/etc/kuasar-runv/config.d/templates.toml
   while read -r name; do
+    rm -f "$templates"
     case $name in
       runc) name=$RUNC ;;
+      template)
+        name=$KUASAR
+        printf '[template]\nenabled = true\ndir = "%s"\n' "${KUASAR_RUNV_TEST_TEMPLATES:?}" >"$templates"
+        ;;
       *) name=$KUASAR ;;
     esac
     begin=$EPOCHREALTIME

@@ -13,8 +13,13 @@ cgroup_hierarchies() {
   findmnt -rn -t cgroup,cgroup2 -o TARGET | grep -E "^$CGROUPS(/|$)"
 }
 
+# only_v2: whether the machine has nothing but the one hierarchy of v2.
+only_v2() {
+  [[ $(findmnt -rn -t cgroup,cgroup2 -o TARGET,FSTYPE) == "$CGROUPS cgroup2" ]]
+}
+
 enter_world() {
-  local directory world status=0
+  local directory world init status=0
   export WORLD_NAME=krt-engine-$$
   trap leave_world EXIT
   for directory in $(cgroup_hierarchies); do
@@ -29,8 +34,16 @@ enter_world() {
       fi
       echo "$BASHPID" >"$directory/$WORLD_NAME/cgroup.procs"
     done
-    exec unshare --mount --net --pid --ipc --uts --cgroup --propagation private \
-      --fork --kill-child --mount-proc "$@"
+    # Controllers of v2 can only be handed on by a group without processes: all of
+    # them, and unshare(1) as well, are in one below that of the world.
+    init=''
+    ! only_v2 || init=$CGROUPS/$WORLD_NAME/init
+    # shellcheck disable=SC2016 # the other shell expands it
+    exec unshare --cgroup sh -c '
+      if [ "$1" ]; then mkdir "$1" && echo $$ >"$1/cgroup.procs"; fi
+      shift
+      exec unshare --mount --net --pid --ipc --uts --propagation private --fork --kill-child --mount-proc "$@"
+    ' - "$init" "$@"
   ) <&0 &
   world=$!
   # unshare(1) ignores these while it waits; its end is that of the world.
@@ -59,10 +72,7 @@ leave_world() {
 mount_sys() {
   local mounts name type
   mounts=$(findmnt -rn -t cgroup,cgroup2 -o TARGET,FSTYPE)
-  if [[ $mounts == "$CGROUPS cgroup2" ]]; then
-    # Controllers can only be handed on by a group without processes.
-    mkdir "$CGROUPS/$WORLD_NAME/init"
-    echo 0 >"$CGROUPS/$WORLD_NAME/init/cgroup.procs"
+  if only_v2; then
     mount -t sysfs sysfs /sys
     mount -t cgroup2 cgroup2 "$CGROUPS"
     sed -E 's/[a-z]+/+&/g' "$CGROUPS/cgroup.controllers" >"$CGROUPS/cgroup.subtree_control"

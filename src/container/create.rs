@@ -190,6 +190,7 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
         sandbox,
         standin,
         standin_ref,
+        ends_machine: membership.is_alone(),
         undo,
         interrupt,
     };

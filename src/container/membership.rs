@@ -135,9 +135,21 @@ pub struct Membership {
     pub joins: BTreeMap<Kind, String>,
     /// Path of a network namespace of the host, which is nobody's.
     pub adopted_network: Option<PathBuf>,
+    /// Others may come to its VM when its own process has ended: it is called the
+    /// sandbox of a pod, or what it has started goes on without it, because it has no
+    /// pid namespace of its own.
+    pub outlives_its_process: bool,
     /// Namespaces of the host that its stand-in enters, by kind: those of the
     /// stand-ins of `joins`, and an adopted network.
     pub host: BTreeMap<Kind, Namespace>,
+}
+
+impl Membership {
+    /// Whether its VM is of no use to anybody when its process has ended.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        self.pod.is_none() && !self.outlives_its_process
+    }
 }
 
 /// A namespace of config.json that has a path.
@@ -163,7 +175,11 @@ pub fn resolve(root: &Root, id: &str, spec: &Spec) -> Result<Membership, Error> 
             pod => Some(pod?),
         },
     };
-    let mut found = Membership::default();
+    let mut found = Membership {
+        outlives_its_process: named.as_ref().is_some_and(|named| named.is_sandbox)
+            || !has_own_pids(spec),
+        ..Membership::default()
+    };
     let mut owners: Vec<(Owner, Pod)> = Vec::new();
     for given in given(spec)? {
         let hint = pod.as_ref().map(|pod| pod.sandbox_id.as_str());
@@ -190,6 +206,19 @@ pub fn resolve(root: &Root, id: &str, spec: &Spec) -> Result<Membership, Error> 
     }
     found.pod = pod.or(by_path);
     Ok(found)
+}
+
+/// Whether the container gets a new pid namespace, whose processes end with its first.
+fn has_own_pids(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
+    namespaces.unwrap_or_default().iter().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Pid
+            && namespace
+                .path()
+                .as_ref()
+                .is_none_or(|path| path.as_os_str().is_empty())
+    })
 }
 
 /// The namespaces with a path; an empty one is a new namespace, as with runc.

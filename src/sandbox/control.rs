@@ -104,7 +104,9 @@ pub enum Request {
     RemoveVolume { name: String },
     /// Answered when the agent is ready or the boot has failed.
     WaitReady,
-    /// Only on the creator's channel: keep the VM when the channel closes.
+    /// Only on the creator's channel: keep the VM when the channel closes. If a pidfd
+    /// comes with this message, the VM ends with that process, the stand-in of its first
+    /// container, unless somebody else uses it then.
     Commit,
     /// Make the VM large enough for what the container asks for, instead of what it
     /// asked for before. Without a demand it asks for nothing any more.

@@ -35,6 +35,12 @@ pub enum Found {
 }
 
 impl GuestVolumes {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.volumes.is_empty()
+    }
+
     /// Adds a use of the volume `key`.
     ///
     /// # Errors

@@ -433,13 +433,14 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
-    /// From now on the VM stays when this command ends.
+    /// From now on the VM stays when this command ends: until it is ended, or until the
+    /// process `last` (a pidfd) has ended, if nobody else uses the VM then.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn commit(&self) -> Result<(), Error> {
+    pub fn commit(&self, last: Option<BorrowedFd<'_>>) -> Result<(), Error> {
         self.connection
-            .call(&Request::Commit, &[], REQUEST_DEADLINE)
+            .call(&Request::Commit, last.as_slice(), REQUEST_DEADLINE)
             .map(drop)
             .map_err(|e| self.control_error(e))
     }

@@ -2,10 +2,11 @@
 //! is still there goes on.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kuasar_runv_test_harness::{Container, SHORT, World, leaks, process, wait_until};
+use kuasar_runv_test_harness::{Container, SHORT, World, json, leaks, process, reaper, wait_until};
 
 use crate::pods::{member, sandbox};
 use crate::victims::{self, Victim};
@@ -291,4 +292,70 @@ fn a_member_of_a_machine_that_hangs_is_deleted_by_force() {
         assert_eq!(says_where_it_is(&a), says_where_it_is(&first));
         let _ = a.delete_force().ok();
     }
+}
+
+/// Engines that keep what has stopped, such as `ctr run -d`, do not keep its memory; and
+/// `delete`, which most engines call at once, has nothing to wait for.
+#[test]
+fn a_machine_that_nobody_needs_ends_with_its_process() {
+    let world = World::new();
+    let container = world.start(&world.bundle().sh("echo said; exit 3"), "c");
+    assert_eq!(container.exit_code(), 3);
+    assert_eq!(container.stdout(), "said\n");
+    wait_until("end of the machine", Duration::from_secs(5), || {
+        leaks::processes(world.name()).is_empty()
+    });
+    assert_eq!(container.status(), "stopped");
+    let _ = container
+        .kill("KILL")
+        .fails_with(1, "container not running");
+    let _ = container.delete().ok();
+    world.assert_clean();
+}
+
+#[test]
+fn what_an_exec_says_to_the_end_is_heard() {
+    let world = World::new();
+    let container = world.start(&world.bundle().sh(WAIT), "c");
+    container.wait_for_output("up");
+    let script = "echo begun; while :; do sleep 0.1; done";
+    let exec = container.exec_detached(script, "e");
+    wait_until("output of the exec", SHORT, || {
+        fs::read_to_string(world.path("e.stdout")).is_ok_and(|text| text == "begun\n")
+    });
+    let _ = container.kill("KILL").ok();
+    assert_eq!(container.exit_code(), 137);
+    let ended = reaper::wait(exec, SHORT).expect("it ends with the container");
+    assert_eq!(ended.signal(), Some(9));
+    container.wait_for_status("stopped");
+    let _ = container.delete().ok();
+    world.assert_clean();
+}
+
+/// Without a pid namespace of its own, the rest of it goes on without its first process.
+#[test]
+fn what_outlives_its_first_process_keeps_the_machine() {
+    let world = World::new();
+    let script = "(while :; do date +%s%N >/alive; sleep 0.05; done) & sleep 0.3; exit 0";
+    let bundle = world.bundle().sh(script).with(|c| {
+        let namespaces = c["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|n| n["type"] != "pid");
+        c["root"]["readonly"] = json!(false);
+    });
+    let alive = bundle.rootfs().join("alive");
+    let container = world.start(&bundle, "c");
+    assert_eq!(container.exit_code(), 0);
+    container.wait_for_status("stopped");
+    let last = || fs::read_to_string(&alive).unwrap_or_default();
+    // Twice, so that the second was written afterwards.
+    for _ in 0..2 {
+        let before = last();
+        wait_until("a sign of life", SHORT, || last() != before);
+    }
+    let _ = world
+        .call(["kill", "--all", &container.id, "KILL"])
+        .output()
+        .ok();
+    let _ = container.delete().ok();
+    world.assert_clean();
 }

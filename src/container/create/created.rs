@@ -2,13 +2,14 @@
 //! removed again unless that keeps it.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use crate::agent_client::Agent;
 use crate::container::pod::Unreachable;
 use crate::container::state::{ContainerRecord, Phase, Status};
 use crate::container::terminal::CallersTerminal;
-use crate::container::{Error, delete, hooks, network};
+use crate::container::{Error, context, delete, hooks, network};
 use crate::root::Root;
 use crate::sandbox::Sandbox;
 use crate::standin::spawn::StandIn;
@@ -28,6 +29,8 @@ pub struct Created {
     pub(super) sandbox: Sandbox,
     pub(super) standin: StandIn,
     pub(super) standin_ref: ProcessRef,
+    /// Its VM is for nobody else, and has nothing to do when its process has ended.
+    pub(super) ends_machine: bool,
     pub(super) undo: Undo,
     // Behind `undo`: who is interrupted cleans up first.
     pub(super) interrupt: Interrupt,
@@ -59,7 +62,14 @@ impl Created {
     /// # Errors
     /// When its processes have ended meanwhile.
     pub fn keep_attached(self) -> Result<StandIn, Error> {
-        self.sandbox.commit()?;
+        let last = match self.ends_machine {
+            true => self
+                .standin_ref
+                .pidfd()
+                .map_err(context("the stand-in's descriptor"))?,
+            false => None,
+        };
+        self.sandbox.commit(last.as_ref().map(AsFd::as_fd))?;
         self.standin.commit()?;
         self.undo.disarm();
         // What comes now comes too late: the container exists.

@@ -153,6 +153,7 @@ impl Sandboxer {
             }
             Request::Commit => {
                 self.clients[index].is_creator = false;
+                self.last = message.fds.pop();
                 Ok(Some(Reply::default()))
             }
             Request::Reserve { container, demand } => self

@@ -7,8 +7,9 @@ use kuasar_runv_protocol::{SHARE_TAG, cmdline};
 
 use super::{DEVICE_GRACE, End, Sandboxer, clock};
 use crate::config::{Config, HugePages};
+use crate::container::execs;
 use crate::sandbox::CONSOLE_LOG;
-use crate::sandbox::control::Reply;
+use crate::sandbox::control::{Reply, monotonic_us};
 use crate::sandbox::size::{self, Demand};
 use crate::vm::{self, Templates, Vm, VmConfig, VmEvent, VmSize};
 
@@ -21,6 +22,7 @@ impl Sandboxer {
                     log::info!("virtual machine: {event:?}");
                     match event {
                         VmEvent::Exited(exit) => {
+                            log::debug!("trace vm-exited {}", monotonic_us());
                             let why = match (exit.message, exit.status) {
                                 (Some(message), Some(status)) => format!("{message} ({status})"),
                                 (Some(message), None) => message,
@@ -77,6 +79,26 @@ impl Sandboxer {
             size: Some(self.size),
             ..Reply::default()
         })
+    }
+
+    /// The process of the container that the VM was made for has ended, with all that it
+    /// has written. Who has only that container has nothing to wait for: the memory is
+    /// given back now, and `delete`, which comes a moment later, finds nothing to end.
+    pub(super) fn last_has_ended(&mut self) -> Result<(), End> {
+        self.last = None;
+        let id = self.dir.file_name().and_then(|name| name.to_str());
+        let is_alone = id.is_some_and(|id| {
+            !self.demands.has_others(id)
+                // What is in the guest's own cache of a disk is for `delete` to write.
+                && self.volumes.is_empty()
+                && !self.oom.is_busy()
+                && execs::running(&self.root, id).is_ok_and(|execs| execs.is_empty())
+        });
+        if !is_alone {
+            return Ok(());
+        }
+        log::info!("the only container has ended");
+        Err(End::Quietly)
     }
 
     /// A device has failed, which is the end of the VM, or the VMM has let go of

@@ -157,12 +157,15 @@ struct Sandboxer {
     clients: Vec<Client>,
     network: Network,
     oom: OomReports,
+    root: Root,
     dir: PathBuf,
     stop_deadline: Duration,
     /// Those that still have something to say.
     devices: Vec<Served>,
     /// When the VM has to have ended by itself, once its end has begun.
     vm_ends_by: Option<Instant>,
+    /// The process whose end is that of the VM, if nobody else uses it.
+    last: Option<OwnedFd>,
     /// When memory is given back, unless something happens before.
     trims_at: Option<Instant>,
 }
@@ -188,6 +191,7 @@ impl Sandboxer {
         demands.bound(machine::most(&*machine, size, demands.bounds().most));
 
         let vmm_start_us = monotonic_us();
+        log::debug!("trace vmm-start {vmm_start_us}");
         let mut record = SandboxRecord::read(&root, &config.id)?;
         machine.boot(&mut |pid| {
             record.vm = Some(ProcessRef::of(pid)?);
@@ -242,10 +246,12 @@ impl Sandboxer {
             clients: Vec::new(),
             network,
             oom: OomReports::new(config).map_err(context("an event descriptor"))?,
+            root,
             dir,
             stop_deadline: config.config.timeouts.stop(),
             devices,
             vm_ends_by: None,
+            last: None,
             trims_at: None,
         };
         if !is_restored {
@@ -318,6 +324,10 @@ impl Sandboxer {
         if ready.agent {
             self.agent_events()?;
         }
+        // After what the guest has said before that.
+        if ready.last {
+            self.last_has_ended()?;
+        }
         if ready.clock {
             self.clock_is_due();
         }
@@ -389,6 +399,10 @@ impl Sandboxer {
             fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
             fds.len() - 1
         });
+        let last = self.last.as_ref().map(|fd| {
+            fds.push(PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN));
+            fds.len() - 1
+        });
         let first_client = fds.len();
         for client in &self.clients {
             fds.push(PollFd::from_borrowed_fd(
@@ -420,6 +434,7 @@ impl Sandboxer {
             event_listener: event_listener.is_some_and(is_ready),
             agent: agent.is_some_and(is_ready),
             identity: identity.is_some_and(is_ready),
+            last: last.is_some_and(is_ready),
             clients: (0..self.clients.len())
                 .filter(|index| is_ready(first_client + index))
                 .collect(),
@@ -446,6 +461,7 @@ struct ReadyFds {
     event_listener: bool,
     agent: bool,
     identity: bool,
+    last: bool,
     clients: Vec<usize>,
     devices: Vec<usize>,
 }

@@ -66,6 +66,12 @@ impl OomReports {
         })
     }
 
+    /// Whether the host's kernel is being told something.
+    pub(super) fn is_busy(&self) -> bool {
+        let mut reports = self.reports.values();
+        reports.any(|report| matches!(report, Report::Running { .. }))
+    }
+
     /// The container is being deleted.
     pub(super) fn forget(&mut self, container: &str) {
         self.reports.remove(container);
@@ -219,6 +225,7 @@ mod tests {
         assert!(!reports.begin("mine", true));
         assert_eq!(reports.finished.recv().unwrap(), "mine");
         assert_eq!(reports.reports["mine"], Report::Running { awaited: true });
+        assert!(reports.is_busy());
         assert!(reports.finished.try_recv().is_err());
     }
 }
