@@ -97,6 +97,26 @@ fn a_card_comes_and_goes_with_a_member_of_a_pod() {
     world.assert_clean();
 }
 
+/// Two interfaces of one name would be one too many in the container.
+#[test]
+fn a_card_cannot_have_the_name_of_an_interface() {
+    let (world, sockets) = world();
+    let (inner, outer) = (Netns::new(&world, "in"), Netns::new(&world, "out"));
+    inner.connect("fast0", &["10.77.0.2/24"], &outer, "veth0");
+    let socket = sockets.join("card");
+    let program = switch::start(&outer, &socket, "sw0", "10.88.0.1/24");
+    let bundle = world.bundle().sh("exit 0").network(&inner.path());
+    let container = world.create(&with_card(bundle, &socket), "c");
+    let said = container.command(&["start"]);
+    let said = said.fails_with(1, "fast0").stderr();
+    let words = "the network namespace has an interface of this name";
+    assert!(said.contains(words), "{said}");
+    let _ = container.delete_force().ok();
+    assert_eq!(inner.links(), ["fast0"]);
+    drop((program, inner, outer));
+    world.assert_clean();
+}
+
 #[test]
 fn what_serves_no_card_is_an_error_that_says_so() {
     let (world, sockets) = world();

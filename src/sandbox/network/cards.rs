@@ -190,7 +190,12 @@ impl Cards {
     ///
     /// # Errors
     /// [`Error::Connect`]; nothing is left then.
-    pub fn serve(&mut self, machine: &Machine, served: Served) -> Result<(), Error> {
+    pub fn serve(
+        &mut self,
+        machine: &Machine,
+        snapshot: &Snapshot,
+        served: Served,
+    ) -> Result<(), Error> {
         let Served { card, socket } = served;
         let failed = |reason: String| Error::Connect {
             name: card.name.clone(),
@@ -198,6 +203,13 @@ impl Cards {
         };
         if self.0.len() >= MAX_INTERFACES {
             return Err(failed(format!("there are already {MAX_INTERFACES}")));
+        }
+        let becomes_a_card = |link: &Link| endpoint::of(link).is_some();
+        let mut others = snapshot.links.iter().filter(|link| becomes_a_card(link));
+        if others.any(|link| link.name == card.name) {
+            return Err(failed(
+                "the network namespace has an interface of this name".into(),
+            ));
         }
         let frozen = card.snapshot(self.0.len());
         let device = NewDevice::Served {

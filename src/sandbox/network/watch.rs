@@ -398,11 +398,11 @@ impl Watcher {
         let plug = || plugging.lock().unwrap_or_else(PoisonError::into_inner);
         let served = std::mem::take(&mut self.served);
         let mut plugs = (!served.is_empty()).then(plug);
-        for served in served {
-            self.cards.serve(&self.machine, served)?;
-        }
         let snapshot =
             Snapshot::take(&mut self.netlink).map_err(step("reading the network namespace"))?;
+        for served in served {
+            self.cards.serve(&self.machine, &snapshot, served)?;
+        }
         let snapshot = self.cards.complete(snapshot);
         let plan = self.cards.plan(&snapshot, &mut self.ignored);
         if (!plan.gone.is_empty() || !plan.new.is_empty()) && plugs.is_none() {
