@@ -55,7 +55,7 @@ struct Switch {
 
 impl Switch {
     /// What the guest sends goes out by the tap.
-    fn from_guest(&self, ring: &Ring, memory: &GuestMemoryMmap) {
+    fn transmit(&self, ring: &Ring, memory: &GuestMemoryMmap) {
         let mut state = ring.get_mut();
         if !state.is_enabled() || !state.get_queue().ready() {
             return;
@@ -76,7 +76,7 @@ impl Switch {
     }
 
     /// What comes in by the tap goes to the guest, or nowhere if that has no buffer.
-    fn to_guest(&self, ring: &Ring, memory: &GuestMemoryMmap) {
+    fn receive(&self, ring: &Ring, memory: &GuestMemoryMmap) {
         let mut frame = vec![0; 65_536 + HEADER];
         while let Ok(len) = (&self.tap).read(&mut frame) {
             let mut state = ring.get_mut();
@@ -139,8 +139,8 @@ impl VhostUserBackend for Switch {
         let memory = self.memory.lock().unwrap().as_ref().map(|m| m.memory());
         if let Some(memory) = memory {
             match event {
-                FROM_GUEST => self.from_guest(&rings[usize::from(FROM_GUEST)], &memory),
-                TO_GUEST | FRAME => self.to_guest(&rings[usize::from(TO_GUEST)], &memory),
+                FROM_GUEST => self.transmit(&rings[usize::from(FROM_GUEST)], &memory),
+                TO_GUEST | FRAME => self.receive(&rings[usize::from(TO_GUEST)], &memory),
                 other => panic!("an event {other}"),
             }
         }
