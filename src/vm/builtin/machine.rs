@@ -3,10 +3,13 @@
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::layout::{VIRTIO_LINES, VIRTIO_SIZE, VIRTIO_START, virtio_address};
 use super::ports::{Ports, Request, SavedSerial};
-use super::virtio::registers::{Identity, QUEUE_NOTIFY, Registers, Rings};
+use super::virtio::registers::{
+    INTERRUPT_ACK, INTERRUPT_QUEUE, Identity, QUEUE_NOTIFY, Registers, Rings,
+};
 use super::virtio::rings::Events;
 use super::virtio::saved::{SavedDevice, Unfit};
 use crate::vm::devices::vhost_user::lock;
@@ -125,22 +128,27 @@ impl Board {
     }
 }
 
+/// What the guest writes to a slot that is an event for somebody: where, what, whose.
+fn writes(slot: usize, events: &Events) -> impl Iterator<Item = (IoEventAddress, u32, &EventFd)> {
+    let at = move |register| IoEventAddress::Mmio(virtio_address(slot) + register);
+    let kicks = events.kicks.iter().zip(0..);
+    kicks
+        .map(move |(kick, number)| (at(QUEUE_NOTIFY), number, kick))
+        .chain([(at(INTERRUPT_ACK), INTERRUPT_QUEUE, &events.seen)])
+}
+
 fn wire(vm: &VmFd, slot: usize, events: &Events) -> Result<(), kvm_ioctls::Error> {
-    let address = IoEventAddress::Mmio(virtio_address(slot) + QUEUE_NOTIFY);
-    for (number, kick) in events.kicks.iter().enumerate() {
-        // Fewer than 2^16 queues.
-        vm.register_ioevent(kick, &address, number as u32)?;
+    for (address, value, event) in writes(slot, events) {
+        vm.register_ioevent(event, &address, value)?;
     }
     vm.register_irqfd(&events.call, VIRTIO_LINES[slot])
 }
 
 /// Takes the wires of a slot away, in which nothing is any more.
 pub fn unwire(vm: &VmFd, slot: usize, events: &Events) {
-    let address = IoEventAddress::Mmio(virtio_address(slot) + QUEUE_NOTIFY);
-    for (number, kick) in events.kicks.iter().enumerate() {
-        // Fewer than 2^16 queues.
-        if let Err(e) = vm.unregister_ioevent(kick, &address, number as u32) {
-            log::debug!("virtio slot {slot}: queue {number}: {e}");
+    for (address, value, event) in writes(slot, events) {
+        if let Err(e) = vm.unregister_ioevent(event, &address, value) {
+            log::debug!("virtio slot {slot}: {address:?}, {value}: {e}");
         }
     }
     if let Err(e) = vm.unregister_irqfd(&events.call, VIRTIO_LINES[slot]) {

@@ -90,7 +90,6 @@ mod at {
     pub const QUEUE_SIZE: u64 = 0x38;
     pub const QUEUE_READY: u64 = 0x44;
     pub const INTERRUPT_STATUS: u64 = 0x60;
-    pub const INTERRUPT_ACK: u64 = 0x64;
     pub const STATUS: u64 = 0x70;
     pub const DESCRIPTORS: u64 = 0x80;
     pub const AVAILABLE: u64 = 0x90;
@@ -102,6 +101,9 @@ mod at {
 
 /// Writes to this register reach the device as an event, not as an access.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Writes of [`INTERRUPT_QUEUE`] alone to this register end in KVM.
+pub const INTERRUPT_ACK: u64 = 0x64;
 
 /// Bits of the status register.
 pub mod status {
@@ -117,7 +119,9 @@ pub mod status {
     pub const OF_DRIVER: u32 = MAY_RUN | DRIVER_OK | FAILED;
 }
 
-const INTERRUPT_QUEUE: u32 = 1;
+/// Of the interrupt's status: a queue has something new.
+pub const INTERRUPT_QUEUE: u32 = 1;
+/// And: the device's configuration is another one.
 const INTERRUPT_CONFIG: u32 = 2;
 
 /// A slot: its registers, and the device in it, if there is one.
@@ -375,7 +379,7 @@ impl Device {
                 set_half(&mut driver.features, driver.driver_features_select, value);
             }
             at::QUEUE_SELECT => driver.queue_select = value,
-            at::INTERRUPT_ACK if value & INTERRUPT_CONFIG != 0 => {
+            INTERRUPT_ACK if value & INTERRUPT_CONFIG != 0 => {
                 self.identity.config.acknowledge();
             }
             at::STATUS => self.set_status(value),

@@ -27,6 +27,9 @@ pub struct Events {
     pub kicks: Vec<EventFd>,
     /// The interrupt line.
     pub call: EventFd,
+    /// The guest has seen an interrupt of a queue. Nobody waits for it: KVM takes it
+    /// without leaving the guest's processor.
+    pub seen: EventFd,
 }
 
 impl Events {
@@ -37,6 +40,7 @@ impl Events {
         Ok(Events {
             kicks: (0..queues).map(|_| event()).collect::<io::Result<_>>()?,
             call: event()?,
+            seen: event()?,
         })
     }
 }
