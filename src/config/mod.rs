@@ -196,6 +196,10 @@ pub struct Network {
     #[serde(deserialize_with = "values::queues")]
     pub queues: u32,
     pub vhost: Vhost,
+    /// Directories with the sockets of programs that may serve cards over vhost-user. What
+    /// an annotation names elsewhere is refused.
+    #[serde(deserialize_with = "values::directories")]
+    pub vhost_user: Vec<PathBuf>,
 }
 
 /// What lies between an interface of the host and a card of the VM.

@@ -2,7 +2,7 @@
 //! parser knows the line of a wrong one.
 
 use std::ops::RangeInclusive;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
@@ -26,6 +26,23 @@ impl<'de> Deserialize<'de> for Hypervisor {
                 "no hypervisor is called \"{other}\", there are {AVAILABLE_HYPERVISORS}"
             ))),
         }
+    }
+}
+
+/// Absolute paths without `.` and `..`.
+pub fn directories<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    let paths = Vec::<PathBuf>::deserialize(deserializer)?;
+    let is_plain = |path: &PathBuf| {
+        let mut parts = path.components();
+        parts.next() == Some(Component::RootDir)
+            && parts.all(|part| matches!(part, Component::Normal(_)))
+    };
+    match paths.iter().find(|path| !is_plain(path)) {
+        Some(path) => Err(D::Error::custom(format!(
+            "\"{}\" must be an absolute path without \"..\"",
+            path.display()
+        ))),
+        None => Ok(paths),
     }
 }
 

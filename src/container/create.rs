@@ -32,7 +32,8 @@ use super::seccomp;
 use super::state::{ContainerRecord, Phase, Status};
 use super::terminal::{CallersTerminal, check_streams};
 use super::{
-    Error, cgroup, check_id, context, execs, guest_volumes, host_mounts, net_devices, size,
+    Error, cgroup, check_id, context, execs, guest_volumes, host_mounts, net_devices, served_cards,
+    size,
 };
 use crate::config::Config;
 use crate::root::{self, Root};
@@ -103,7 +104,12 @@ pub fn create(root: &Root, options: &Options) -> Result<Created, Error> {
     let cgroups = cgroup::directories(cgroups_path, &options.id, scope.as_ref())?;
 
     let hooks = Hooks::of(&bundle.spec);
+    let cards = served_cards::of(&bundle.spec, &config.network)?;
     let (mut record, undo) = begin(root, options, &bundle, &hooks, cgroups, &membership)?;
+    if record.has_network {
+        // Otherwise they are those of the container whose network it shares.
+        record.served_cards = cards;
+    }
     let _held = match scope {
         Some(scope) => Some(start_scope(&mut record, root, scope)?),
         None => None,
@@ -252,7 +258,10 @@ fn enter_sandbox(
         let demands = size::demands(&config.vm, record)?;
         let memory_mib = demands.size()?.memory_mib;
         let (id, cgroups) = (&record.sandbox_id, &record.cgroups);
-        let sandbox = Sandbox::boot(root, id, config, cgroups, &demands, debug)?;
+        let mut config = config.clone();
+        // Programs cannot map the memory of a machine of a template.
+        config.template.enabled &= record.served_cards.is_empty();
+        let sandbox = Sandbox::boot(root, id, &config, cgroups, &demands, debug)?;
         return Ok((sandbox, Holds::Vm { memory_mib }));
     };
     let sandbox = Sandbox::join(root, &record.sandbox_id, sandboxer)?;

@@ -34,6 +34,7 @@ pub mod ps;
 pub mod resources;
 pub mod run;
 mod seccomp;
+mod served_cards;
 mod shared_memory;
 pub mod signal;
 pub mod size;
@@ -117,6 +118,8 @@ pub enum Error {
     GuestSpec(#[from] guest_spec::Error),
     #[error("unable to start container process: error during container init: {0}")]
     Seccomp(#[from] seccomp::Error),
+    #[error(transparent)]
+    ServedCard(#[from] served_cards::Error),
     #[error(transparent)]
     Membership(#[from] membership::Error),
     #[error(transparent)]

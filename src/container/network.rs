@@ -9,7 +9,7 @@ use std::path::Path;
 use oci_spec::runtime::Linux;
 
 use super::state::ContainerRecord;
-use super::{Error, context};
+use super::{Error, context, served_cards};
 use crate::sandbox::Sandbox;
 use crate::sandbox::network::namespace;
 
@@ -89,7 +89,8 @@ pub fn connect(sandbox: &Sandbox, record: &ContainerRecord) -> Result<(), Error>
         return Ok(());
     }
     let namespace = of_standin(record).map_err(context("the container's network namespace"))?;
-    sandbox.connect_network(&record.id, namespace.as_fd())?;
+    let cards = served_cards::connect(&record.served_cards)?;
+    sandbox.connect_network(&record.id, namespace.as_fd(), &cards)?;
     Ok(())
 }
 

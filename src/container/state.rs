@@ -16,6 +16,7 @@ use super::cgroup::systemd::Scope;
 use super::hooks::LateHooks;
 use super::resources::Resources;
 use crate::root::Root;
+use crate::sandbox::network::served::Card;
 use crate::sandbox::record::SandboxRecord;
 use crate::sys::atomic_file;
 use crate::sys::process::{ProcessRef, boot_id};
@@ -104,6 +105,9 @@ pub struct ContainerRecord {
     /// Where that namespace was found, if it was not made for the container.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network_path: Option<PathBuf>,
+    /// Its network cards that programs of the host serve.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub served_cards: Vec<Card>,
     /// What runs when the bundle may be gone.
     #[serde(default, skip_serializing_if = "LateHooks::is_empty")]
     pub hooks: LateHooks,
@@ -199,6 +203,7 @@ impl ContainerRecord {
             resources: Resources::default(),
             has_network: false,
             network_path: None,
+            served_cards: Vec::new(),
             cgroups: Vec::new(),
             scope: None,
             hooks: LateHooks::default(),

@@ -18,6 +18,7 @@ use kuasar_runv_protocol::socket::Token;
 
 use crate::config::Config;
 use crate::root::Root;
+use crate::sandbox::network::served::Card;
 use crate::sandbox::size::{Demand, Demands};
 use crate::sys::process::ProcessRef;
 use crate::sys::seqpacket::{Channel, Message, wait_any_readable};
@@ -114,8 +115,9 @@ pub enum Request {
         demand: Option<Demand>,
     },
     /// Connect the container to what is in the network namespace that comes with this
-    /// message. Answered when the guest has it.
-    Network { container: String },
+    /// message. Answered when the guest has it. Behind it come the connections to the programs
+    /// that serve these cards.
+    Network { container: String, cards: Vec<Card> },
     /// Undo that: the container is being deleted. Answered when it is done. If one of
     /// the heirs is in the same namespace, it is that one's network from now on.
     NoNetwork { container: String, heirs: Vec<Heir> },

@@ -38,6 +38,7 @@ use crate::sys::seqpacket::Channel;
 use crate::sys::unix_socket;
 use crate::vm::VmSize;
 use control::{Connection, Heir, Notice, ReadyInfo, Request, Resized, SandboxerConfig};
+use network::served::Served;
 use record::SandboxRecord;
 use size::{Demand, Demands};
 
@@ -387,18 +388,26 @@ impl Sandbox {
             .map_err(|e| self.control_error(e))
     }
 
-    /// Connects the container to the network in `namespace`, and keeps it connected
-    /// to what will be there. Returns when its network is complete in the guest.
+    /// Connects the container to the network in `namespace` and to the cards that are served
+    /// by programs, and keeps it connected to what will be there. Returns when its network is complete in the guest.
     ///
     /// # Errors
     /// See [`Error`]; [`Error::Refused`] with what cannot be connected.
-    pub fn connect_network(&self, container: &str, namespace: BorrowedFd<'_>) -> Result<(), Error> {
+    pub fn connect_network(
+        &self,
+        container: &str,
+        namespace: BorrowedFd<'_>,
+        served: &[Served],
+    ) -> Result<(), Error> {
         let request = Request::Network {
             container: container.to_owned(),
+            cards: served.iter().map(|served| served.card.clone()).collect(),
         };
+        let sockets = served.iter().map(|served| served.socket.as_fd());
+        let fds: Vec<_> = [namespace].into_iter().chain(sockets).collect();
         let deadline = self.guest.deadline + NETWORK_MARGIN;
         self.connection
-            .call(&request, &[namespace], deadline)
+            .call(&request, &fds, deadline)
             .map(drop)
             .map_err(|e| match e {
                 control::Error::Io(e) if e.kind() == io::ErrorKind::TimedOut => {

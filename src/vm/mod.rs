@@ -268,6 +268,10 @@ pub enum VhostUserKind {
     Fs {
         tag: String,
     },
+    /// A network card with this hardware address.
+    Net {
+        mac: [u8; 6],
+    },
 }
 
 /// Where an attached device is, as the guest's agent finds it

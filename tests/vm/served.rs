@@ -14,13 +14,13 @@ use crate::disks::{host, image};
 use crate::pods;
 
 /// A program that serves something; it ends with the value.
-struct Program {
+pub struct Program {
     pid: i32,
     socket: PathBuf,
 }
 
 impl Program {
-    fn start(command: &mut Command, socket: PathBuf) -> Program {
+    pub fn start(command: &mut Command, socket: PathBuf) -> Program {
         let command = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -31,7 +31,7 @@ impl Program {
     }
 
     /// A disk of a raw image.
-    fn storage(world: &World, name: &str, image: &Path) -> Program {
+    pub fn storage(world: &World, name: &str, image: &Path) -> Program {
         let socket = world.path(name);
         let (file, address) = (image.display(), socket.display());
         let mut command = Command::new("qemu-storage-daemon");

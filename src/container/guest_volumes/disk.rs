@@ -23,6 +23,7 @@ use rustix::io::Errno;
 
 use super::super::guest_spec::Error;
 use super::super::mount_options;
+use super::vhost_user::Wanted;
 use super::{at, vhost_user};
 use crate::sandbox::control::{DiskSource, VIRTIO_FS};
 
@@ -131,7 +132,8 @@ impl Disk {
         if self.kind == DiskSource::Program {
             let mounted = self.file_system.as_ref();
             let files = mounted.is_some_and(|mounted| mounted.kind == VIRTIO_FS);
-            return vhost_user::connect(&self.source, files);
+            let wanted = if files { Wanted::Files } else { Wanted::Disk };
+            return vhost_user::connect(&self.source, wanted);
         }
         let mut options = OpenOptions::new();
         options.read(true).write(!self.read_only);

@@ -9,7 +9,7 @@
 pub mod disk;
 pub mod huge_pages;
 pub mod socket;
-mod vhost_user;
+pub(in crate::container) mod vhost_user;
 
 use std::fs;
 use std::io;

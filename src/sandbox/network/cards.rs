@@ -10,6 +10,7 @@ use super::MAX_INTERFACES;
 use super::endpoint::{self, Connected, Connection};
 use super::guest;
 use super::model::{self, Host};
+use super::served::Served;
 use super::snapshot::{Link, Snapshot, route_interfaces};
 use super::tap::{self, NAME_PREFIX};
 use super::watch::{Error, Machine, Message, NewDevice, step};
@@ -185,6 +186,49 @@ impl Cards {
         Ok(())
     }
 
+    /// Makes a card of a program a device of the VM.
+    ///
+    /// # Errors
+    /// [`Error::Connect`]; nothing is left then.
+    pub fn serve(
+        &mut self,
+        machine: &Machine,
+        snapshot: &Snapshot,
+        served: Served,
+    ) -> Result<(), Error> {
+        let Served { card, socket } = served;
+        let failed = |reason: String| Error::Connect {
+            name: card.name.clone(),
+            reason,
+        };
+        if self.0.len() >= MAX_INTERFACES {
+            return Err(failed(format!("there are already {MAX_INTERFACES}")));
+        }
+        let becomes_a_card = |link: &Link| endpoint::of(link).is_some();
+        let mut others = snapshot.links.iter().filter(|link| becomes_a_card(link));
+        if others.any(|link| link.name == card.name) {
+            return Err(failed(
+                "the network namespace has an interface of this name".into(),
+            ));
+        }
+        let frozen = card.snapshot(self.0.len());
+        let device = NewDevice::Served {
+            socket,
+            mac: card.mac,
+        };
+        let attached = machine.attach(device)?.map_err(failed)?;
+        log::info!("{} (vhost-user) is {}", card.name, attached.id);
+        self.0.extend(frozen.links.first().map(|link| Card {
+            link: link.clone(),
+            id: attached.id,
+            device_mac: attached.mac,
+            connection: Connection::Served,
+            frozen: Some(frozen.clone()),
+            passes_answers: false,
+        }));
+        Ok(())
+    }
+
     /// Brings what lies between interface and device up to date.
     ///
     /// # Errors
@@ -215,7 +259,7 @@ impl Cards {
                 Connection::Tied(tied) => {
                     model::pass_answers(netlink, card.link.index, tied, first)?
                 }
-                Connection::Passed(_) => false,
+                Connection::Passed(_) | Connection::Served => false,
             };
             if !passes {
                 log::warn!(

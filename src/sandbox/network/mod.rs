@@ -23,6 +23,7 @@ mod guest;
 mod loopback;
 mod model;
 pub mod namespace;
+pub mod served;
 mod snapshot;
 mod sysfs;
 pub mod tap;

@@ -19,6 +19,7 @@ use super::cards::{Card, Cards};
 use super::guest;
 use super::loopback::{self, Loopback};
 use super::model::{self, Host};
+use super::served::Served;
 use super::snapshot::{NEWS, Snapshot};
 use super::sysfs::Sysfs;
 use crate::config::NetworkModel;
@@ -86,6 +87,12 @@ pub enum NewDevice {
         queues: Vec<OwnedFd>,
         /// Wanted, but not when another device has it.
         mac: Option<[u8; 6]>,
+    },
+    /// By a program of the host, to which this is a connection.
+    Served {
+        socket: OwnedFd,
+        /// As of the others.
+        mac: [u8; 6],
     },
     Other(Device),
 }
@@ -160,7 +167,12 @@ impl Watch {
     ///
     /// # Errors
     /// When the thread cannot be started.
-    pub fn start(settings: Settings, machine: Machine, namespace: OwnedFd) -> io::Result<Watch> {
+    pub fn start(
+        settings: Settings,
+        machine: Machine,
+        namespace: OwnedFd,
+        served: Vec<Served>,
+    ) -> io::Result<Watch> {
         let wake = Arc::new(Wake::new()?);
         let (orders, received) = channel();
         let orders_from = (Arc::clone(&wake), received);
@@ -173,6 +185,7 @@ impl Watch {
                 let messages = machine.clone();
                 let ended = Watcher::enter(settings, machine, namespace, orders_from).and_then(
                     |mut watcher| {
+                        watcher.served = served;
                         let ended = watcher.run();
                         container = watcher.settings.container;
                         ended
@@ -246,6 +259,8 @@ struct Watcher {
     news: Rtnetlink,
     sysfs: Option<Sysfs>,
     cards: Cards,
+    /// Cards of programs that are not devices yet.
+    served: Vec<Served>,
     /// What the guest was last told.
     applied: ApplyRequest,
     /// Names of interfaces that stay on the host, which is said once.
@@ -286,6 +301,7 @@ impl Watcher {
             news,
             sysfs,
             cards: Cards::default(),
+            served: Vec::new(),
             applied: ApplyRequest::default(),
             ignored: HashSet::new(),
             loopback,
@@ -377,14 +393,21 @@ impl Watcher {
 
     /// Makes the VM's network what the namespace's is.
     fn settle(&mut self) -> Result<(), Error> {
+        let plugging = Arc::clone(&self.machine.plugging);
+        // Another watch that panicked has left nothing half-done that matters here.
+        let plug = || plugging.lock().unwrap_or_else(PoisonError::into_inner);
+        let served = std::mem::take(&mut self.served);
+        let mut plugs = (!served.is_empty()).then(plug);
         let snapshot =
             Snapshot::take(&mut self.netlink).map_err(step("reading the network namespace"))?;
+        for served in served {
+            self.cards.serve(&self.machine, &snapshot, served)?;
+        }
         let snapshot = self.cards.complete(snapshot);
         let plan = self.cards.plan(&snapshot, &mut self.ignored);
-        let plugging = Arc::clone(&self.machine.plugging);
-        let changes = !plan.gone.is_empty() || !plan.new.is_empty();
-        // Another watch that panicked has left nothing half-done that matters here.
-        let _plugging = changes.then(|| plugging.lock().unwrap_or_else(PoisonError::into_inner));
+        if (!plan.gone.is_empty() || !plan.new.is_empty()) && plugs.is_none() {
+            plugs = Some(plug());
+        }
         if !plan.gone.is_empty() {
             let gone = self.cards.take(&plan.gone);
             // What is gone on the host is gone, whatever the guest says.
@@ -402,6 +425,7 @@ impl Watcher {
         let (cards, mut host) = self.parts();
         cards.follow(&mut host, &snapshot)?;
         self.apply(&snapshot)?;
+        drop(plugs);
         self.loopback.settle(&mut self.netlink, &mut self.cards);
         Ok(())
     }

@@ -1,11 +1,12 @@
 //! The commands that are connected, and what they ask for.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::{Boot, End, Sandboxer};
 use crate::sandbox::control::{self, Reply, Request};
+use crate::sandbox::network::served::Served;
 use crate::sys::seqpacket::{Channel, Message};
 
 /// Commands connected at the same time: those that create containers for as long
@@ -132,11 +133,20 @@ impl Sandboxer {
                     Ok(None)
                 }
             },
-            Request::Network { container } => {
-                let namespace = message.fds.first().ok_or_else(|| {
+            Request::Network { container, cards } => {
+                let mut fds = std::mem::take(&mut message.fds).into_iter();
+                let namespace = fds.next().ok_or_else(|| {
                     io::Error::new(io::ErrorKind::InvalidInput, "no network namespace")
                 })?;
-                self.connect_network(index, container, namespace.as_fd())
+                if cards.len() != fds.len() {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidInput,
+                        "as many connections as cards are needed",
+                    ));
+                }
+                let served = cards.into_iter().zip(fds);
+                let served = served.map(|(card, socket)| Served { card, socket });
+                self.connect_network(index, container, namespace, served.collect())
             }
             Request::NoNetwork { container, heirs } => {
                 Ok(self.disconnect_network(index, container, &heirs))

@@ -12,9 +12,10 @@ use super::Sandboxer;
 use crate::config::{self, Vhost};
 use crate::root::Root;
 use crate::sandbox::control::{self, Heir, Reply, SandboxerConfig};
+use crate::sandbox::network::served::Served;
 use crate::sandbox::network::watch::{Attached, Machine, Message, NewDevice, Settings, Watch};
 use crate::sys::wake::Wake;
-use crate::vm::{Device, NetDevice};
+use crate::vm::{Device, NetDevice, VhostUserDevice, VhostUserKind};
 
 const VHOST_DEVICE: &str = "/dev/vhost-net";
 
@@ -61,7 +62,12 @@ impl Network {
         })
     }
 
-    fn watch(&mut self, container: &str, namespace: OwnedFd) -> io::Result<()> {
+    fn watch(
+        &mut self,
+        container: &str,
+        namespace: OwnedFd,
+        served: Vec<Served>,
+    ) -> io::Result<()> {
         let settings = Settings {
             root: self.root.clone(),
             sandbox_id: self.sandbox_id.clone(),
@@ -69,7 +75,7 @@ impl Network {
             model: self.settings.model,
             queues: self.settings.queues(self.vcpus),
         };
-        let watch = Watch::start(settings, self.machine.clone(), namespace)?;
+        let watch = Watch::start(settings, self.machine.clone(), namespace, served)?;
         self.watches.insert(container.to_owned(), watch);
         Ok(())
     }
@@ -107,7 +113,8 @@ impl Sandboxer {
         &mut self,
         index: usize,
         container: String,
-        namespace: BorrowedFd<'_>,
+        namespace: OwnedFd,
+        served: Vec<Served>,
     ) -> io::Result<Option<Reply>> {
         if self
             .network
@@ -118,8 +125,7 @@ impl Sandboxer {
             // A `start` that was killed before it could write the record.
             return Ok(Some(Reply::default()));
         }
-        self.network
-            .watch(&container, namespace.try_clone_to_owned()?)?;
+        self.network.watch(&container, namespace, served)?;
         self.clients[index].waits_for_network = Some(container);
         Ok(None)
     }
@@ -188,6 +194,7 @@ impl Sandboxer {
     fn attach(&mut self, device: NewDevice) -> Result<Attached, String> {
         let wanted = match &device {
             NewDevice::Net { mac, .. } => *mac,
+            NewDevice::Served { mac, .. } => Some(*mac),
             NewDevice::Other(_) => None,
         };
         let attached = self.network.name(wanted);
@@ -196,6 +203,10 @@ impl Sandboxer {
                 vhost: self.vhost(queues.len())?,
                 queues,
                 mac: attached.mac,
+            }),
+            NewDevice::Served { socket, .. } => Device::VhostUser(VhostUserDevice {
+                socket,
+                kind: VhostUserKind::Net { mac: attached.mac },
             }),
             NewDevice::Other(device) => device,
         };

@@ -38,7 +38,7 @@ pub(super) fn add(
             // As for network devices.
             "disable-legacy": "on",
         }),
-        remove_backend: Some(REMOVE),
+        remove_backend: vec![REMOVE],
     })
 }
 

@@ -13,11 +13,13 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::qmp::{Qmp, QmpError};
+use super::vhost_user::REMOVE_NET;
 use super::{NAME, block, vhost_user};
 use crate::vm::{Device, Error, MAX_DEVICES, NetDevice, Place, VmEvent, valid_device_id};
 
@@ -44,24 +46,25 @@ pub(super) struct HotPlug {
 struct Plugged {
     /// 1 to [`SLOTS`].
     slot: usize,
-    /// Command that removes the back end, as long as there is one.
-    remove_backend: Option<&'static str>,
+    /// Commands that remove the back end, as long as there is one.
+    remove_backend: Vec<&'static str>,
 }
 
-/// What `device_add` gets besides id and place, and the command that removes the
-/// back end again.
+/// What `device_add` gets besides id and place, and the commands that remove the
+/// back end again, in their order.
 pub(super) struct FrontEnd {
     pub(super) arguments: Value,
-    pub(super) remove_backend: Option<&'static str>,
+    pub(super) remove_backend: Vec<&'static str>,
 }
 
 impl HotPlug {
-    /// See [`crate::vm::Vm::attach`].
+    /// See [`crate::vm::Vm::attach`]. `directory` is the sandbox's.
     pub(super) fn attach(
         &mut self,
         qmp: &mut Qmp,
         id: &str,
         device: &Device,
+        directory: &Path,
         deadline: Duration,
     ) -> Result<Place, Error> {
         if !valid_device_id(id) || self.devices.contains_key(id) {
@@ -72,13 +75,13 @@ impl HotPlug {
             Device::Net(net) => add_net(qmp, id, net, deadline)?,
             Device::Vfio { address } => vfio(address),
             Device::Block(disk) => block::add(qmp, id, disk, deadline)?,
-            Device::VhostUser(device) => vhost_user::add(qmp, id, device, deadline)?,
+            Device::VhostUser(device) => vhost_user::add(qmp, id, device, directory, deadline)?,
         };
         front.arguments["id"] = json!(id);
         front.arguments["bus"] = json!(BUS);
         front.arguments["addr"] = json!(format!("{slot:x}"));
         if let Err(e) = qmp.execute("device_add", Some(front.arguments), deadline) {
-            if let Some(command) = front.remove_backend {
+            for command in front.remove_backend {
                 remove(qmp, command, id, deadline);
             }
             return Err(e.into());
@@ -109,9 +112,9 @@ impl HotPlug {
         };
         qmp.execute("device_del", Some(json!({ "id": id })), deadline)?;
         // The connection to the network ends now, the rest when QEMU gets there.
-        if let Some(command @ "netdev_del") = device.remove_backend {
-            device.remove_backend = None;
-            remove(qmp, command, id, deadline);
+        if device.remove_backend.first() == Some(&REMOVE_NET) {
+            device.remove_backend.remove(0);
+            remove(qmp, REMOVE_NET, id, deadline);
         }
         Ok(())
     }
@@ -125,7 +128,7 @@ impl HotPlug {
         let Some(device) = self.devices.remove(id) else {
             return Ok(None);
         };
-        if let Some(command) = device.remove_backend {
+        for command in device.remove_backend {
             // The answer is of no interest unless it is a refusal, which is logged.
             qmp.send(command, Some(of_backend(command, id)))?;
         }
@@ -146,7 +149,7 @@ fn of_backend(command: &str, id: &str) -> Value {
 }
 
 /// Removes a back end. What cannot be removed goes with the machine.
-fn remove(qmp: &mut Qmp, command: &'static str, id: &str, deadline: Duration) {
+pub(super) fn remove(qmp: &mut Qmp, command: &'static str, id: &str, deadline: Duration) {
     if let Err(e) = qmp.execute(command, Some(of_backend(command, id)), deadline) {
         log::warn!("removing the back end of {id}: {e}");
     }
@@ -177,26 +180,32 @@ fn add_net(
         close(qmp, &vhost, deadline);
         return Err(e.into());
     }
-    let [a, b, c, d, e, f] = net.mac;
+    let mut arguments = net_card(id, net.mac);
+    arguments["mq"] = json!(net.queues.len() > 1);
     Ok(FrontEnd {
-        arguments: json!({
-            "driver": "virtio-net-pci",
-            "netdev": backend(id),
-            "mac": format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"),
-            "mq": net.queues.len() > 1,
-            // The bridge is a conventional one, where the default is to speak the
-            // protocol from before virtio 1.0 as well.
-            "disable-legacy": "on",
-            "romfile": "",
-        }),
-        remove_backend: Some("netdev_del"),
+        arguments,
+        remove_backend: vec![REMOVE_NET],
+    })
+}
+
+/// A card with one pair of queues.
+pub(super) fn net_card(id: &str, mac: [u8; 6]) -> Value {
+    let [a, b, c, d, e, f] = mac;
+    json!({
+        "driver": "virtio-net-pci",
+        "netdev": backend(id),
+        "mac": format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"),
+        // The bridge is a conventional one, where the default is to speak the
+        // protocol from before virtio 1.0 as well.
+        "disable-legacy": "on",
+        "romfile": "",
     })
 }
 
 fn vfio(address: &str) -> FrontEnd {
     FrontEnd {
         arguments: json!({ "driver": "vfio-pci", "host": address, "rombar": 0 }),
-        remove_backend: None,
+        remove_backend: Vec::new(),
     }
 }
 

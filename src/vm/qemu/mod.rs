@@ -17,6 +17,7 @@ mod events;
 pub(super) mod fuzzing;
 mod hotplug;
 mod qmp;
+mod relay;
 pub mod requirements;
 mod resize;
 mod vhost_user;
@@ -498,8 +499,9 @@ impl Vm for QemuVm {
     }
 
     fn attach(&mut self, id: &str, device: &Device) -> Result<Place, Error> {
+        let directory = self.vm.sandbox_dir.clone();
         self.with_qmp("attaching a device", |qmp, hotplug, deadline| {
-            hotplug.attach(qmp, id, device, deadline)
+            hotplug.attach(qmp, id, device, &directory, deadline)
         })
     }
 

@@ -29,6 +29,8 @@ pub enum Connected {
 pub enum Connection {
     Tied(TiedTo),
     Passed(physical::Passed),
+    /// A program has the other end, and nothing is on the host.
+    Served,
 }
 
 /// A kind of interface.
@@ -79,6 +81,7 @@ pub fn disconnect(host: &mut Host<'_>, index: u32, connection: &Connection) -> i
     match connection {
         Connection::Tied(tied) => model::untie(host.netlink, index, tied),
         Connection::Passed(passed) => passed.give_back(host),
+        Connection::Served => Ok(()),
     }
 }
 

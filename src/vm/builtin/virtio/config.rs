@@ -53,6 +53,14 @@ impl Config {
         space.changed |= must_know;
     }
 
+    /// Writes a field of 16 bits that exists; the driver is to be interrupted.
+    pub fn change_short(&self, at: usize, value: u16) {
+        let mut space = lock(&self.0);
+        space.bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+        space.generation = space.generation.wrapping_add(1);
+        space.changed = true;
+    }
+
     pub fn generation(&self) -> u32 {
         lock(&self.0).generation
     }

@@ -38,14 +38,16 @@ const MAX_REQUEST: usize = 4096;
 /// it takes nothing, and waits for another.
 const MAX_DESCRIPTORS: usize = 32;
 
-/// What a back end of either kind is asked, and whether it sees its device started.
+/// What a back end of each kind is asked, and whether it sees its device started.
 pub fn vhost_user(input: &mut Input<'_>) {
     let how = input.byte();
-    let kind = match how & 1 {
-        0 => VhostUserKind::Block,
+    let vcpus = how >> 1 & 7;
+    let kind = match (how & 1, vcpus) {
+        (0, _) => VhostUserKind::Block,
+        (_, 7) => VhostUserKind::Net { mac: [2; 6] },
         _ => VhostUserKind::Fs { tag: "fs-1".into() },
     };
-    let kind = Kind::new(&kind, u32::from(how >> 1 & 7));
+    let kind = Kind::new(&kind, vcpus.into());
     let rounds = 1 + (how >> 4);
     let (ours, theirs) = UnixStream::pair().expect("sockets");
     let (kept, gift) = pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC).expect("a pipe");
@@ -71,7 +73,14 @@ fn live(stream: UnixStream, kind: &Kind, rounds: u8) {
     let config = identity.config.clone();
     let events = Arc::new(Events::new(kind.queues.len()).expect("descriptors"));
     let mailbox = Arc::new(Mailbox::new().expect("a descriptor"));
-    let service = LinkService::new(link, identity, events.clone(), mailbox, "d".into());
+    let service = LinkService::new(
+        link,
+        identity,
+        kind.when_lost(),
+        events.clone(),
+        mailbox,
+        "d".into(),
+    );
     for round in 0..rounds {
         // The driver need not use all of them, nor take everything that is offered.
         let queues = sizes.iter().enumerate().map(|(number, size)| QueueSetup {
@@ -98,7 +107,8 @@ fn live(stream: UnixStream, kind: &Kind, rounds: u8) {
 /// A device is never more than what its kind may be.
 fn check(identity: &Identity, kind: &Kind) {
     assert_eq!(identity.id, kind.id);
-    assert_eq!(identity.features & !kind.features, 0);
+    assert_eq!(identity.features & !kind.features & !kind.own_features, 0);
+    assert_eq!(identity.features & kind.own_features, kind.own_features);
     assert_ne!(identity.features & 1 << VIRTIO_F_VERSION_1, 0);
     let count = identity.queues.len();
     assert!((kind.min_queues..=kind.queues.len()).contains(&count));

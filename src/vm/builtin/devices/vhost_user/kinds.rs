@@ -1,7 +1,7 @@
 //! What is particular to each kind of device: its features, queues and configuration
 //! space.
 
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET};
 
 use super::super::{FEATURES, TAG_LEN};
 use crate::vm::VhostUserKind;
@@ -21,11 +21,24 @@ const BLOCK_MQ: u64 = 1 << 12;
 const BLOCK_CONFIG_LEN: u32 = 60;
 const BLOCK_QUEUES_AT: usize = 34;
 
+/// Features of network cards (VIRTIO 1.2, 5.1.3) that driver and back end alone have to do
+/// with: CSUM, GUEST_CSUM, GUEST_TSO4, _TSO6, _ECN, _UFO, HOST_TSO4, _TSO6, _ECN, _UFO,
+/// MRG_RXBUF. Not those of the control queue, which would be this process's to serve.
+const NET_FEATURES: u64 = 0b11 | 0xff80;
+/// MAC and STATUS are about the configuration, which is not the back end's.
+const NET_OWN_FEATURES: u64 = 1 << 5 | 1 << 16;
+const NET_QUEUE: u16 = 256;
+/// Where the status is in the configuration, and that the link is up.
+const NET_STATUS_AT: usize = 6;
+const LINK_UP: u16 = 1;
+
 /// A kind of device.
 pub struct Kind {
     pub id: u32,
     /// Features that a back end may offer.
     pub features: u64,
+    /// Features that the device has whatever the back end says.
+    pub own_features: u64,
     /// Queues, of which a back end may have fewer if it has `min_queues`.
     pub queues: Vec<u16>,
     pub min_queues: usize,
@@ -45,6 +58,7 @@ impl Kind {
             VhostUserKind::Block => Kind {
                 id: VIRTIO_ID_BLOCK,
                 features: FEATURES | BLOCK_FEATURES | BLOCK_MQ,
+                own_features: 0,
                 queues: vec![BLOCK_QUEUE; vcpus.clamp(1, MAX_BLOCK_QUEUES) as usize],
                 min_queues: 1,
                 config: Space::BackEnd(BLOCK_CONFIG_LEN),
@@ -57,12 +71,32 @@ impl Kind {
                 Kind {
                     id: VIRTIO_ID_FS,
                     features: FEATURES,
+                    own_features: 0,
                     queues: vec![FS_QUEUE; 2],
                     min_queues: 2,
                     config: Space::Own(space),
                 }
             }
+            VhostUserKind::Net { mac } => {
+                let mut space = mac.to_vec();
+                space.extend(LINK_UP.to_le_bytes());
+                Kind {
+                    id: VIRTIO_ID_NET,
+                    features: FEATURES | NET_FEATURES,
+                    own_features: NET_OWN_FEATURES,
+                    // What is received, what is sent.
+                    queues: vec![NET_QUEUE; 2],
+                    min_queues: 2,
+                    config: Space::Own(space),
+                }
+            }
         }
+    }
+
+    /// What the driver finds in the configuration, as offset and value, when the back end is
+    /// lost. Drivers of network cards look at it, and not at whether the device needs a reset.
+    pub fn when_lost(&self) -> Option<(usize, u16)> {
+        (self.id == VIRTIO_ID_NET).then_some((NET_STATUS_AT, 0))
     }
 
     /// Completes features and configuration for a device with so many queues.

@@ -99,6 +99,7 @@ impl Link {
         if offered & 1 << VIRTIO_F_VERSION_1 == 0 {
             return Err(unfit("does not know virtio 1.0"));
         }
+        offered |= kind.own_features;
         kind.settle(&mut offered, &mut space, queues.len());
         let identity = Identity {
             id: kind.id,
@@ -211,12 +212,15 @@ pub struct LinkService {
     pub events: Arc<Events>,
     mailbox: Arc<Mailbox>,
     id: String,
+    /// See [`Kind::when_lost`].
+    when_lost: Option<(usize, u16)>,
 }
 
 impl LinkService {
     pub fn new(
         link: Link,
         identity: Identity,
+        when_lost: Option<(usize, u16)>,
         events: Arc<Events>,
         mailbox: Arc<Mailbox>,
         id: String,
@@ -227,6 +231,7 @@ impl LinkService {
             events,
             mailbox,
             id,
+            when_lost,
         }
     }
 
@@ -253,6 +258,9 @@ impl LinkService {
     fn fail(&self, why: &dyn std::fmt::Display) {
         if !self.identity.config.has_failed() {
             log::warn!("the vhost-user back end of {} is lost: {why}", self.id);
+            if let Some((at, value)) = self.when_lost {
+                self.identity.config.change_short(at, value);
+            }
             self.identity.config.fail();
             // Fails only when the counter is full, that is, when it is set already.
             let _ = self.events.call.write(1);

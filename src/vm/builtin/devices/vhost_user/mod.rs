@@ -170,6 +170,7 @@ impl Thread {
         Ok(LinkService::new(
             link,
             identity,
+            self.kind.when_lost(),
             self.events,
             self.mailbox,
             self.id,

@@ -125,7 +125,13 @@ fn memory() -> GuestMemoryMmap {
 
 /// A block device with its back end, which lives as long as the handle.
 fn echo(vcpus: u32) -> (Plugged, GuestMemoryMmap, Arc<Echo>, Handle) {
-    let (_dir, listener, device) = socket();
+    echo_as(VhostUserKind::Block, vcpus)
+}
+
+/// The same as another kind of device.
+fn echo_as(kind: VhostUserKind, vcpus: u32) -> (Plugged, GuestMemoryMmap, Arc<Echo>, Handle) {
+    let (_dir, listener, mut device) = socket();
+    device.kind = kind;
     let echo = Arc::new(Echo {
         exit: ExitEvent::new().unwrap(),
         memory: Mutex::new(None),
@@ -271,6 +277,31 @@ fn a_back_end_that_ends_makes_the_device_need_a_reset() {
 }
 
 #[test]
+fn a_network_card_has_its_address_and_a_link_as_long_as_its_back_end() {
+    let mac = [2, 0, 0, 0, 0xca, 1];
+    let (mut plugged, memory, _echo, _serving) = echo_as(VhostUserKind::Net { mac }, 4);
+    let planned = &mut plugged.planned;
+    let identity = &planned.identity;
+    assert_eq!((identity.id, &identity.queues[..]), (1, &[256, 256][..]));
+    // GUEST_CSUM and HOST_TSO6 are the back end's, MAC and STATUS are not.
+    let own = 1 << 5 | 1 << 16;
+    assert_eq!(identity.features, FEATURES | 1 << 1 | 1 << 12 | own);
+    assert_eq!(identity.config.bytes(), [2, 0, 0, 0, 0xca, 1, 1, 0]);
+    // It hears only of what it has offered, and takes anything else for an error.
+    let features = identity.features;
+    let queues = queues(&memory, 2);
+    assert!(planned.rings.start(features, &setups(&queues)));
+    let _ = planned.events.call.read();
+    let generation = planned.identity.config.generation();
+    plugged.back_end.disconnect();
+    assert!(is_readable(&planned.events.call), "an interrupt");
+    let config = &planned.identity.config;
+    assert_eq!(config.bytes(), [2, 0, 0, 0, 0xca, 1, 0, 0]);
+    assert!(config.is_changed() && config.has_failed());
+    assert_ne!(config.generation(), generation);
+}
+
+#[test]
 fn a_back_end_that_is_none_is_an_error_in_time() {
     // It says nothing at all.
     let (_dir, listener, device) = socket();
@@ -307,12 +338,13 @@ fn a_back_end_that_is_none_is_an_error_in_time() {
 /// What [`fuzzing`] makes of it: each answer in turn is wrong, in each way.
 #[test]
 fn no_answer_that_is_wrong_does_harm() {
-    for kind in [0, 1] {
+    // Two processors, but for cards.
+    for kind in [2 << 1, 1 | 2 << 1, 1 | 7 << 1] {
         for place in 0..24 {
             for how in (0..64).chain(0xf0..=0xff) {
                 for details in [&[1][..], &[0xff; 8]] {
-                    // Two processors; the device is started once.
-                    let mut input = vec![kind | 2 << 1];
+                    // The device is started once.
+                    let mut input = vec![kind];
                     input.resize(1 + place, 0);
                     input.push(how);
                     input.extend(details);
