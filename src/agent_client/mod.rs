@@ -12,8 +12,9 @@ mod storage;
 pub mod streams;
 pub mod vsock;
 
-use std::os::fd::IntoRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use kuasar_runv_protocol::agent::{
@@ -25,6 +26,7 @@ use kuasar_runv_protocol::network::{self, ApplyRequest};
 use kuasar_runv_protocol::network_ttrpc::NetworkClient;
 use kuasar_runv_protocol::resources_ttrpc::ResourcesClient as ResourcesStub;
 use kuasar_runv_protocol::storage_ttrpc::StorageClient;
+use nix::fcntl::{FcntlArg, fcntl};
 use ttrpc::Code;
 
 /// Longest error text of the guest that is passed on, in characters.
@@ -76,8 +78,8 @@ impl Agent {
     /// # Errors
     /// [`Error::Broken`] when the client's threads cannot be started.
     pub fn new(stream: UnixStream, deadline: Duration) -> Result<Agent, Error> {
-        let client =
-            ttrpc::Client::new(stream.into_raw_fd()).map_err(|e| Error::Broken(e.to_string()))?;
+        let client = ttrpc::Client::new(out_of_the_way(stream).into_raw_fd())
+            .map_err(|e| Error::Broken(e.to_string()))?;
         Ok(Agent {
             stub: Stub::new(client.clone()),
             network: NetworkClient::new(client.clone()),
@@ -210,6 +212,25 @@ impl Agent {
     }
 }
 
+/// The descriptor under a number that is not given out again soon.
+///
+/// A client of ttrpc closes its descriptor while its two threads may still be about to
+/// read or write, if the guest says more than it was asked or reads nothing. Whoever got
+/// the number then would read the guest's words, or have his own read. The kernel gives out
+/// the least that is free; those from here on are for these clients alone, in turn.
+fn out_of_the_way(stream: UnixStream) -> OwnedFd {
+    /// Half of the usual limit, which is 1024.
+    const FIRST: u16 = 512;
+    static TURN: AtomicU16 = AtomicU16::new(0);
+    let number = FIRST + TURN.fetch_add(1, Ordering::Relaxed) % FIRST;
+    match fcntl(stream.as_raw_fd(), FcntlArg::F_DUPFD_CLOEXEC(number.into())) {
+        // SAFETY: the new descriptor is nobody else's.
+        Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
+        // A lower limit, or all in use.
+        Err(_) => stream.into(),
+    }
+}
+
 /// Text of the guest made fit for a terminal and a log line.
 fn printable(text: &str) -> String {
     text.chars()
@@ -221,6 +242,17 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_of_clients_are_not_given_out_again() {
+        let [first, second] = [(); 2].map(|()| {
+            let (stream, _peer) = UnixStream::pair().unwrap();
+            out_of_the_way(stream).as_raw_fd()
+        });
+        assert_ne!(first, second, "both are closed");
+        let next = std::fs::File::open("/dev/null").unwrap();
+        assert!(next.as_raw_fd() < first.min(second));
+    }
 
     #[test]
     fn a_guests_error_text_is_bounded_and_has_no_control_characters() {
