@@ -280,29 +280,44 @@ fn a_network_outlives_the_container_it_was_made_for() {
     assert_eq!(inner.links(), ["eth0"]);
 }
 
-/// Engines take the network of a container apart before they delete it; the machine, which
-/// is about to end, need not follow.
+/// Engines take the network of a container apart before they delete it. A machine that
+/// still waits for others, as that of a pod does, does not follow.
 #[test]
 fn the_network_of_an_ended_container_is_left_alone() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let bundle = bundle(&world, &inner, PING).annotations(&[
+        ("io.kubernetes.cri.container-type", "sandbox"),
+        ("io.kubernetes.cri.sandbox-id", &world.id("c")),
+    ]);
+    let container = world.start(&bundle, "c");
+    container.wait_for_output("reached");
+    container.wait_for_status("stopped");
+    // Long enough for the machine to say so, and to follow if it did.
+    std::thread::sleep(Duration::from_secs(1));
+    inner.ip("link del eth0");
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(taps(&inner), 1, "{:?}", inner.links());
+    let _ = container.delete().ok();
+    assert_eq!(taps(&inner), 0);
+}
+
+#[test]
+fn a_machine_that_ends_with_its_container_leaves_the_network_as_it_was() {
     let world = World::new();
     let (inner, _outer) = wire(&world);
     let container = world.start(&bundle(&world, &inner, PING), "c");
     container.wait_for_output("reached");
     container.wait_for_status("stopped");
-    let taps = || {
-        inner
-            .links()
-            .iter()
-            .filter(|name| name.starts_with("runv"))
-            .count()
-    };
-    // Long enough for the machine to say so, and to follow if it did.
-    std::thread::sleep(Duration::from_secs(1));
-    inner.ip("link del eth0");
-    std::thread::sleep(Duration::from_secs(1));
-    assert_eq!(taps(), 1, "{:?}", inner.links());
+    wait_until("the tap is gone", SHORT, || inner.links() == ["eth0"]);
     let _ = container.delete().ok();
-    assert_eq!(taps(), 0);
+    assert!(!inner.has_filters("eth0"));
+    assert_eq!(inner.links(), ["eth0"]);
+}
+
+fn taps(netns: &Netns) -> usize {
+    let names = netns.links();
+    names.iter().filter(|name| name.starts_with("runv")).count()
 }
 
 /// The hypervisor moves frames, or the host's kernel does where it can, for each
