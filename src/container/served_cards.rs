@@ -25,6 +25,7 @@ use super::guest_volumes::vhost_user::{self, Wanted};
 use crate::config;
 use crate::sandbox::network::MAX_INTERFACES;
 use crate::sandbox::network::served::{Card, Prefix, Route, Served};
+use crate::sys::random;
 
 pub const ANNOTATION: &str = "dev.kuasar-runv.network.vhost-user";
 
@@ -159,7 +160,9 @@ fn mac(text: &str) -> Result<[u8; 6], String> {
     let mut mac = [0; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2).ok_or_else(no)?;
+        // Digits only: the parser takes a sign as well.
+        let is_byte = |part: &&str| part.len() == 2 && part.chars().all(|c| c.is_ascii_hexdigit());
+        let part = parts.next().filter(is_byte).ok_or_else(no)?;
         *byte = u8::from_str_radix(part, 16).map_err(|_| no())?;
     }
     // Not for groups, and not nobody's (IEEE 802).
@@ -172,11 +175,7 @@ fn mac(text: &str) -> Result<[u8; 6], String> {
 /// Locally administered.
 fn random_mac() -> io::Result<[u8; 6]> {
     let mut mac = [0; 6];
-    // SAFETY: the pointer and the length are those of the array.
-    let got = unsafe { libc::getrandom(mac.as_mut_ptr().cast(), mac.len(), 0) };
-    if usize::try_from(got) != Ok(mac.len()) {
-        return Err(io::Error::last_os_error());
-    }
+    random::fill(&mut mac)?;
     mac[0] = mac[0] & !1 | 2;
     Ok(mac)
 }
@@ -304,6 +303,7 @@ mod tests {
             (&card(r#", "queues": 2"#), "unknown field"),
             (&card(r#", "mac": "01:00:00:00:00:01""#), "hardware address"),
             (&card(r#", "mac": "02:00:00:00:00""#), "hardware address"),
+            (&card(r#", "mac": "02:00:00:00:00:+1""#), "hardware address"),
             (&card(r#", "mtu": 10"#), "mtu"),
             (
                 &card(r#", "addresses": ["10.1.0.2"]"#),

@@ -10,6 +10,7 @@ pub mod mount;
 pub mod namespace;
 pub mod own_binary;
 pub mod process;
+pub mod random;
 pub mod seqpacket;
 pub mod trim;
 pub mod unix_socket;

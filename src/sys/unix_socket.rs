@@ -7,12 +7,12 @@
 //! itself, so the length of the directory's own path does not matter, and a
 //! directory that has been replaced meanwhile cannot redirect the call.
 
-use std::io;
+use std::io::{self, Read};
 use std::mem::{offset_of, size_of, size_of_val};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
@@ -176,6 +176,30 @@ impl Address {
     fn as_ptr(&self) -> *const libc::sockaddr {
         std::ptr::from_ref(&self.raw).cast()
     }
+}
+
+/// Fills `bytes`, however slowly they come, until `end`; the stream has no time-out then.
+///
+/// # Errors
+/// `TimedOut`, `UnexpectedEof`, and as read(2).
+pub fn read_until(mut stream: &UnixStream, bytes: &mut [u8], end: Instant) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < bytes.len() {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut bytes[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(got) => filled += got,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            // What an expired time-out is.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    stream.set_read_timeout(None)
 }
 
 #[cfg(test)]

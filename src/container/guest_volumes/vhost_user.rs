@@ -3,11 +3,11 @@
 //! with the connection.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::super::guest_spec::Error;
 use super::at;
@@ -77,16 +77,15 @@ pub fn connect_to(socket: &File, wanted: Wanted) -> io::Result<OwnedFd> {
 
 fn connect_within(socket: &File, wanted: Wanted, deadline: Duration) -> io::Result<OwnedFd> {
     let mut stream = unix_socket::connect_to(socket)?;
-    // Both directions are in one message: this is the deadline of all.
-    stream.set_read_timeout(Some(deadline))?;
+    let end = Instant::now() + deadline;
     stream.set_write_timeout(Some(deadline))?;
     let header = |words: [u32; 3]| words.map(u32::to_le_bytes).concat();
     let mut answer = [0; 20];
     let asked = stream.write_all(&header(GET_FEATURES));
-    let answered = asked.and_then(|()| stream.read_exact(&mut answer));
+    let answered = asked.and_then(|()| unix_socket::read_until(&stream, &mut answer, end));
     answered.map_err(|e| {
         io::Error::other(match e.kind() {
-            io::ErrorKind::WouldBlock => format!(
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => format!(
                 "the program there does not answer within {} s",
                 deadline.as_secs()
             ),
@@ -104,13 +103,13 @@ fn connect_within(socket: &File, wanted: Wanted, deadline: Duration) -> io::Resu
     if let Some(reason) = wanted.misses(u64::from_le_bytes(features)) {
         return Err(io::Error::other(reason));
     }
-    stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Ok(stream.into())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::os::unix::net::UnixListener;
     use std::thread;
 
@@ -170,6 +169,31 @@ mod tests {
         let flush = b"\x01\0\0\0\x05\0\0\0\x08\0\0\0\0\x02\0\x40\x01\0\0\0";
         let message = with(Some(flush), Wanted::Card).0.unwrap_err().to_string();
         assert!(message.contains("serves no network card"), "{message}");
+    }
+
+    #[test]
+    fn a_program_that_trickles_has_no_more_time_than_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let slow = thread::spawn(move || {
+            let (mut client, _) = listener.accept().unwrap();
+            let disk = b"\x01\0\0\0\x05\0\0\0\x08\0\0\0\0\x02\0\x40\x01\0\0\0";
+            // Twenty bytes: two seconds, unless the other side is gone.
+            disk.iter().all(|byte| {
+                thread::sleep(Duration::from_millis(100));
+                client.write_all(&[*byte]).is_ok()
+            })
+        });
+        let socket = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(&path)
+            .unwrap();
+        let connected = connect_within(&socket, Wanted::Disk, Duration::from_millis(300));
+        let message = connected.unwrap_err().to_string();
+        assert!(message.contains("does not answer within"), "{message}");
+        assert!(!slow.join().unwrap(), "it was waited for");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use kuasar_runv_protocol::template::{Identity, SEED_LEN};
 use super::{End, Sandboxer};
 use crate::agent_client::vsock::{self, Dialing};
 use crate::sandbox::VSOCK_SOCKET;
+use crate::sys::random;
 use crate::sys::unix_socket;
 
 /// The socket device writes its answer at once.
@@ -49,11 +50,7 @@ impl Offer {
 
 fn identity() -> io::Result<Identity> {
     let mut seed = [0; SEED_LEN];
-    // SAFETY: the pointer and the length are those of the array.
-    let got = unsafe { libc::getrandom(seed.as_mut_ptr().cast(), seed.len(), 0) };
-    if usize::try_from(got) != Ok(SEED_LEN) {
-        return Err(io::Error::last_os_error());
-    }
+    random::fill(&mut seed)?;
     let now = std::time::UNIX_EPOCH.elapsed().map_err(io::Error::other)?;
     Ok(Identity {
         seed,

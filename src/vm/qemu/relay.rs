@@ -13,14 +13,14 @@
 //! request one of the protocol, and those made of rust-vmm's crates do. So such requests wait
 //! here until the features have gone by ([`Order`]).
 
-use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -30,7 +30,7 @@ use rustix::thread::CapabilitySet;
 
 use crate::sys::capabilities::limit_to;
 use crate::sys::seqpacket::wait_readable;
-use crate::sys::unix_socket;
+use crate::sys::unix_socket::{self, read_until};
 
 /// Number of the request, flags, length of what follows (QEMU's docs/interop/vhost-user.rst,
 /// "Message structure").
@@ -202,9 +202,8 @@ impl Order {
 }
 
 /// The next message; `None` at the end.
-fn receive(mut from: &UnixStream) -> io::Result<Option<Message>> {
+fn receive(from: &UnixStream) -> io::Result<Option<Message>> {
     let mut message = vec![0; HEADER];
-    from.set_read_timeout(None)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     // The kernel gives descriptors with the byte they were sent with, the first of a message.
@@ -228,8 +227,8 @@ fn receive(mut from: &UnixStream) -> io::Result<Option<Message>> {
     if received.flags.contains(rustix::net::ReturnFlags::CTRUNC) {
         return Err(too_long());
     }
-    from.set_read_timeout(Some(DEADLINE))?;
-    from.read_exact(&mut message[received.bytes..])?;
+    let end = Instant::now() + DEADLINE;
+    read_until(from, &mut message[received.bytes..], end)?;
     let mut length = [0; 4];
     length.copy_from_slice(&message[LENGTH_AT..HEADER]);
     let length = usize::try_from(u32::from_le_bytes(length)).map_err(|_| too_long())?;
@@ -237,7 +236,7 @@ fn receive(mut from: &UnixStream) -> io::Result<Option<Message>> {
         return Err(too_long());
     }
     message.resize(HEADER + length, 0);
-    from.read_exact(&mut message[HEADER..])?;
+    read_until(from, &mut message[HEADER..], end)?;
     Ok(Some(Message {
         bytes: message,
         fds,
@@ -258,7 +257,7 @@ fn send(to: &UnixStream, message: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::{Read, Write};
 
     use super::*;
 

@@ -29,13 +29,7 @@ pub(super) fn add(
     }
     let name = format!("vhost-user-{id}");
     qmp.pass_fd(&name, device.socket.as_fd(), deadline)?;
-    let chardev = json!({
-        "id": backend(id),
-        "backend": { "type": "socket", "data": {
-            "addr": { "type": "fd", "data": { "str": name } },
-            "server": false,
-        } },
-    });
+    let chardev = chardev(id, &json!({ "type": "fd", "data": { "str": name } }));
     if let Err(e) = qmp.execute("chardev-add", Some(chardev), deadline) {
         close(qmp, &[name], deadline);
         return Err(e.into());
@@ -60,14 +54,8 @@ fn add_net(
     };
     let name = format!("{id}-vhost.sock");
     let relay = Relay::new(directory, &name, &device.socket).map_err(relayed)?;
-    let chardev = json!({
-        "id": backend(id),
-        "backend": { "type": "socket", "data": {
-            // Its working directory is the sandbox's.
-            "addr": { "type": "unix", "data": { "path": name } },
-            "server": false,
-        } },
-    });
+    // Its working directory is the sandbox's.
+    let chardev = chardev(id, &json!({ "type": "unix", "data": { "path": name } }));
     qmp.execute("chardev-add", Some(chardev), deadline)?;
     let netdev = json!({ "type": "vhost-user", "id": backend(id), "chardev": backend(id) });
     let running = relay.run().map_err(relayed);
@@ -90,6 +78,14 @@ fn add_net(
         arguments,
         // What uses the connection goes before it.
         remove_backend: vec![REMOVE_NET, REMOVE],
+    })
+}
+
+/// A connection to what is at this address.
+fn chardev(id: &str, address: &Value) -> Value {
+    json!({
+        "id": backend(id),
+        "backend": { "type": "socket", "data": { "addr": address, "server": false } },
     })
 }
 

@@ -7,6 +7,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryMmap};
 
 use super::work_through;
+use crate::sys::random;
 use crate::vm::builtin::virtio::registers::Identity;
 use crate::vm::builtin::virtio::worker::{Service, ServiceMemory, ServiceRing};
 
@@ -57,9 +58,8 @@ fn fill(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> u
 
 fn random(len: usize) -> Option<Vec<u8>> {
     let mut bytes = vec![0u8; len];
-    // SAFETY: the pointer and the length are those of the vector.
-    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), len, 0) };
-    (usize::try_from(got) == Ok(len)).then_some(bytes)
+    random::fill(&mut bytes).ok()?;
+    Some(bytes)
 }
 
 #[cfg(test)]

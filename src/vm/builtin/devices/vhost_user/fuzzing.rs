@@ -5,9 +5,10 @@
 //! back end that misbehaves once and goes on well.
 
 use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::pipe::{PipeFlags, pipe_with};
 use vhost::vhost_user::message::FrontendReq;
@@ -18,6 +19,7 @@ use super::super::mailbox::{Mailbox, Request};
 use super::kinds::{Kind, Space};
 use super::link::{Link, LinkService};
 use crate::fuzzing::Input;
+use crate::sys::seqpacket::wait_readable;
 use crate::vm::VhostUserKind;
 use crate::vm::builtin::devices::FEATURES;
 use crate::vm::builtin::memory::MemoryFile;
@@ -32,6 +34,8 @@ const HEADER: usize = 12;
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
+/// How long a descriptor may take to be gone.
+const GONE: Duration = Duration::from_secs(10);
 /// Longest request.
 const MAX_REQUEST: usize = 4096;
 /// Most descriptors that the front end takes in with a message; of one that has more
@@ -57,7 +61,9 @@ pub fn vhost_user(input: &mut Input<'_>) {
         live(ours, &kind, rounds);
         back_end.join().expect("requests are well-formed");
     });
-    // Nobody has kept what came with the answers.
+    // Nobody has kept what came with the answers; a child of another test may have it until
+    // it executes its program.
+    assert!(wait_readable(kept.as_fd(), GONE).expect("a pipe"));
     assert_eq!(rustix::io::read(&kept, &mut [0]), Ok(0));
 }
 
