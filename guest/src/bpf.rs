@@ -96,6 +96,9 @@ const fn hook(program: u32, attach: u32) -> Hook {
 
 pub const CGROUP_DEVICE: Hook = hook(15, 6);
 pub const SOCK_OPS: Hook = hook(13, 3);
+pub const INET4_POST_BIND: Hook = hook(9, 12);
+pub const INET6_POST_BIND: Hook = hook(9, 13);
+pub const INET_SOCK_RELEASE: Hook = hook(9, 34);
 pub const INET4_CONNECT: Hook = hook(18, 10);
 pub const UDP4_SENDMSG: Hook = hook(18, 14);
 pub const UDP4_RECVMSG: Hook = hook(18, 19);

@@ -7,7 +7,9 @@ use kuasar_runv_protocol::agent::{
     CreateContainerRequest, ExecProcessRequest, SignalProcessRequest, UpdateContainerRequest,
 };
 use kuasar_runv_protocol::event::decode_from_host;
-use kuasar_runv_protocol::loopback::{REQUEST_PREFIX_LEN, Request as LoopbackRequest};
+use kuasar_runv_protocol::loopback::{
+    Frame as LoopbackFrame, REQUEST_PREFIX_LEN, Request as LoopbackRequest,
+};
 use kuasar_runv_protocol::network::ApplyRequest;
 use kuasar_runv_protocol::resources::GrowRequest;
 use kuasar_runv_protocol::storage::{AddVolumeRequest, RemoveVolumeRequest};
@@ -101,6 +103,7 @@ fn loopback(bytes: &[u8]) {
     {
         assert!((1..=255).contains(&len));
     }
+    let _ = LoopbackFrame::decode(bytes);
 }
 
 fn specification(bytes: &[u8]) {

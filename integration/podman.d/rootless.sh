@@ -61,3 +61,27 @@ case_rootless_network() {
   rootless_up
   contains "$(rp run --rm --network slirp4netns "$IMAGE" ip -4 addr show tap0)" 'inet 10.0.2.100'
 }
+
+case_rootless_publish_tcp() {
+  rootless_up
+  rp run -d --name "$C" --network slirp4netns -p 127.0.0.1::80 "$IMAGE" httpd -f -h /www >/dev/null
+  eventually 20 output_is 'a web page' curl -sS --max-time 5 "http://$(rp port "$C" 80)"
+}
+
+case_rootless_publish_udp() {
+  local port
+  rootless_up
+  rp run -d --name "$C" --network slirp4netns -p 127.0.0.1::9999/udp "$IMAGE" socat UDP-RECVFROM:9999,fork EXEC:cat >/dev/null
+  port=$(rp port "$C" 9999/udp)
+  eventually 20 output_is ping eval "echo ping | socat -t 2 - UDP:$port"
+}
+
+case_rootless_publish_bridge() {
+  local port
+  rootless_up
+  rp run -d --name "$C" --network bridge -p 127.0.0.1::80 -p 127.0.0.1::9999/udp "$IMAGE" \
+    sh -c 'httpd -h /www; exec socat UDP-RECVFROM:9999,fork EXEC:cat' >/dev/null
+  eventually 20 output_is 'a web page' curl -sS --max-time 5 "http://$(rp port "$C" 80)"
+  port=$(rp port "$C" 9999/udp)
+  eventually 20 output_is ping eval "echo ping | socat -t 2 - UDP:$port"
+}

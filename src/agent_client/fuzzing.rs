@@ -10,7 +10,7 @@ use kuasar_runv_protocol::agent::{
     CreateContainerResponse, ExecProcessResponse, GetInfoResponse, GetStatsResponse,
     ListProcessesResponse,
 };
-use kuasar_runv_protocol::loopback::{MAX_PORTS, Query, decode_ports, encode_ports};
+use kuasar_runv_protocol::loopback::{self, MAX_PORTS, Query, decode_ports, encode_ports};
 use kuasar_runv_protocol::network::StatsResponse;
 use kuasar_runv_protocol::resources::GrowResponse;
 use kuasar_runv_protocol::socket::Hello;
@@ -137,7 +137,11 @@ pub fn agent_answers(input: &[u8]) {
                 container::statistics(GetStatsResponse::new(), &network);
             }
         }
-        4 => ports(input.rest()),
+        4 => {
+            let bytes = input.rest();
+            ports(bytes);
+            datagrams(bytes);
+        }
         5 => {
             let mut queries = input.rest();
             while let Ok(query) = Query::read(&mut queries) {
@@ -180,6 +184,18 @@ fn ports(mut bytes: &[u8]) {
         let again = encode_ports(&ports);
         let (same, _) = decode_ports(&again).expect("ports").expect("all");
         assert_eq!(same, ports);
+        bytes = &bytes[len..];
+    }
+}
+
+/// Frames of datagrams, one after the other.
+fn datagrams(mut bytes: &[u8]) {
+    while let Ok(Some((frame, len))) = loopback::Frame::decode(bytes) {
+        let again = frame.encode().expect("not too long");
+        assert_eq!(
+            loopback::Frame::decode(&again),
+            Ok(Some((frame, again.len())))
+        );
         bytes = &bytes[len..];
     }
 }

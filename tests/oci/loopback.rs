@@ -3,9 +3,10 @@
 //! and answer names.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
 
-use kuasar_runv_test_harness::{Bundle, Netns, SHORT, World, wait_until};
+use kuasar_runv_test_harness::{Bundle, Netns, SHORT, World, process, reaper, wait_until};
 
 /// A namespace with `eth0`, whose other end is in the second.
 fn wire(world: &World) -> (Netns, Netns) {
@@ -108,6 +109,108 @@ fn ports_come_and_go_with_their_servers() {
         wait_until("nobody listens any more", SHORT, || {
             is_refused(&inner, "127.0.0.1:8080")
         });
+    }
+}
+
+/// As podman without root does it, whose ports lead to the address of the card.
+#[test]
+fn a_server_is_reached_at_all_its_addresses_from_within_its_namespace() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let container = world.start(&bundle(&world, &inner, "").probe("echo"), "c");
+    container.wait_for_output("listening");
+    for to in ["10.77.0.2:80", "[fd77::2]:80", "127.0.0.5:80"] {
+        wait_for_port(&inner, to);
+        echo(&inner, to, 100_000);
+    }
+    assert!(is_refused(&inner, "10.77.0.2:81"));
+}
+
+/// A client of a UDP port.
+struct Client(UdpSocket);
+
+impl Client {
+    fn new(from: &Netns, to: &str) -> Client {
+        let any = if to.starts_with('[') {
+            "[::]:0"
+        } else {
+            "0.0.0.0:0"
+        };
+        let socket = from.enter(|| UdpSocket::bind(any)).unwrap();
+        socket.connect(to).unwrap();
+        Client(socket)
+    }
+
+    /// Whether a datagram comes back in time.
+    fn echoes(&self, datagram: &[u8], time: Duration) -> io::Result<bool> {
+        self.0.set_read_timeout(Some(time))?;
+        self.0.send(datagram)?;
+        let mut back = [0; 65_536];
+        match self.0.recv(&mut back) {
+            Ok(len) => Ok(back[..len] == *datagram),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn is_refused(&self) -> bool {
+        let echoes = self.echoes(b"anybody?", Duration::from_millis(200));
+        matches!(echoes, Err(e) if e.kind() == io::ErrorKind::ConnectionRefused)
+    }
+}
+
+/// Answers come from the address that was asked, or the client would not take them.
+#[test]
+fn datagrams_reach_a_server_from_within_its_namespace() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let container = world.start(&bundle(&world, &inner, "").probe("echo"), "c");
+    container.wait_for_output("listening");
+    for to in ["127.0.0.1:53", "[::1]:53", "10.77.0.2:53", "[fd77::2]:53"] {
+        let client = Client::new(&inner, to);
+        wait_until(&format!("{to} answers"), SHORT, || {
+            client
+                .echoes(b"x", Duration::from_millis(500))
+                .unwrap_or(false)
+        });
+        for len in [0, 1, 1500, 60_000] {
+            assert!(client.echoes(&vec![7; len], SHORT).unwrap(), "{to}, {len}");
+        }
+    }
+    // Each of several hears what it has said.
+    let clients: Vec<_> = (0..20)
+        .map(|_| Client::new(&inner, "127.0.0.1:53"))
+        .collect();
+    for (n, client) in clients.iter().enumerate() {
+        assert!(client.echoes(&[n as u8; 9], SHORT).unwrap());
+    }
+    assert!(Client::new(&inner, "127.0.0.1:54").is_refused());
+    let client = &clients[0];
+    let _ = container.delete_force().ok();
+    wait_until("nobody answers any more", SHORT, || client.is_refused());
+}
+
+/// Also one that is started later.
+#[test]
+fn udp_ports_come_and_go_with_their_servers() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let container = world.start(&bundle(&world, &inner, "").probe("echo"), "c");
+    container.wait_for_output("listening");
+    let client = Client::new(&inner, "127.0.0.1:5353");
+    for round in 0..2 {
+        assert!(client.is_refused());
+        let script = "KRT_PROBE='echo-datagrams 127.0.0.1:5353' exec /bin/probe --ignored --exact \
+            probe::main --nocapture --test-threads=1";
+        let server = container.exec_detached(script, &format!("server{round}"));
+        wait_until("somebody answers", SHORT, || {
+            client
+                .echoes(b"x", Duration::from_millis(500))
+                .unwrap_or(false)
+        });
+        process::signal(server, libc::SIGKILL).unwrap();
+        assert!(reaper::wait(server, SHORT).is_some());
+        wait_until("nobody answers any more", SHORT, || client.is_refused());
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream, UdpSocket};
+use std::time::Duration;
 
 use kuasar_runv_test_harness::{Bundle, Container, Netns, SHORT, World, wait_until};
 
@@ -31,7 +32,9 @@ fn resolves(container: &Container<'_>) -> bool {
 fn a_name_server_may_come_later() {
     let world = World::new();
     let (inner, outer) = wire(&world);
-    let container = world.start(&server(&world, &inner), "c");
+    // Port 53 of all addresses would be taken in the namespace as well.
+    let bundle = world.bundle().sh("").network(&inner.path());
+    let container = world.start(&bundle.probe("echo-datagrams 10.77.0.2:53"), "c");
     container.wait_for_output("listening");
     assert!(!resolves(&container));
     inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
@@ -139,6 +142,43 @@ fn connections_have_a_bound() {
     drop(open);
     wait_until("the others have had their turn", SHORT, || threads() == 1);
     echo(&inner);
+}
+
+/// Who has been silent for longest makes room, and begins anew when it asks again.
+#[test]
+fn clients_of_udp_ports_have_a_bound() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    let container = world.start(&server(&world, &inner), "c");
+    container.wait_for_output("listening");
+    let client = || {
+        let socket = inner.enter(|| UdpSocket::bind("127.0.0.1:0")).unwrap();
+        socket.connect("127.0.0.1:53").unwrap();
+        socket
+    };
+    let echoes = |client: &UdpSocket, time| {
+        client.set_read_timeout(Some(time)).unwrap();
+        let mut back = [0; 10];
+        client.send(b"hello").is_ok() && matches!(client.recv(&mut back), Ok(5))
+    };
+    let first = client();
+    wait_until("the port is listened on", SHORT, || {
+        echoes(&first, Duration::from_millis(500))
+    });
+    let clients: Vec<_> = (0..200).map(|_| client()).collect();
+    for client in clients.iter().chain([&first]) {
+        assert!(echoes(client, SHORT));
+    }
+    // The server's own, and one for each session.
+    let sockets = || {
+        let out = container
+            .exec_sh(&[], "grep -c ' 01 ' /proc/net/udp")
+            .stdout();
+        out.trim().parse::<usize>().unwrap()
+    };
+    wait_until("the sockets of the others are closed", SHORT, || {
+        sockets() == 128
+    });
 }
 
 /// Something there and back.

@@ -1,4 +1,4 @@
-//! Connections of the host to a port of a container's loopback interface.
+//! Connections of the host to a port of a container.
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -20,7 +20,7 @@ const BUFFER: usize = 32 * 1024;
 /// Of the connections.
 pub async fn serve(host: Connection, namespace: OwnedFd, port: Port) -> io::Result<()> {
     let connected = in_namespace(namespace, move || {
-        let stream = TcpStream::connect_timeout(&port.address(), CONNECT_DEADLINE)?;
+        let stream = TcpStream::connect_timeout(&port.socket_address(), CONNECT_DEADLINE)?;
         stream.set_nodelay(true)?;
         Ok(stream)
     });

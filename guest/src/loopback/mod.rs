@@ -2,10 +2,11 @@
 //! port of `kuasar_runv_protocol::loopback`.
 //!
 //! The host asks which ports are listened on ([`ports`]), connects to them
-//! ([`connect`]), and has an engine's name server that it has at an address of the
+//! ([`connect`]), sends them datagrams ([`datagrams`]), and has an engine's name server that it has at an address of the
 //! loopback network served here at the same address ([`resolver`]).
 
 mod connect;
+mod datagrams;
 mod ports;
 mod redirect;
 mod resolver;
@@ -97,6 +98,10 @@ impl Loopback {
                 ports::tell(&connection, namespace, changes).await
             }
             Purpose::Connect(port) => connect::serve(connection, namespace, port).await,
+            Purpose::Datagrams => {
+                answer(&connection, Answer::Yes).await?;
+                datagrams::serve(connection, namespace).await
+            }
             Purpose::Resolve(address) => {
                 let server = resolver::Server::bind(namespace, address).await;
                 let server = answer_failure(&connection, server).await?;

@@ -13,9 +13,8 @@
 //! One thread per container that has a network namespace of its own ([`watch`]):
 //! it reads what is there ([`snapshot`]), connects what is new ([`endpoint`],
 //! [`model`]), tells the agent what the guest's side is to be ([`guest`]), and does
-//! so again whenever the kernel has news. What the guest listens on at its loopback
-//! interface can be reached at that of the namespace, and the other way round an
-//! engine's name server ([`loopback`]).
+//! so again whenever the kernel has news. What the guest listens on can be reached from
+//! within the namespace, and the other way round an engine's name server ([`loopback`]).
 
 mod cards;
 mod endpoint;

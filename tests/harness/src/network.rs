@@ -219,13 +219,7 @@ pub(crate) fn echo() {
     let tcp = TcpListener::bind("[::]:80").expect("port 80");
     let udp = UdpSocket::bind("[::]:53").expect("port 53");
     println!("listening");
-    std::thread::spawn(move || {
-        let mut datagram = [0; 65_536];
-        while let Ok((length, from)) = udp.recv_from(&mut datagram) {
-            // A peer that is gone has no use for the answer.
-            let _ = udp.send_to(&datagram[..length], from);
-        }
-    });
+    std::thread::spawn(move || send_back(&udp));
     for stream in tcp.incoming().flatten() {
         std::thread::spawn(move || {
             let mut back = stream.try_clone().expect("a descriptor");
@@ -233,6 +227,24 @@ pub(crate) fn echo() {
             let _ = io::copy(&mut &stream, &mut back);
             let _ = back.shutdown(Shutdown::Write);
         });
+    }
+}
+
+/// The same for UDP only, at this address.
+///
+/// # Panics
+/// When it cannot listen.
+pub(crate) fn echo_datagrams(address: &str) {
+    let udp = UdpSocket::bind(address).expect("the address");
+    println!("listening");
+    send_back(&udp);
+}
+
+fn send_back(udp: &UdpSocket) {
+    let mut datagram = [0; 65_536];
+    while let Ok((length, from)) = udp.recv_from(&mut datagram) {
+        // A peer that is gone has no use for the answer.
+        let _ = udp.send_to(&datagram[..length], from);
     }
 }
 

@@ -41,6 +41,7 @@ pub fn main() {
         "system-calls" => system_calls(),
         "network" => network(),
         "echo" => crate::network::echo(),
+        "echo-datagrams" => crate::network::echo_datagrams(argument),
         "one-in-two-places" => volumes::one_in_two_places(argument),
         "huge-pages" => volumes::huge_pages(Path::new(argument)),
         "hold-locks" => volumes::hold_locks(Path::new(argument)),

@@ -3,19 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use kuasar_runv_protocol::loopback::{Port, Purpose, Request, decode_ports};
+use kuasar_runv_protocol::loopback::{Port, Protocol, Purpose, Request, decode_ports};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::thread::CapabilitySet;
 
-use super::{CAPABILITIES, Way};
+use super::datagrams::Datagrams;
+use super::{CAPABILITIES, Way, packet};
 use crate::sandbox::relay::relay;
 use crate::sys::capabilities::limit_to;
 use crate::sys::seqpacket::wait_any_readable;
@@ -124,102 +125,140 @@ fn listen(way: Way, connections: Arc<Connections>) -> io::Result<()> {
         next: Instant::now(),
     };
     let mut listeners = BTreeMap::new();
+    let mut datagrams = Datagrams::new();
     loop {
-        let ready = wait(&news, &listeners, &connections)?;
-        if ready.stop {
+        let ready = wait(&news, &listeners, &datagrams, &connections)?;
+        if ready.contains(&Source::Stop) {
             return Ok(());
         }
         connections.ended.reset()?;
-        for port in ready.ports {
-            if let Some(listener) = listeners.get(&port) {
-                accept(listener, port, &way, &connections);
+        datagrams.expire(Instant::now());
+        for source in ready {
+            match source {
+                Source::Stop | Source::Ended => {}
+                Source::Listener(port) => {
+                    if let Some(listener) = listeners.get(&port) {
+                        accept(listener, &way, &connections);
+                    }
+                }
+                Source::Datagrams(port) => datagrams.receive(port, &way),
+                Source::Guest => datagrams.go_on(),
+                Source::News => {
+                    if let Some(ports) = news.receive()? {
+                        follow(&mut listeners, &ports);
+                        datagrams.follow(&ports);
+                    }
+                }
             }
-        }
-        if ready.news
-            && let Some(ports) = news.receive()?
-        {
-            follow(&mut listeners, &ports);
         }
     }
 }
 
-struct Ready {
-    stop: bool,
-    news: bool,
-    ports: Vec<Port>,
+/// What the thread waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Stop,
+    /// A connection has.
+    Ended,
+    Listener(Port),
+    Datagrams(Port),
+    /// The connection that datagrams go by.
+    Guest,
+    News,
 }
 
+/// What is ready; nothing when it is time to look at the sessions.
 fn wait(
     news: &News,
     listeners: &BTreeMap<Port, TcpListener>,
+    datagrams: &Datagrams,
     connections: &Connections,
-) -> io::Result<Ready> {
-    let mut fds = vec![
-        PollFd::from_borrowed_fd(connections.stop.as_fd(), PollFlags::IN),
-        PollFd::from_borrowed_fd(connections.ended.as_fd(), PollFlags::IN),
+) -> io::Result<Vec<Source>> {
+    let readable = |source, fd| (source, fd, PollFlags::IN);
+    let mut watched: Vec<(Source, BorrowedFd<'_>, PollFlags)> = vec![
+        readable(Source::Stop, connections.stop.as_fd()),
+        readable(Source::Ended, connections.ended.as_fd()),
     ];
-    let has_room = connections.count.load(Ordering::Acquire) < MAX_CONNECTIONS;
-    let watched: Vec<Port> = match has_room {
-        true => listeners.keys().copied().collect(),
-        false => Vec::new(),
-    };
-    for port in &watched {
-        let fd = listeners[port].as_fd();
-        fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
+    if connections.count.load(Ordering::Acquire) < MAX_CONNECTIONS {
+        let listeners = listeners.iter();
+        watched.extend(listeners.map(|(port, fd)| readable(Source::Listener(*port), fd.as_fd())));
     }
-    let pause = news.next.saturating_duration_since(Instant::now());
-    let timeout = if pause.is_zero() {
-        fds.push(PollFd::from_borrowed_fd(news.stream.as_fd(), PollFlags::IN));
-        None
+    watched.extend(
+        datagrams
+            .ports()
+            .map(|(port, fd)| readable(Source::Datagrams(port), fd)),
+    );
+    watched.extend(datagrams.guest().map(|(fd, is_full)| {
+        let flags = match is_full {
+            true => PollFlags::IN | PollFlags::OUT,
+            false => PollFlags::IN,
+        };
+        (Source::Guest, fd, flags)
+    }));
+    let now = Instant::now();
+    let mut until = datagrams.deadline();
+    if news.next <= now {
+        watched.push(readable(Source::News, news.stream.as_fd()));
     } else {
-        Some(Timespec {
-            tv_sec: 0,
+        until = Some(until.map_or(news.next, |until| until.min(news.next)));
+    }
+    let timeout = until.map(|until| {
+        let pause = until.saturating_duration_since(now);
+        Timespec {
+            // Two minutes at most.
+            tv_sec: pause.as_secs().cast_signed(),
             tv_nsec: pause.subsec_nanos().into(),
-        })
-    };
+        }
+    });
+    let mut fds: Vec<_> = watched
+        .iter()
+        .map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags))
+        .collect();
     match poll(&mut fds, timeout.as_ref()) {
         Ok(_) => {}
         Err(Errno::INTR) => fds.iter_mut().for_each(PollFd::clear_revents),
         Err(e) => return Err(e.into()),
     }
-    let is_ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
-    Ok(Ready {
-        stop: is_ready(0),
-        news: is_ready(2 + watched.len()),
-        ports: (0..watched.len())
-            .filter(|index| is_ready(2 + index))
-            .map(|index| watched[index])
-            .collect(),
-    })
+    let ready = watched.iter().zip(&fds);
+    let ready = ready.filter(|(_, fd)| !fd.revents().is_empty());
+    Ok(ready.map(|((source, ..), _)| *source).collect())
 }
 
-/// Listens on these ports and no others.
+/// Listens on those of these ports that are TCP's, and no others.
 fn follow(listeners: &mut BTreeMap<Port, TcpListener>, ports: &BTreeSet<Port>) {
     listeners.retain(|port, _| ports.contains(port));
-    for port in ports {
+    for port in ports.iter().filter(|port| port.protocol == Protocol::Tcp) {
         if listeners.contains_key(port) {
             continue;
         }
-        let bound = TcpListener::bind(port.address())
-            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
-        match bound {
+        match packet::listen(*port) {
             Ok(listener) => drop(listeners.insert(*port, listener)),
             // Somebody on the host has it, or there is no IPv6.
-            Err(e) => log::debug!("listening on {}: {e}", port.address()),
+            Err(e) => log::debug!("listening on {}: {e}", port.socket_address()),
         }
     }
 }
 
-fn accept(listener: &TcpListener, port: Port, way: &Way, connections: &Arc<Connections>) {
-    let stream = match listener.accept() {
-        Ok((stream, _)) => stream,
+fn accept(listener: &TcpListener, way: &Way, connections: &Arc<Connections>) {
+    let accepted = listener.accept().and_then(|(stream, _)| {
+        // Listeners have more than one address.
+        let asked = stream.local_addr()?;
+        Ok((stream, asked))
+    });
+    let (stream, asked) = match accepted {
+        Ok(accepted) => accepted,
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
         Err(e) => {
-            log::warn!("accepting a connection to {}: {e}", port.address());
+            log::warn!("accepting a connection: {e}");
             // EMFILE: the listener stays ready until some have ended.
             std::thread::sleep(RETRY);
             return;
         }
+    };
+    let port = Port {
+        protocol: Protocol::Tcp,
+        address: asked.ip(),
+        number: asked.port(),
     };
     let way = way.clone();
     let connection = Connection::new(connections);
@@ -230,7 +269,7 @@ fn accept(listener: &TcpListener, port: Port, way: &Way, connections: &Arc<Conne
             let ended = limit_to(CapabilitySet::empty())
                 .and_then(|()| connect(&stream, port, &way, &connection.0.stop));
             if let Err(e) = ended {
-                log::debug!("a connection to {}: {e}", port.address());
+                log::debug!("a connection to {asked}: {e}");
                 // Reset, as by a port that nobody listens on.
                 let _ = set_socket_linger(&stream, Some(Duration::ZERO));
             }
@@ -275,6 +314,15 @@ mod tests {
     use super::*;
     use kuasar_runv_protocol::loopback::encode_ports;
     use std::io::Write;
+    use std::net::Ipv4Addr;
+
+    fn port(number: u16) -> Port {
+        Port {
+            protocol: Protocol::Tcp,
+            address: Ipv4Addr::LOCALHOST.into(),
+            number,
+        }
+    }
 
     #[test]
     fn the_newest_of_several_news_counts_and_then_there_is_a_pause() {
@@ -284,12 +332,7 @@ mod tests {
             buffer: Vec::new(),
             next: Instant::now(),
         };
-        let set = |number| {
-            BTreeSet::from([Port {
-                is_v6: false,
-                number,
-            }])
-        };
+        let set = |number| BTreeSet::from([port(number)]);
         let bytes = [encode_ports(&set(80)), encode_ports(&set(81))].concat();
         guest.write_all(&bytes[..bytes.len() - 1]).unwrap();
         assert_eq!(news.receive().unwrap(), Some(set(80)));
@@ -307,14 +350,11 @@ mod tests {
         let free = TcpListener::bind("127.0.0.1:0").unwrap();
         let number = free.local_addr().unwrap().port();
         drop(free);
-        let port = Port {
-            is_v6: false,
-            number,
-        };
+        let port = port(number);
         let mut listeners = BTreeMap::new();
         follow(&mut listeners, &[port].into());
-        TcpStream::connect(port.address()).unwrap();
+        TcpStream::connect(port.socket_address()).unwrap();
         follow(&mut listeners, &BTreeSet::new());
-        assert!(TcpStream::connect(port.address()).is_err());
+        assert!(TcpStream::connect(port.socket_address()).is_err());
     }
 }

@@ -3,16 +3,21 @@
 //!
 //! Two things engines do there are made to work:
 //!
-//! - They connect to `localhost`, for a port-forward or a health check. The ports that
-//!   the guest listens on are listened on here as well ([`listeners`]), and connections
-//!   go on to the guest ([`relay`](crate::sandbox::relay)).
+//! - They connect to the container from within the namespace: to `localhost`, for a
+//!   port-forward or a health check, and to the address of a card, where an engine without
+//!   root publishes ports. The ports that the guest listens on are listened on here as well
+//!   ([`listeners`]); connections go on to the guest ([`relay`](crate::sandbox::relay)),
+//!   and so do datagrams ([`datagrams`]).
 //! - They answer names there (docker, at 127.0.0.11). What the guest asks that address
 //!   is asked from here ([`resolver`]).
 //!
 //! All threads are in the namespace; what the guest says and asks for is bounded in
-//! number, size and rate, and leads nowhere but to this loopback interface.
+//! number, size and rate, and leads nowhere but to this loopback interface: packets for
+//! the addresses of cards that come from elsewhere do not get here.
 
+mod datagrams;
 mod listeners;
+mod packet;
 mod resolver;
 
 use std::collections::HashMap;
