@@ -11,6 +11,7 @@ mod config_file;
 mod confinement;
 mod disks;
 mod exec;
+mod exits;
 mod faults;
 mod faults_in_between;
 mod flavours;

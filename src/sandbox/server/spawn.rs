@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use super::{CHANNEL_FD, COMMAND};
 use crate::container::cgroup;
+use crate::logging;
 use crate::sandbox::LOG_FILE;
 use crate::sys::process;
 
@@ -16,7 +17,7 @@ use crate::sys::process;
 /// # Errors
 /// As fork(2) and exec(2), or when it cannot be put into the cgroups.
 pub fn spawn(channel: BorrowedFd<'_>, dir: &Path, cgroups: &[PathBuf]) -> io::Result<i32> {
-    let log = std::fs::File::create(dir.join(LOG_FILE))?;
+    let log = logging::create_bounded(&dir.join(LOG_FILE))?;
     let channel = channel.as_raw_fd();
     let mut command = Command::new("/proc/self/exe");
     command

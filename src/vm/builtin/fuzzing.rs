@@ -14,6 +14,7 @@ use super::memory::MemoryFile;
 use super::ports::{Console, Line, Ports};
 use super::snapshot::format::State;
 use super::snapshot::sample;
+use super::virtio::page::Pages;
 use super::virtio::registers::{Identity, QueueSetup, Registers, Rings};
 use super::virtio::rings::{Events, SharedRings};
 use super::virtio::saved::{Position, SavedDevice, SavedDriver};
@@ -121,7 +122,8 @@ pub fn snapshot(input: &[u8]) {
     let memory = GuestMemoryAtomic::new(file.map().expect("memory"));
     for number in 0..DEVICES {
         let (checked, is_running) = device(number, &memory);
-        let mut registers = Registers::default();
+        let page = Pages::new(1).ok().and_then(|pages| pages.page(0));
+        let mut registers = Registers::new(page.expect("memory"));
         registers.insert(checked.identity.clone(), Box::new(checked));
         let restored = registers.restore(&SavedDevice {
             id: number as u32 + 1,
@@ -187,7 +189,7 @@ pub fn registers(input: &[u8]) {
     let memory = GuestMemoryAtomic::new(file.map().expect("memory"));
     let (console, output) = pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC).expect("a pipe");
     let line = Line(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).expect("a descriptor"));
-    let board = Board::new(Ports::new(line, Console(Some(output.into()))));
+    let board = Board::new(Ports::new(line, Console(Some(output.into())))).expect("memory");
     let insert = |slot: usize| {
         let (checked, is_running) = device(slot % DEVICES, &memory);
         let config = checked.identity.config.clone();

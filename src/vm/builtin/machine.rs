@@ -2,11 +2,13 @@
 
 use std::sync::{Arc, Mutex};
 
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::layout::{VIRTIO_LINES, VIRTIO_SIZE, VIRTIO_START, virtio_address};
+use super::layout::{VIRTIO_LINES, VIRTIO_SIZE, VIRTIO_SLOTS, VIRTIO_START, virtio_address};
 use super::ports::{Ports, Request, SavedSerial};
+use super::virtio::page::Pages;
 use super::virtio::registers::{
     INTERRUPT_ACK, INTERRUPT_QUEUE, Identity, QUEUE_NOTIFY, Registers, Rings,
 };
@@ -18,14 +20,39 @@ use crate::vm::devices::vhost_user::lock;
 pub struct Board {
     ports: Mutex<Ports>,
     slots: Vec<Mutex<Registers>>,
+    pages: Pages,
 }
 
 impl Board {
-    pub fn new(ports: Ports) -> Board {
-        Board {
+    /// # Errors
+    /// As mmap(2).
+    pub fn new(ports: Ports) -> std::io::Result<Board> {
+        let pages = Pages::new(VIRTIO_SLOTS)?;
+        let slots = (0..VIRTIO_SLOTS).filter_map(|slot| pages.page(slot));
+        Ok(Board {
             ports: Mutex::new(ports),
-            slots: VIRTIO_LINES.iter().map(|_| Mutex::default()).collect(),
-        }
+            slots: slots.map(|page| Mutex::new(Registers::new(page))).collect(),
+            pages,
+        })
+    }
+
+    /// Has the guest read the registers of the slots as memory, `region` of KVM's
+    /// numbers of such. The board has to outlive the running machine.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn show(&self, vm: &VmFd, region: u32) -> Result<(), kvm_ioctls::Error> {
+        let (userspace_addr, memory_size) = self.pages.place();
+        let description = kvm_userspace_memory_region {
+            slot: region,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: VIRTIO_START,
+            memory_size,
+            userspace_addr,
+        };
+        // SAFETY: the range is mapped as long as the board lives, and this process expects
+        // changes of nobody else there, which the guest cannot make.
+        unsafe { vm.set_user_memory_region(description) }
     }
 
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
@@ -41,7 +68,8 @@ impl Board {
         lock(&self.ports).serial_accesses()
     }
 
-    /// Reads where there is no memory. Where there is nothing, all bits are set.
+    /// Reads where there is no memory, or across its end. Where there is nothing, all bits
+    /// are set.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.slot(address) {
             Some((registers, offset)) => lock(registers).read(offset, data),

@@ -174,7 +174,7 @@ pub fn start(plan: Plan) -> Result<Machine, Error> {
         true => once_more(&vm, &vcpus)?,
         false => Vec::new(),
     };
-    let board = Board::new(serial(&vm, plan.serial, Ports::new)?);
+    let board = board(serial(&vm, plan.serial, Ports::new)?)?;
     for (slot, device) in plan.devices.into_iter().enumerate() {
         insert(&board, &vm, slot, device)?;
     }
@@ -209,6 +209,9 @@ impl Kvms {
         reported: EventFd,
         spare: Vec<VcpuFd>,
     ) -> Result<Machine, Error> {
+        board
+            .show(&self.vm, self.regions)
+            .map_err(kvm_error("showing the devices' registers"))?;
         let board = Arc::new(board);
         let processors =
             Processors::start(self.vcpus, &board, reported).map_err(|source| Error::Io {
@@ -219,7 +222,7 @@ impl Kvms {
             processors,
             kvm: self.kvm,
             places,
-            regions: self.regions,
+            regions: self.regions + 1,
             added: 0,
             vm: self.vm,
             board,
@@ -227,6 +230,17 @@ impl Kvms {
             spare,
         })
     }
+}
+
+/// The board with empty slots.
+///
+/// # Errors
+/// As mmap(2).
+pub fn board(ports: Ports) -> Result<Board, Error> {
+    Board::new(ports).map_err(|source| Error::Io {
+        context: "cannot make the registers of devices",
+        source,
+    })
 }
 
 /// Puts a device of every machine into its slot; returns its events.

@@ -397,9 +397,7 @@ pub fn more_memory(conduct: &mut impl Conduct) {
     let most = std::cell::Cell::new(0);
     let mut work = |queue: u16, rings: &[ServiceRing<()>]| {
         plugger.handle(queue, rings).expect("the device goes on");
-        let mut plugged = [0; 8];
-        config.read(40, &mut plugged);
-        let plugged = u64::from_le_bytes(plugged);
+        let plugged = config.field(40);
         assert!(plugged <= most.get(), "{plugged:#x} are plugged");
         assert!(plugged.is_multiple_of(BLOCK));
     };

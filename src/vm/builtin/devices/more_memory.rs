@@ -271,9 +271,7 @@ mod tests {
         }
 
         fn field(&self, at: usize) -> u64 {
-            let mut value = [0; 8];
-            self.plugger.more.config.read(at as u64, &mut value);
-            u64::from_le_bytes(value)
+            self.plugger.more.config.field(at)
         }
     }
 

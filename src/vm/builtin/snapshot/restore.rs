@@ -9,7 +9,6 @@ use super::store::Template;
 use super::{Error, chips, processor};
 use crate::vm;
 use crate::vm::builtin::devices::Planned;
-use crate::vm::builtin::machine::Board;
 use crate::vm::builtin::memory::MemoryFile;
 use crate::vm::builtin::ports::{Ports, SavedSerial};
 use crate::vm::builtin::setup::{self, Kvms, Machine};
@@ -85,10 +84,10 @@ impl Restored {
         let vm = &self.kvms.vm;
         let make = |line, console| Ports::restore(&self.serial, line, console);
         let ports = setup::serial(vm, console, make)?;
-        let board = Board::new(ports.map_err(|source| vm::Error::Io {
+        let board = setup::board(ports.map_err(|source| vm::Error::Io {
             context: "cannot make the console",
             source,
-        })?);
+        })?)?;
         let misfit = |what: String| vm::Error::Template(Error::Misfit(what));
         if devices.len() != self.devices.len() {
             return Err(misfit("it has other devices".into()));

@@ -1,8 +1,10 @@
-//! The configuration space of a device (VIRTIO 1.2, 2.5), which its registers show and
-//! a device may change while a driver reads it.
+//! The configuration space of a device (VIRTIO 1.2, 2.5) and the registers that change
+//! with it, which a device may do while a driver reads them.
 
 use std::sync::{Arc, Mutex};
 
+use super::page::Page;
+use super::registers::{INTERRUPT_CONFIG, INTERRUPT_QUEUE, at, status};
 use crate::vm::devices::vhost_user::lock;
 
 /// Shared by the registers and the device.
@@ -18,6 +20,39 @@ struct Space {
     changed: bool,
     /// The device does not work any more.
     failed: bool,
+    /// Where a driver reads it, while the device is in a slot, and the status without
+    /// what is known here.
+    shown: Option<(Page, u32)>,
+}
+
+impl Space {
+    fn show(&self) {
+        let Some((page, status)) = &self.shown else {
+            return;
+        };
+        let (mut status, mut interrupt) = (*status, 0);
+        if status & status::DRIVER_OK != 0 {
+            interrupt = INTERRUPT_QUEUE | if self.changed { INTERRUPT_CONFIG } else { 0 };
+            status |= if self.failed { status::NEEDS_RESET } else { 0 };
+        }
+        page.show_bytes(at::CONFIG, &self.bytes);
+        page.show(at::CONFIG_GENERATION, self.generation);
+        page.show(at::INTERRUPT_STATUS, interrupt);
+        page.show(at::STATUS, status);
+    }
+
+    /// Changes the bytes at `at`. The guest reads at the same time: who began before sees
+    /// another generation, and who began in between is interrupted or asked for it.
+    fn change(&mut self, at: usize, bytes: &[u8]) {
+        self.next_generation();
+        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        self.next_generation();
+    }
+
+    fn next_generation(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+        self.show();
+    }
 }
 
 impl From<Vec<u8>> for Config {
@@ -30,49 +65,40 @@ impl From<Vec<u8>> for Config {
 }
 
 impl Config {
-    /// What there is from `start` on; the rest of `data` stays as it is.
-    pub fn read(&self, start: u64, data: &mut [u8]) {
-        let space = lock(&self.0);
-        let bytes = usize::try_from(start)
-            .ok()
-            .and_then(|start| space.bytes.get(start..));
-        if let Some(bytes) = bytes {
-            let len = bytes.len().min(data.len());
-            data[..len].copy_from_slice(&bytes[..len]);
-        }
+    /// Shows it in a slot, to a driver whose status this is.
+    pub fn show(&self, page: &Page, status: u32) {
+        let mut space = lock(&self.0);
+        space.shown = Some((page.clone(), status));
+        space.show();
+    }
+
+    /// The slot is another device's.
+    pub fn hide(&self) {
+        lock(&self.0).shown = None;
     }
 
     /// Writes fields, given as offset and value, all of which exist. The driver is to be
     /// interrupted if it `must_know`.
     pub fn change(&self, fields: &[(usize, u64)], must_know: bool) {
         let mut space = lock(&self.0);
-        for (at, value) in fields {
-            space.bytes[*at..*at + 8].copy_from_slice(&value.to_le_bytes());
-        }
-        space.generation = space.generation.wrapping_add(1);
         space.changed |= must_know;
+        for (at, value) in fields {
+            space.change(*at, &value.to_le_bytes());
+        }
     }
 
     /// Writes a field of 16 bits that exists; the driver is to be interrupted.
     pub fn change_short(&self, at: usize, value: u16) {
         let mut space = lock(&self.0);
-        space.bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
-        space.generation = space.generation.wrapping_add(1);
         space.changed = true;
-    }
-
-    pub fn generation(&self) -> u32 {
-        lock(&self.0).generation
-    }
-
-    /// Whether the driver is to look at it.
-    pub fn is_changed(&self) -> bool {
-        lock(&self.0).changed
+        space.change(at, &value.to_le_bytes());
     }
 
     /// The driver knows of the change.
     pub fn acknowledge(&self) {
-        lock(&self.0).changed = false;
+        let mut space = lock(&self.0);
+        space.changed = false;
+        space.show();
     }
 
     /// The device does not work any more. The driver is to be interrupted.
@@ -80,14 +106,34 @@ impl Config {
         let mut space = lock(&self.0);
         space.failed = true;
         space.changed = true;
+        space.show();
     }
 
     pub fn has_failed(&self) -> bool {
         lock(&self.0).failed
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn bytes(&self) -> Vec<u8> {
         lock(&self.0).bytes.clone()
+    }
+
+    /// The field of 64 bits that is there.
+    #[cfg(any(test, fuzzing))]
+    pub fn field(&self, at: usize) -> u64 {
+        let bytes = &self.bytes()[at..at + 8];
+        bytes
+            .iter()
+            .rfold(0, |value, byte| value << 8 | u64::from(*byte))
+    }
+
+    #[cfg(test)]
+    pub fn generation(&self) -> u32 {
+        lock(&self.0).generation
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub fn is_changed(&self) -> bool {
+        lock(&self.0).changed
     }
 }

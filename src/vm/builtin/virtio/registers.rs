@@ -7,6 +7,9 @@
 //! the state the device is in is ignored, and queues are only looked at by the
 //! device, which does not believe their addresses either.
 //!
+//! What the guest reads is memory ([`Page`]): after each write, and after each change
+//! of the configuration, it is what the registers say.
+//!
 //! Interrupts go past the registers: a device signals an event descriptor that is
 //! the interrupt line. So the status register does not know which interrupts there
 //! were, and says of a running device that its queues may have something; nobody
@@ -16,6 +19,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::config::Config;
+use super::page::Page;
 use super::saved::{Position, SavedDevice, SavedDriver, Unfit};
 
 /// What a device is.
@@ -76,7 +80,7 @@ const VENDOR: u32 = u32::from_le_bytes(*b"KUAS");
 const VERSION_1: u64 = 1 << 32;
 
 /// Offsets of the registers.
-mod at {
+pub mod at {
     pub const MAGIC: u64 = 0x00;
     pub const VERSION: u64 = 0x04;
     pub const DEVICE_ID: u64 = 0x08;
@@ -94,7 +98,7 @@ mod at {
     pub const DESCRIPTORS: u64 = 0x80;
     pub const AVAILABLE: u64 = 0x90;
     pub const USED: u64 = 0xa0;
-    pub const SHARED_MEMORY: std::ops::RangeInclusive<u64> = 0xb0..=0xbc;
+    pub const SHARED_MEMORY: [u64; 4] = [0xb0, 0xb4, 0xb8, 0xbc];
     pub const CONFIG_GENERATION: u64 = 0xfc;
     pub const CONFIG: u64 = 0x100;
 }
@@ -122,11 +126,11 @@ pub mod status {
 /// Of the interrupt's status: a queue has something new.
 pub const INTERRUPT_QUEUE: u32 = 1;
 /// And: the device's configuration is another one.
-const INTERRUPT_CONFIG: u32 = 2;
+pub const INTERRUPT_CONFIG: u32 = 2;
 
 /// A slot: its registers, and the device in it, if there is one.
-#[derive(Default)]
 pub struct Registers {
+    page: Page,
     device: Option<Device>,
 }
 
@@ -174,6 +178,13 @@ impl Driver {
 }
 
 impl Registers {
+    /// An empty slot, which the guest reads in `page`.
+    pub fn new(page: Page) -> Registers {
+        let registers = Registers { page, device: None };
+        registers.show();
+        registers
+    }
+
     /// Puts a device into the slot; a driver finds it when it looks the next time.
     /// A device that is there already is stopped.
     pub fn insert(&mut self, identity: Identity, rings: Box<dyn Rings>) {
@@ -184,6 +195,7 @@ impl Registers {
             rings,
             retired: false,
         });
+        self.show();
     }
 
     /// Stops the device and says what its driver has set up. The device is of no use any
@@ -261,13 +273,17 @@ impl Registers {
             }
         }
         device.driver = driver;
+        self.show();
         Ok(())
     }
 
     /// Takes the device out.
     pub fn remove(&mut self) {
         if let Some(mut device) = self.device.take() {
+            device.identity.config.hide();
             device.reset();
+            self.page.clear();
+            self.show();
         }
     }
 
@@ -278,6 +294,7 @@ impl Registers {
         if let Some(device) = &mut self.device {
             device.retired = true;
         }
+        self.show();
         self.remove_retired();
     }
 
@@ -299,27 +316,19 @@ impl Registers {
         self.device.as_ref().is_some_and(Device::is_running)
     }
 
-    /// The guest reads. All registers are 32 bits wide and aligned, the
-    /// configuration is read in any way; other reads get zeros.
+    /// The guest reads, in a way that memory cannot be read, or in a test.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let Some(start) = offset.checked_sub(at::CONFIG) {
-            if let Some(device) = &self.device {
-                device.identity.config.read(start, data);
-            }
-        } else if data.len() == 4 && offset.is_multiple_of(4) {
-            data.copy_from_slice(&self.register(offset).to_le_bytes());
-        }
+        self.page.read(offset, data);
     }
 
-    fn register(&self, offset: u64) -> u32 {
-        match (offset, &self.device) {
-            (at::MAGIC, _) => MAGIC,
-            (at::VERSION, _) => VERSION,
-            (at::VENDOR_ID, _) => VENDOR,
-            // An id of 0: there is no device.
-            (_, None) => 0,
-            (_, Some(device)) => device.register(offset),
+    fn show(&self) {
+        self.page.show(at::MAGIC, MAGIC);
+        self.page.show(at::VERSION, VERSION);
+        self.page.show(at::VENDOR_ID, VENDOR);
+        match &self.device {
+            Some(device) => device.show(&self.page),
+            // There is no device.
+            None => self.page.show(at::DEVICE_ID, 0),
         }
     }
 
@@ -330,6 +339,7 @@ impl Registers {
         };
         if offset < at::CONFIG {
             device.write(offset, u32::from_le_bytes(data));
+            self.show();
             self.remove_retired();
         }
     }
@@ -340,33 +350,26 @@ impl Device {
         self.driver.status & status::DRIVER_OK != 0
     }
 
-    fn needs_reset(&self) -> bool {
-        self.retired || self.is_running() && self.identity.config.has_failed()
-    }
-
     fn has_driver(&self) -> bool {
         self.driver.status & status::DRIVER != 0
     }
 
-    fn register(&self, offset: u64) -> u32 {
+    fn show(&self, page: &Page) {
         let driver = &self.driver;
         let queue = driver.queue_select as usize;
-        match offset {
-            at::DEVICE_ID => self.identity.id,
-            at::DEVICE_FEATURES => half(self.identity.features, driver.device_features_select),
-            at::QUEUE_SIZE_MAX => self.identity.queues.get(queue).copied().unwrap_or(0).into(),
-            at::QUEUE_READY => driver.queues.get(queue).is_some_and(|q| q.ready).into(),
-            at::INTERRUPT_STATUS if self.is_running() => {
-                let changed = self.identity.config.is_changed();
-                INTERRUPT_QUEUE | if changed { INTERRUPT_CONFIG } else { 0 }
-            }
-            at::CONFIG_GENERATION => self.identity.config.generation(),
-            at::STATUS if self.needs_reset() => driver.status | status::NEEDS_RESET,
-            at::STATUS => driver.status,
+        let features = half(self.identity.features, driver.device_features_select);
+        let most = self.identity.queues.get(queue).copied().unwrap_or(0);
+        let is_ready = driver.queues.get(queue).is_some_and(|queue| queue.ready);
+        page.show(at::DEVICE_ID, self.identity.id);
+        page.show(at::DEVICE_FEATURES, features);
+        page.show(at::QUEUE_SIZE_MAX, most.into());
+        page.show(at::QUEUE_READY, is_ready.into());
+        for register in at::SHARED_MEMORY {
             // No region has a length of all ones.
-            _ if at::SHARED_MEMORY.contains(&offset) => u32::MAX,
-            _ => 0,
+            page.show(register, u32::MAX);
         }
+        let gone = if self.retired { status::NEEDS_RESET } else { 0 };
+        self.identity.config.show(page, driver.status | gone);
     }
 
     fn write(&mut self, offset: u64, value: u32) {

@@ -119,16 +119,12 @@ fn check(identity: &Identity, kind: &Kind) {
     let count = identity.queues.len();
     assert!((kind.min_queues..=kind.queues.len()).contains(&count));
     assert!(kind.queues.starts_with(&identity.queues));
-    let mut space = [0xa5; 256];
-    identity.config.read(0, &mut space);
+    let space = identity.config.bytes();
     match &kind.config {
-        Space::Own(own) => {
-            assert!(space.starts_with(own));
-            assert_eq!(space[own.len()], 0xa5);
-        }
+        Space::Own(own) => assert_eq!(space, *own),
         Space::BackEnd(len) => {
             assert_eq!(space[34..36], (count as u16).to_le_bytes());
-            assert_eq!(space[*len as usize], 0xa5);
+            assert_eq!(space.len(), *len as usize);
         }
     }
 }

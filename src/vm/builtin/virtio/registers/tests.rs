@@ -1,3 +1,4 @@
+use super::super::page::Pages;
 use super::*;
 use std::sync::{Arc, Mutex};
 
@@ -52,8 +53,12 @@ const POSITIONS: [Position; 2] = [
 const FEATURES: u64 = 1 << 32 | 1 << 29 | 1;
 const RUNNING: u32 = 15;
 
+fn empty() -> Registers {
+    Registers::new(Pages::new(1).unwrap().page(0).unwrap())
+}
+
 fn slot(log: &Log) -> Registers {
-    let mut registers = Registers::default();
+    let mut registers = empty();
     let identity = Identity {
         id: 19,
         features: FEATURES,
@@ -226,7 +231,7 @@ fn the_configuration_is_read_in_any_way_and_ends_where_it_ends() {
 #[test]
 fn an_empty_slot_says_that_it_is_empty() {
     let log = Log::default();
-    let mut registers = Registers::default();
+    let mut registers = empty();
     drive(&mut registers, FEATURES);
     assert_eq!(read(&registers, at::MAGIC), 0x7472_6976);
     assert_eq!(read(&registers, at::DEVICE_ID), 0);
@@ -333,8 +338,8 @@ fn a_device_without_driver_and_an_empty_slot_can_be_saved() {
     let mut restored = slot(&log);
     restored.restore(&saved).unwrap();
     assert!(!restored.is_running() && log.events.lock().unwrap().is_empty());
-    assert_eq!(Registers::default().save(), Ok(None));
-    assert_eq!(Registers::default().restore(&saved), Err(Unfit::Device));
+    assert_eq!(empty().save(), Ok(None));
+    assert_eq!(empty().restore(&saved), Err(Unfit::Device));
 }
 
 #[test]
@@ -391,4 +396,39 @@ fn what_no_driver_can_have_set_up_is_refused() {
     let mut restored = slot(&log);
     assert_eq!(restored.restore(&saved), Err(Unfit::Queues));
     assert!(!restored.is_running());
+}
+
+#[test]
+fn a_driver_sees_what_the_device_changes_by_itself() {
+    let mut registers = slot(&Log::default());
+    let config = registers.device.as_ref().unwrap().identity.config.clone();
+    config.change_short(1, 0x0908);
+    let before = read(&registers, at::CONFIG_GENERATION);
+    assert_eq!(read(&registers, at::CONFIG), 0x0409_0801);
+    assert_eq!(read(&registers, at::INTERRUPT_STATUS), 0, "it does not run");
+    drive(&mut registers, FEATURES);
+    assert_eq!(read(&registers, at::INTERRUPT_STATUS), 3);
+    write(&mut registers, INTERRUPT_ACK, 2);
+    assert_eq!(read(&registers, at::INTERRUPT_STATUS), 1);
+    config.change(&[(0, 7)], true);
+    assert_eq!(read(&registers, at::CONFIG), 7);
+    assert_ne!(read(&registers, at::CONFIG_GENERATION), before);
+    assert_eq!(read(&registers, at::INTERRUPT_STATUS), 3);
+    config.fail();
+    assert_eq!(read(&registers, at::STATUS), RUNNING | status::NEEDS_RESET);
+    write(&mut registers, at::STATUS, 0);
+    assert_eq!(read(&registers, at::STATUS), 0);
+}
+
+#[test]
+fn a_device_that_has_left_changes_nothing_of_the_next() {
+    let mut registers = slot(&Log::default());
+    let config = registers.device.as_ref().unwrap().identity.config.clone();
+    registers.remove();
+    for register in [at::CONFIG, at::CONFIG + 4, at::STATUS, at::QUEUE_SIZE_MAX] {
+        assert_eq!(read(&registers, register), 0, "{register:#x}");
+    }
+    config.fail();
+    config.change_short(0, 9);
+    assert_eq!(read(&registers, at::CONFIG), 0);
 }
