@@ -100,9 +100,12 @@ pub const INET4_POST_BIND: Hook = hook(9, 12);
 pub const INET6_POST_BIND: Hook = hook(9, 13);
 pub const INET_SOCK_RELEASE: Hook = hook(9, 34);
 pub const INET4_CONNECT: Hook = hook(18, 10);
+pub const INET6_CONNECT: Hook = hook(18, 11);
 pub const UDP4_SENDMSG: Hook = hook(18, 14);
 pub const UDP4_RECVMSG: Hook = hook(18, 19);
+pub const UDP6_RECVMSG: Hook = hook(18, 20);
 pub const INET4_GETPEERNAME: Hook = hook(18, 29);
+pub const INET6_GETPEERNAME: Hook = hook(18, 30);
 
 const MAP_CREATE: libc::c_int = 0;
 const PROG_LOAD: libc::c_int = 5;

@@ -58,6 +58,17 @@ case_net_names_by_connection() {
     socat -t 10 - TCP:127.0.0.11:53 | od -An -tu1")" '192   0   2   7'
 }
 
+# Of programs that have no other sockets.
+case_net_names_by_ipv6_sockets() {
+  local way
+  dns_up
+  d_run -d --name "$C" --network "$C" --dns "$DNS" "$IMAGE" sleep 1000
+  for way in 'printf "\0\042"; cat;TCP6' 'cat;UDP6'; do
+    contains "$(d exec "$C" sh -c "printf '\1\2\1\0\0\1\0\0\0\0\0\0\4some\7example\3org\0\0\1\0\1' |
+      (${way%;*}) | socat -t 10 - ${way##*;}:[::ffff:127.0.0.11]:53 | od -An -tu1 | tr -s ' \n' ' '")" '192 0 2 7' "$way"
+  done
+}
+
 # Unbound and connected sockets, and a server that has the port for itself.
 case_net_names_beside_a_server() {
   local server

@@ -2,7 +2,7 @@
 //! its own has to do for it. What runc does as well is in tests/oci.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use kuasar_runv_test_harness::{Bundle, Container, Netns, SHORT, World, wait_until};
@@ -12,8 +12,8 @@ use crate::victims::{self, Victim};
 /// A namespace with `eth0`, whose other end is in the second.
 fn wire(world: &World) -> (Netns, Netns) {
     let (inner, outer) = (Netns::new(world, "in"), Netns::new(world, "out"));
-    inner.connect("eth0", &["10.77.0.2/24"], &outer, "veth0");
-    outer.address("veth0", &["10.77.0.1/24"]);
+    inner.connect("eth0", &["10.77.0.2/24", "fd77::2/64"], &outer, "veth0");
+    outer.address("veth0", &["10.77.0.1/24", "fd77::1/64"]);
     (inner, outer)
 }
 
@@ -52,31 +52,69 @@ fn a_name_server_may_come_later() {
     assert_eq!(own, b"mine");
 }
 
+/// Programs that have only sockets of IPv6, and look at who answers.
+#[test]
+fn a_name_server_serves_sockets_of_ipv6() {
+    let world = World::new();
+    let (inner, _outer) = wire(&world);
+    inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
+    let bundle = world.bundle().sh("").network(&inner.path());
+    let container = world.start(&bundle.probe("ask-by-ipv6 127.0.0.11"), "c");
+    container.wait_for_output("done");
+    for way in ["unconnected", "connected", "tcp"] {
+        let fact = format!("{way}=[::ffff:127.0.0.11]:53 192.0.2.7");
+        assert!(container.stdout().contains(&fact), "{}", container.stdout());
+    }
+}
+
 /// What it asks others for goes past the machine, as docker's does that has to ask the
 /// name servers of the host.
 #[test]
 fn a_name_server_can_ask_others() {
     let world = World::new();
     let (inner, outer) = wire(&world);
-    outer.name_server(Ipv4Addr::new(10, 77, 0, 1));
+    let servers = [
+        IpAddr::from([10, 77, 0, 1]),
+        IpAddr::from([0xfd77, 0, 0, 0, 0, 0, 0, 1]),
+    ];
+    for server in servers {
+        outer.name_server(server);
+    }
     let question =
         *b"\x01\x02\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04some\x03org\x00\x00\x01\x00\x01";
-    let ask = || {
-        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let ask = |server: IpAddr| {
+        let any = match server {
+            IpAddr::V4(_) => "0.0.0.0:0",
+            IpAddr::V6(_) => "[::]:0",
+        };
+        let socket = UdpSocket::bind(any).unwrap();
         socket.set_read_timeout(Some(SHORT)).unwrap();
-        socket.connect("10.77.0.1:53").unwrap();
+        socket.connect((server, 53)).unwrap();
         socket.send(&question).unwrap();
         let mut answer = [0; 512];
         let len = socket.recv(&mut answer).unwrap();
-        answer[..len].ends_with(&[192, 0, 2, 7])
+        assert!(answer[..len].ends_with(&[192, 0, 2, 7]));
+        let mut stream = TcpStream::connect_timeout(&(server, 53).into(), SHORT).unwrap();
+        stream.set_read_timeout(Some(SHORT)).unwrap();
+        let len = u8::try_from(question.len()).unwrap();
+        stream
+            .write_all(&[&[0, len], &question[..]].concat())
+            .unwrap();
+        let mut len = [0; 2];
+        stream.read_exact(&mut len).unwrap();
+        let mut answer = vec![0; u16::from_be_bytes(len).into()];
+        stream.read_exact(&mut answer).unwrap();
+        assert!(answer.ends_with(&[192, 0, 2, 7]));
     };
     inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
     let container = world.start(&server(&world, &inner), "c");
     container.wait_for_output("listening");
-    assert!(inner.enter(ask));
-    // The container asks for itself as before.
-    let out = container.exec_sh(&[], "nslookup some.name 10.77.0.1").ok();
-    assert!(out.stdout().contains("192.0.2.7"), "{}", out.stdout());
+    for server in servers {
+        inner.enter(|| ask(server));
+        // The container asks for itself as before.
+        let out = container.exec_sh(&[], &format!("nslookup some.name {server}"));
+        assert!(out.ok().stdout().contains("192.0.2.7"), "{server}");
+    }
     let _ = container.delete_force().ok();
     assert!(!inner.has_filters("eth0"));
 }

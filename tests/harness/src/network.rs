@@ -3,9 +3,10 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::bundle::Bundle;
 use crate::invocation::{Invocation, Output};
@@ -118,9 +119,9 @@ impl Netns {
     ///
     /// # Panics
     /// When the port is in use.
-    pub fn name_server(&self, address: Ipv4Addr) {
+    pub fn name_server(&self, address: impl Into<IpAddr>) {
+        let address = (address.into(), 53);
         let (datagrams, connections) = self.enter(|| {
-            let address = (address, 53);
             (
                 UdpSocket::bind(address).expect("port 53"),
                 TcpListener::bind(address).expect("port 53"),
@@ -238,6 +239,51 @@ pub(crate) fn echo_datagrams(address: &str) {
     let udp = UdpSocket::bind(address).expect("the address");
     println!("listening");
     send_back(&udp);
+}
+
+/// Asks a name server by sockets of IPv6: who has answered, and the address.
+///
+/// # Panics
+/// When there is no answer.
+pub(crate) fn ask_by_ipv6(server: Ipv4Addr) {
+    const QUESTION: &[u8] = b"\x01\x02\x01\0\0\x01\0\0\0\0\0\0\x04some\x03org\0\0\x01\0\x01";
+    let server = SocketAddr::from((server.to_ipv6_mapped(), 53));
+    let print = |way: &str, from: SocketAddr, answer: &[u8]| {
+        let [.., a, b, c, d] = *answer else {
+            panic!("a short answer");
+        };
+        println!("{way}={from} {}", Ipv4Addr::new(a, b, c, d));
+    };
+    let socket = || {
+        let socket = UdpSocket::bind("[::]:0").expect("a socket of IPv6");
+        let time = Some(Duration::from_secs(10));
+        socket.set_read_timeout(time).expect("a time");
+        socket
+    };
+    let mut answer = [0; 512];
+    let unconnected = socket();
+    unconnected.send_to(QUESTION, server).expect("a question");
+    let (len, from) = unconnected.recv_from(&mut answer).expect("an answer");
+    print("unconnected", from, &answer[..len]);
+    let connected = socket();
+    connected.connect(server).expect("a server");
+    connected.send(QUESTION).expect("a question");
+    let len = connected.recv(&mut answer).expect("an answer");
+    print(
+        "connected",
+        connected.peer_addr().expect("a peer"),
+        &answer[..len],
+    );
+    let mut tcp = TcpStream::connect(server).expect("a server");
+    let len = u16::try_from(QUESTION.len()).expect("a short question");
+    tcp.write_all(&[&len.to_be_bytes(), QUESTION].concat())
+        .expect("a question");
+    let mut len = [0; 2];
+    tcp.read_exact(&mut len).expect("a length");
+    let mut answer = vec![0; u16::from_be_bytes(len).into()];
+    tcp.read_exact(&mut answer).expect("an answer");
+    print("tcp", tcp.peer_addr().expect("a peer"), &answer);
+    println!("done");
 }
 
 fn send_back(udp: &UdpSocket) {

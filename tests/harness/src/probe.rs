@@ -41,6 +41,7 @@ pub fn main() {
         "system-calls" => system_calls(),
         "network" => network(),
         "echo" => crate::network::echo(),
+        "ask-by-ipv6" => crate::network::ask_by_ipv6(argument.parse().unwrap()),
         "echo-datagrams" => crate::network::echo_datagrams(argument),
         "one-in-two-places" => volumes::one_in_two_places(argument),
         "huge-pages" => volumes::huge_pages(Path::new(argument)),

@@ -29,6 +29,8 @@ const PREFERENCE: u16 = 0x5256;
 /// answers to "who has", and of name servers.
 const PREFERENCE_ARP: u16 = PREFERENCE - 2;
 const PREFERENCE_DNS: u16 = PREFERENCE - 1;
+/// Of both in IPv6. Filters of one preference are about one protocol.
+const PREFERENCE_IPV6: u16 = PREFERENCE - 3;
 /// Where filters at the ingress belong, under `ingress` and under `clsact`.
 const AT_INGRESS: TcHandle = TcHandle {
     major: 0xffff,
@@ -78,6 +80,7 @@ pub(super) fn untie(netlink: &mut Rtnetlink, index: u32) -> io::Result<()> {
         filter_info(),
         info_of(PREFERENCE_ARP, libc::ETH_P_ARP),
         info_of(PREFERENCE_DNS, libc::ETH_P_IP),
+        info_of(PREFERENCE_IPV6, libc::ETH_P_IPV6),
     ] {
         let mut filter = TcMessage::with_index(signed(index));
         filter.header.parent = AT_INGRESS;
@@ -163,24 +166,41 @@ pub(super) fn pass_answers(
 ) -> io::Result<()> {
     /// ARPOP_REPLY, behind two lengths (RFC 826).
     const REPLY: (i32, u32, u32) = (4, 0x0000_ffff, 0x0000_0002);
-    let mirror = mirred(tap, TcMirrorActionType::EgressMirror, TcActionType::Ok);
+    /// ICMPv6 that no router has passed on, and in it a neighbour advertisement (RFC 4861,
+    /// sections 4.4 and 7.1.2).
+    const ADVERTISEMENT: [(i32, u32, u32); 2] = [
+        (4, 0x0000_ffff, 58 << 8 | 255),
+        (40, 0xff00_0000, 136 << 24),
+    ];
+    let mirror = || mirred(tap, TcMirrorActionType::EgressMirror, TcActionType::Ok);
     let arp = info_of(PREFERENCE_ARP, libc::ETH_P_ARP);
-    let mut filters = vec![u32_filter(endpoint, arp, keys(&[REPLY]), Some(mirror))];
+    let dns = info_of(PREFERENCE_DNS, libc::ETH_P_IP);
+    let ipv6 = info_of(PREFERENCE_IPV6, libc::ETH_P_IPV6);
+    let mut filters = vec![
+        u32_filter(endpoint, arp, keys(&[REPLY]), Some(mirror())),
+        u32_filter(endpoint, ipv6, keys(&ADVERTISEMENT), Some(mirror())),
+    ];
+    // Of a name server to one of the ports. `first` is a power of two below 65536.
+    let ports = |offset| {
+        (
+            offset,
+            0xffff_0000 | u32::from(first),
+            53 << 16 | u32::from(first),
+        )
+    };
     for protocol in [libc::IPPROTO_UDP, libc::IPPROTO_TCP] {
         // RFC 791: a header without options, not a fragment, the protocol; then both
-        // ports. `first` is a power of two below 65536.
+        // ports.
         let answer = [
             (0, 0x0f00_0000, 0x0500_0000),
             (4, 0x0000_3fff, 0),
             (8, 0x00ff_0000, protocol.cast_unsigned() << 16),
-            (
-                20,
-                0xffff_0000 | u32::from(first),
-                53 << 16 | u32::from(first),
-            ),
+            ports(20),
         ];
-        let dns = info_of(PREFERENCE_DNS, libc::ETH_P_IP);
         filters.push(u32_filter(endpoint, dns, keys(&answer), None));
+        // RFC 8200: the protocol, without other headers before it; then both ports.
+        let answer = [(4, 0x0000_ff00, protocol.cast_unsigned() << 8), ports(40)];
+        filters.push(u32_filter(endpoint, ipv6, keys(&answer), None));
     }
     for filter in filters {
         netlink.request(RouteNetlinkMessage::NewTrafficFilter(filter), NLM_F_CREATE)?;
