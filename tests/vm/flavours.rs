@@ -1,8 +1,10 @@
 //! The core of the tests again with the distribution's packaged kernel.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 
-use kuasar_runv_test_harness::{Flavour, Runtime, World, data, json, process};
+use kuasar_runv_test_harness::{Flavour, Netns, Runtime, World, data, json, process};
 
 fn world() -> World {
     World::with(Runtime::under_test(), Flavour::Packaged)
@@ -87,6 +89,35 @@ fn limits_filters_and_namespaces() {
     assert_ne!(out.fact("device"), "0");
     assert!(out.stdout().contains("krt\n"));
     assert!(out.stdout().ends_with("lo\n"), "{}", out.stdout());
+}
+
+#[test]
+fn the_network_of_a_namespace() {
+    let world = world();
+    let (inner, outer) = (Netns::new(&world, "in"), Netns::new(&world, "out"));
+    inner.connect("eth0", &["10.77.0.2/24", "fd77::2/64"], &outer, "veth0");
+    outer.address("veth0", &["10.77.0.1/24", "fd77::1/64"]);
+    let bundle = world.bundle().sh("").probe("echo").network(&inner.path());
+    let container = world.start(&bundle, "c");
+    container.wait_for_output("listening");
+    for (from, to) in [
+        (&outer, "10.77.0.2:80"),
+        (&outer, "[fd77::2]:80"),
+        // What listens in the container does in the namespace.
+        (&inner, "127.0.0.1:80"),
+    ] {
+        let sent = data::bytes(1, 100_000);
+        let mut got = Vec::new();
+        from.enter(|| {
+            let mut stream = TcpStream::connect(to).unwrap();
+            stream.write_all(&sent).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            stream.read_to_end(&mut got).unwrap();
+        });
+        assert!(got == sent, "{to}: {} bytes", got.len());
+    }
+    let ping = container.exec_sh(&[], "ping -q -c 1 -W 5 10.77.0.1").ok();
+    assert!(ping.stdout().contains(" 0% packet loss"));
 }
 
 #[test]
