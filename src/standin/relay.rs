@@ -103,7 +103,13 @@ impl Relay {
                     .as_ref()
                     .is_some_and(|c| matches!(c.recv(std::time::Duration::ZERO), Ok(Some(_))));
                 match (committed, said) {
-                    (false, false) => return Ending::Killed(libc::SIGKILL.unsigned_abs()),
+                    (false, false) => {
+                        // It may have changed the mode of the terminal by then.
+                        if let Some(terminal) = &self.terminal {
+                            terminal.restore();
+                        }
+                        return Ending::Killed(libc::SIGKILL.unsigned_abs());
+                    }
                     (true, false) => self.lose_caller(),
                     _ => {}
                 }

@@ -38,7 +38,10 @@ fn the_mode_is_restored_whatever_dies() {
 #[test]
 fn the_mode_is_restored_and_the_program_told_when_run_is_killed() {
     let world = World::new();
-    let script = "trap 'echo told >/tmp/told; exit 5' HUP; echo ready; while :; do sleep 0.1; done";
+    // The command that is killed before it has noted that the program was started has the
+    // container go, as if it had never been there.
+    let script =
+        "trap 'echo told >/tmp/told; exit 5' HUP; sleep 2; echo ready; while :; do sleep 0.1; done";
     let (bundle, mut screen, slave) = at_a_terminal(&world, script);
     let told = bundle.rootfs().join("tmp/told");
     let running = run(&world, &bundle, &slave);
@@ -49,6 +52,22 @@ fn the_mode_is_restored_and_the_program_told_when_run_is_killed() {
     assert_eq!(running.wait().code(), 128 + libc::SIGKILL);
     let state = || world.call(["state", &world.id("c")]).output().ok().stdout();
     wait_until("status stopped", SHORT, || state().contains("\"stopped\""));
+}
+
+/// However far it has come.
+#[test]
+fn the_mode_is_restored_when_run_is_killed_early() {
+    for wait in [0, 20, 40] {
+        let world = World::new();
+        let (bundle, mut screen, slave) = at_a_terminal(&world, "echo ready; sleep 1000");
+        let running = run(&world, &bundle, &slave);
+        screen.expect("ready");
+        std::thread::sleep(Duration::from_millis(wait));
+        process::signal(running.pid, libc::SIGKILL).unwrap();
+        wait_until("the old mode", SHORT, || is_cooked(&slave));
+        assert_eq!(running.wait().code(), 128 + libc::SIGKILL);
+        let _ = world.call(["delete", "--force", &world.id("c")]).output();
+    }
 }
 
 /// A shell's background job may not take the keyboard from the shell.
