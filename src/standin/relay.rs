@@ -102,16 +102,11 @@ impl Relay {
                 let said = creator
                     .as_ref()
                     .is_some_and(|c| matches!(c.recv(std::time::Duration::ZERO), Ok(Some(_))));
-                match (committed, said) {
-                    (false, false) => {
-                        // It may have changed the mode of the terminal by then.
-                        if let Some(terminal) = &self.terminal {
-                            terminal.restore();
-                        }
+                if !said {
+                    self.lose_caller();
+                    if !committed {
                         return Ending::Killed(libc::SIGKILL.unsigned_abs());
                     }
-                    (true, false) => self.lose_caller(),
-                    _ => {}
                 }
                 committed = true;
                 creator = creator.filter(|_| said && self.attached);

@@ -2,79 +2,52 @@
 //! the namespace from the host: engines that forward ports, check the health of servers,
 //! and answer names.
 
-use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::io::{self, Read};
+use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Duration;
 
-use kuasar_runv_test_harness::{Bundle, Netns, SHORT, World, process, reaper, wait_until};
-
-/// A namespace with `eth0`, whose other end is in the second.
-fn wire(world: &World) -> (Netns, Netns) {
-    let (inner, outer) = (Netns::new(world, "in"), Netns::new(world, "out"));
-    inner.connect("eth0", &["10.77.0.2/24", "fd77::2/64"], &outer, "veth0");
-    outer.address("veth0", &["10.77.0.1/24", "fd77::1/64"]);
-    (inner, outer)
-}
+use kuasar_runv_test_harness::{
+    Bundle, Container, Netns, SHORT, World, process, reaper, wait_until,
+};
 
 fn bundle(world: &World, inner: &Netns, script: &str) -> Bundle {
     world.bundle().sh(script).network(&inner.path())
 }
 
-/// Connects in a namespace.
-fn connect(from: &Netns, to: &str) -> io::Result<TcpStream> {
-    let to: SocketAddr = to.parse().unwrap();
-    from.enter(|| {
-        let stream = TcpStream::connect_timeout(&to, SHORT)?;
-        stream.set_read_timeout(Some(SHORT))?;
-        stream.set_write_timeout(Some(SHORT))?;
-        Ok(stream)
-    })
+/// Sends back what it gets by TCP at port 80.
+fn echoing<'w>(world: &'w World, inner: &Netns) -> Container<'w> {
+    let container = world.start(&bundle(world, inner, "").probe("echo"), "c");
+    container.wait_for_output("listening");
+    container
 }
 
 fn wait_for_port(from: &Netns, to: &str) {
     wait_until(&format!("{to} is listened on"), SHORT, || {
-        connect(from, to).is_ok()
-    });
-}
-
-/// Sends bytes and takes them back.
-fn echo(from: &Netns, to: &str, bytes: usize) {
-    let mut stream = connect(from, to).unwrap();
-    let data: Vec<u8> = (0..bytes).map(|n| (n % 251) as u8).collect();
-    let mut writer = stream.try_clone().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            writer.write_all(&data).unwrap();
-            writer.shutdown(Shutdown::Write).unwrap();
-        });
-        let mut back = Vec::new();
-        stream.read_to_end(&mut back).unwrap();
-        assert!(back == data, "{} of {bytes} bytes", back.len());
+        from.dial(to).is_ok()
     });
 }
 
 fn is_refused(from: &Netns, to: &str) -> bool {
-    matches!(connect(from, to), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused)
+    matches!(from.dial(to), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 #[test]
 fn a_server_is_reached_at_localhost_of_its_namespace() {
     let world = World::new();
-    let (inner, _outer) = wire(&world);
-    let container = world.start(&bundle(&world, &inner, "").probe("echo"), "c");
-    container.wait_for_output("listening");
+    let (inner, _outer) = Netns::pair(&world);
+    let container = echoing(&world, &inner);
     for to in ["127.0.0.1:80", "[::1]:80"] {
         wait_for_port(&inner, to);
         // More than any buffer on the way.
-        echo(&inner, to, 3_000_000);
+        inner.echo_tcp(to, 3_000_000);
     }
     std::thread::scope(|scope| {
         for _ in 0..20 {
-            scope.spawn(|| echo(&inner, "127.0.0.1:80", 10_000));
+            scope.spawn(|| inner.echo_tcp("127.0.0.1:80", 10_000));
         }
     });
     assert!(is_refused(&inner, "127.0.0.1:81"));
-    let mut open = connect(&inner, "127.0.0.1:80").unwrap();
+    let mut open = inner.dial("127.0.0.1:80").unwrap();
     let _ = container.delete_force().ok();
     wait_until("nobody listens any more", SHORT, || {
         is_refused(&inner, "127.0.0.1:80")
@@ -87,7 +60,7 @@ fn a_server_is_reached_at_localhost_of_its_namespace() {
 #[test]
 fn ports_come_and_go_with_their_servers() {
     let world = World::new();
-    let (inner, _outer) = wire(&world);
+    let (inner, _outer) = Netns::pair(&world);
     let container = world.start(&bundle(&world, &inner, "echo up; sleep 1000"), "c");
     container.wait_for_output("up");
     for round in 0..2 {
@@ -99,7 +72,8 @@ fn ports_come_and_go_with_their_servers() {
             });
             let mut said = String::new();
             wait_until("somebody says hello", SHORT, || {
-                let answer = connect(&inner, "127.0.0.1:8080")
+                let answer = inner
+                    .dial("127.0.0.1:8080")
                     .and_then(|mut stream| stream.read_to_string(&mut said));
                 answer.is_ok() && !said.is_empty()
             });
@@ -116,12 +90,11 @@ fn ports_come_and_go_with_their_servers() {
 #[test]
 fn a_server_is_reached_at_all_its_addresses_from_within_its_namespace() {
     let world = World::new();
-    let (inner, _outer) = wire(&world);
-    let container = world.start(&bundle(&world, &inner, "").probe("echo"), "c");
-    container.wait_for_output("listening");
+    let (inner, _outer) = Netns::pair(&world);
+    let _container = echoing(&world, &inner);
     for to in ["10.77.0.2:80", "[fd77::2]:80", "127.0.0.5:80"] {
         wait_for_port(&inner, to);
-        echo(&inner, to, 100_000);
+        inner.echo_tcp(to, 100_000);
     }
     assert!(is_refused(&inner, "10.77.0.2:81"));
 }
@@ -163,9 +136,8 @@ impl Client {
 #[test]
 fn datagrams_reach_a_server_from_within_its_namespace() {
     let world = World::new();
-    let (inner, _outer) = wire(&world);
-    let container = world.start(&bundle(&world, &inner, "").probe("echo"), "c");
-    container.wait_for_output("listening");
+    let (inner, _outer) = Netns::pair(&world);
+    let container = echoing(&world, &inner);
     for to in ["127.0.0.1:53", "[::1]:53", "10.77.0.2:53", "[fd77::2]:53"] {
         let client = Client::new(&inner, to);
         wait_until(&format!("{to} answers"), SHORT, || {
@@ -194,9 +166,8 @@ fn datagrams_reach_a_server_from_within_its_namespace() {
 #[test]
 fn udp_ports_come_and_go_with_their_servers() {
     let world = World::new();
-    let (inner, _outer) = wire(&world);
-    let container = world.start(&bundle(&world, &inner, "").probe("echo"), "c");
-    container.wait_for_output("listening");
+    let (inner, _outer) = Netns::pair(&world);
+    let container = echoing(&world, &inner);
     let client = Client::new(&inner, "127.0.0.1:5353");
     for round in 0..2 {
         assert!(client.is_refused());
@@ -218,7 +189,7 @@ fn udp_ports_come_and_go_with_their_servers() {
 #[test]
 fn a_name_server_of_the_namespace_serves_the_container() {
     let world = World::new();
-    let (inner, _outer) = wire(&world);
+    let (inner, _outer) = Netns::pair(&world);
     inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
     let script = "nslookup some.name 127.0.0.11
         printf '\\0\\032\\1\\2\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\4some\\3org\\0\\0\\1\\0\\1' |

@@ -1,8 +1,8 @@
 //! Networks: what is in the container's network namespace on the host when it
 //! starts, and what comes and goes there afterwards.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::io::Write;
+use std::net::UdpSocket;
 
 use kuasar_runv_test_harness::{Bundle, Container, Netns, SHORT, World, json, wait_until};
 
@@ -122,27 +122,6 @@ fn a_container_without_interfaces_has_only_a_loopback() {
     assert!(!out.stdout().contains("eth0"), "{}", out.stdout());
 }
 
-/// Sends `bytes` bytes there and back over TCP, from a peer's namespace.
-fn echo_tcp(from: &Netns, to: &str, bytes: usize) {
-    let to: SocketAddr = to.parse().unwrap();
-    from.enter(|| {
-        let mut stream = TcpStream::connect_timeout(&to, SHORT).unwrap();
-        stream.set_read_timeout(Some(SHORT)).unwrap();
-        stream.set_write_timeout(Some(SHORT)).unwrap();
-        let data: Vec<u8> = (0..bytes).map(|n| (n % 251) as u8).collect();
-        let mut writer = stream.try_clone().unwrap();
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                writer.write_all(&data).unwrap();
-                writer.shutdown(std::net::Shutdown::Write).unwrap();
-            });
-            let mut back = Vec::new();
-            stream.read_to_end(&mut back).unwrap();
-            assert!(back == data, "{} of {bytes} bytes", back.len());
-        });
-    });
-}
-
 #[test]
 fn tcp_and_udp_reach_the_container_and_leave_it() {
     let world = World::new();
@@ -153,8 +132,8 @@ fn tcp_and_udp_reach_the_container_and_leave_it() {
     let container = world.start(&bundle, "c");
     container.wait_for_output("listening");
     // More than any buffer on the way, with segments of all sizes.
-    echo_tcp(&wire.outer, "10.77.0.2:80", 3_000_000);
-    echo_tcp(&wire.outer, "[fd77::2]:80", 300_000);
+    wire.outer.echo_tcp("10.77.0.2:80", 3_000_000);
+    wire.outer.echo_tcp("[fd77::2]:80", 300_000);
     wire.outer.enter(|| {
         let socket = UdpSocket::bind("10.77.0.1:0").unwrap();
         socket.set_read_timeout(Some(SHORT)).unwrap();

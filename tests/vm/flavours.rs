@@ -1,8 +1,6 @@
 //! The core of the tests again with the distribution's packaged kernel.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
 
 use kuasar_runv_test_harness::{Flavour, Netns, Runtime, World, data, json, process};
 
@@ -94,9 +92,7 @@ fn limits_filters_and_namespaces() {
 #[test]
 fn the_network_of_a_namespace() {
     let world = world();
-    let (inner, outer) = (Netns::new(&world, "in"), Netns::new(&world, "out"));
-    inner.connect("eth0", &["10.77.0.2/24", "fd77::2/64"], &outer, "veth0");
-    outer.address("veth0", &["10.77.0.1/24", "fd77::1/64"]);
+    let (inner, outer) = Netns::pair(&world);
     let bundle = world.bundle().sh("").probe("echo").network(&inner.path());
     let container = world.start(&bundle, "c");
     container.wait_for_output("listening");
@@ -106,15 +102,7 @@ fn the_network_of_a_namespace() {
         // What listens in the container does in the namespace.
         (&inner, "127.0.0.1:80"),
     ] {
-        let sent = data::bytes(1, 100_000);
-        let mut got = Vec::new();
-        from.enter(|| {
-            let mut stream = TcpStream::connect(to).unwrap();
-            stream.write_all(&sent).unwrap();
-            stream.shutdown(Shutdown::Write).unwrap();
-            stream.read_to_end(&mut got).unwrap();
-        });
-        assert!(got == sent, "{to}: {} bytes", got.len());
+        from.echo_tcp(to, 100_000);
     }
     let ping = container.exec_sh(&[], "ping -q -c 1 -W 5 10.77.0.1").ok();
     assert!(ping.stdout().contains(" 0% packet loss"));

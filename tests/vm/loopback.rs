@@ -9,16 +9,14 @@ use kuasar_runv_test_harness::{Bundle, Container, Netns, SHORT, World, wait_unti
 
 use crate::victims::{self, Victim};
 
-/// A namespace with `eth0`, whose other end is in the second.
-fn wire(world: &World) -> (Netns, Netns) {
-    let (inner, outer) = (Netns::new(world, "in"), Netns::new(world, "out"));
-    inner.connect("eth0", &["10.77.0.2/24", "fd77::2/64"], &outer, "veth0");
-    outer.address("veth0", &["10.77.0.1/24", "fd77::1/64"]);
-    (inner, outer)
-}
-
 fn server(world: &World, inner: &Netns) -> Bundle {
     world.bundle().sh("").network(&inner.path()).probe("echo")
+}
+
+fn listening<'w>(world: &'w World, inner: &Netns) -> Container<'w> {
+    let container = world.start(&server(world, inner), "c");
+    container.wait_for_output("listening");
+    container
 }
 
 fn resolves(container: &Container<'_>) -> bool {
@@ -31,7 +29,7 @@ fn resolves(container: &Container<'_>) -> bool {
 #[test]
 fn a_name_server_may_come_later() {
     let world = World::new();
-    let (inner, outer) = wire(&world);
+    let (inner, outer) = Netns::pair(&world);
     // Port 53 of all addresses would be taken in the namespace as well.
     let bundle = world.bundle().sh("").network(&inner.path());
     let container = world.start(&bundle.probe("echo-datagrams 10.77.0.2:53"), "c");
@@ -56,7 +54,7 @@ fn a_name_server_may_come_later() {
 #[test]
 fn a_name_server_serves_sockets_of_ipv6() {
     let world = World::new();
-    let (inner, _outer) = wire(&world);
+    let (inner, _outer) = Netns::pair(&world);
     inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
     let bundle = world.bundle().sh("").network(&inner.path());
     let container = world.start(&bundle.probe("ask-by-ipv6 127.0.0.11"), "c");
@@ -72,7 +70,7 @@ fn a_name_server_serves_sockets_of_ipv6() {
 #[test]
 fn a_name_server_can_ask_others() {
     let world = World::new();
-    let (inner, outer) = wire(&world);
+    let (inner, outer) = Netns::pair(&world);
     let servers = [
         IpAddr::from([10, 77, 0, 1]),
         IpAddr::from([0xfd77, 0, 0, 0, 0, 0, 0, 1]),
@@ -107,8 +105,7 @@ fn a_name_server_can_ask_others() {
         assert!(answer.ends_with(&[192, 0, 2, 7]));
     };
     inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
-    let container = world.start(&server(&world, &inner), "c");
-    container.wait_for_output("listening");
+    let container = listening(&world, &inner);
     for server in servers {
         inner.enter(|| ask(server));
         // The container asks for itself as before.
@@ -124,10 +121,9 @@ fn a_name_server_can_ask_others() {
 fn its_threads_may_only_listen() {
     const NET_BIND_SERVICE: u64 = 1 << 10;
     let world = World::new();
-    let (inner, _outer) = wire(&world);
+    let (inner, _outer) = Netns::pair(&world);
     inner.name_server(Ipv4Addr::new(127, 0, 0, 11));
-    let container = world.start(&server(&world, &inner), "c");
-    container.wait_for_output("listening");
+    let _container = listening(&world, &inner);
     let connect = || inner.enter(|| TcpStream::connect("127.0.0.1:80"));
     let mut open = None;
     wait_until("the port is listened on", SHORT, || {
@@ -155,9 +151,8 @@ fn its_threads_may_only_listen() {
 #[test]
 fn connections_have_a_bound() {
     let world = World::new();
-    let (inner, _outer) = wire(&world);
-    let container = world.start(&server(&world, &inner), "c");
-    container.wait_for_output("listening");
+    let (inner, _outer) = Netns::pair(&world);
+    let _container = listening(&world, &inner);
     let connect = || inner.enter(|| TcpStream::connect("127.0.0.1:80"));
     let mut open = Vec::new();
     wait_until("the port is listened on", SHORT, || {
@@ -179,16 +174,15 @@ fn connections_have_a_bound() {
     wait_until("all threads there may be", SHORT, || threads() == 129);
     drop(open);
     wait_until("the others have had their turn", SHORT, || threads() == 1);
-    echo(&inner);
+    inner.echo_tcp("127.0.0.1:80", 5);
 }
 
 /// Who has been silent for longest makes room, and begins anew when it asks again.
 #[test]
 fn clients_of_udp_ports_have_a_bound() {
     let world = World::new();
-    let (inner, _outer) = wire(&world);
-    let container = world.start(&server(&world, &inner), "c");
-    container.wait_for_output("listening");
+    let (inner, _outer) = Netns::pair(&world);
+    let container = listening(&world, &inner);
     let client = || {
         let socket = inner.enter(|| UdpSocket::bind("127.0.0.1:0")).unwrap();
         socket.connect("127.0.0.1:53").unwrap();
@@ -217,14 +211,4 @@ fn clients_of_udp_ports_have_a_bound() {
     wait_until("the sockets of the others are closed", SHORT, || {
         sockets() == 128
     });
-}
-
-/// Something there and back.
-fn echo(inner: &Netns) {
-    let mut stream = inner.enter(|| TcpStream::connect("127.0.0.1:80")).unwrap();
-    stream.set_read_timeout(Some(SHORT)).unwrap();
-    stream.write_all(b"hello").unwrap();
-    let mut back = [0; 5];
-    stream.read_exact(&mut back).unwrap();
-    assert_eq!(back, *b"hello");
 }

@@ -14,7 +14,6 @@ use super::memory::MemoryFile;
 use super::ports::{Console, Line, Ports};
 use super::snapshot::format::State;
 use super::snapshot::sample;
-use super::virtio::page::Pages;
 use super::virtio::registers::{Identity, QueueSetup, Registers, Rings};
 use super::virtio::rings::{Events, SharedRings};
 use super::virtio::saved::{Position, SavedDevice, SavedDriver};
@@ -122,8 +121,7 @@ pub fn snapshot(input: &[u8]) {
     let memory = GuestMemoryAtomic::new(file.map().expect("memory"));
     for number in 0..DEVICES {
         let (checked, is_running) = device(number, &memory);
-        let page = Pages::new(1).ok().and_then(|pages| pages.page(0));
-        let mut registers = Registers::new(page.expect("memory"));
+        let mut registers = Registers::alone();
         registers.insert(checked.identity.clone(), Box::new(checked));
         let restored = registers.restore(&SavedDevice {
             id: number as u32 + 1,

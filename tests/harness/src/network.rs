@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crate::bundle::Bundle;
 use crate::invocation::{Invocation, Output};
+use crate::wait::SHORT;
 use crate::world::World;
 
 /// Where `ip netns` keeps them.
@@ -72,6 +73,52 @@ impl Netns {
         let pid = pid.to_string();
         let args = ["-t", &pid, "-n"].into_iter().chain(words.split(' '));
         let _ = tool("nsenter", args).ok();
+    }
+
+    /// A namespace for a container, with `eth0` at 10.77.0.2 and fd77::2, and one for its
+    /// peer, with the other end at 10.77.0.1 and fd77::1.
+    #[must_use]
+    pub fn pair(world: &World) -> (Netns, Netns) {
+        let (inner, outer) = (Netns::new(world, "in"), Netns::new(world, "out"));
+        inner.connect("eth0", &["10.77.0.2/24", "fd77::2/64"], &outer, "veth0");
+        outer.address("veth0", &["10.77.0.1/24", "fd77::1/64"]);
+        (inner, outer)
+    }
+
+    /// Connects from within it; the stream has deadlines.
+    ///
+    /// # Errors
+    /// Of connect(2).
+    ///
+    /// # Panics
+    /// When `to` is no address with a port.
+    pub fn dial(&self, to: &str) -> io::Result<TcpStream> {
+        let to: SocketAddr = to.parse().expect("an address with a port");
+        self.enter(|| {
+            let stream = TcpStream::connect_timeout(&to, SHORT)?;
+            stream.set_read_timeout(Some(SHORT))?;
+            stream.set_write_timeout(Some(SHORT))?;
+            Ok(stream)
+        })
+    }
+
+    /// Sends so many bytes to a server that sends them back, all at the same time.
+    ///
+    /// # Panics
+    /// When they do not come back.
+    pub fn echo_tcp(&self, to: &str, bytes: usize) {
+        let mut stream = self.dial(to).expect("a server");
+        let data: Vec<u8> = (0..bytes).map(|n| (n % 251) as u8).collect();
+        let mut writer = stream.try_clone().expect("a descriptor");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                writer.write_all(&data).expect("it takes them");
+                writer.shutdown(Shutdown::Write).expect("the end");
+            });
+            let mut back = Vec::new();
+            stream.read_to_end(&mut back).expect("they come back");
+            assert!(back == data, "{to}: {} of {bytes} bytes", back.len());
+        });
     }
 
     /// Runs something in it, on a thread of its own.

@@ -41,11 +41,15 @@ impl Space {
         page.show(at::STATUS, status);
     }
 
-    /// Changes the bytes at `at`. The guest reads at the same time: who began before sees
-    /// another generation, and who began in between is interrupted or asked for it.
-    fn change(&mut self, at: usize, bytes: &[u8]) {
+    /// Changes bytes, given as offset and value. The guest reads at the same time: who
+    /// began before sees another generation, and who began in between is interrupted or
+    /// asked for it.
+    fn change<B: AsRef<[u8]>>(&mut self, fields: impl Iterator<Item = (usize, B)>) {
         self.next_generation();
-        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        for (at, bytes) in fields {
+            let bytes = bytes.as_ref();
+            self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        }
         self.next_generation();
     }
 
@@ -82,16 +86,14 @@ impl Config {
     pub fn change(&self, fields: &[(usize, u64)], must_know: bool) {
         let mut space = lock(&self.0);
         space.changed |= must_know;
-        for (at, value) in fields {
-            space.change(*at, &value.to_le_bytes());
-        }
+        space.change(fields.iter().map(|(at, value)| (*at, value.to_le_bytes())));
     }
 
     /// Writes a field of 16 bits that exists; the driver is to be interrupted.
     pub fn change_short(&self, at: usize, value: u16) {
         let mut space = lock(&self.0);
         space.changed = true;
-        space.change(at, &value.to_le_bytes());
+        space.change([(at, value.to_le_bytes())].into_iter());
     }
 
     /// The driver knows of the change.

@@ -181,8 +181,19 @@ impl Registers {
     /// An empty slot, which the guest reads in `page`.
     pub fn new(page: Page) -> Registers {
         let registers = Registers { page, device: None };
-        registers.show();
+        registers.show_empty();
         registers
+    }
+
+    /// As [`new`](Self::new), beside no other slot.
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::expect_used)]
+    pub fn alone() -> Registers {
+        let page = super::page::Pages::new(1)
+            .ok()
+            .and_then(|pages| pages.page(0));
+        // Only tests are here.
+        Registers::new(page.expect("a page"))
     }
 
     /// Puts a device into the slot; a driver finds it when it looks the next time.
@@ -282,8 +293,7 @@ impl Registers {
         if let Some(mut device) = self.device.take() {
             device.identity.config.hide();
             device.reset();
-            self.page.clear();
-            self.show();
+            self.show_empty();
         }
     }
 
@@ -321,14 +331,17 @@ impl Registers {
         self.page.read(offset, data);
     }
 
-    fn show(&self) {
+    /// An id of 0: there is no device.
+    fn show_empty(&self) {
+        self.page.clear();
         self.page.show(at::MAGIC, MAGIC);
         self.page.show(at::VERSION, VERSION);
         self.page.show(at::VENDOR_ID, VENDOR);
-        match &self.device {
-            Some(device) => device.show(&self.page),
-            // There is no device.
-            None => self.page.show(at::DEVICE_ID, 0),
+    }
+
+    fn show(&self) {
+        if let Some(device) = &self.device {
+            device.show(&self.page);
         }
     }
 

@@ -1,4 +1,3 @@
-use super::super::page::Pages;
 use super::*;
 use std::sync::{Arc, Mutex};
 
@@ -53,12 +52,8 @@ const POSITIONS: [Position; 2] = [
 const FEATURES: u64 = 1 << 32 | 1 << 29 | 1;
 const RUNNING: u32 = 15;
 
-fn empty() -> Registers {
-    Registers::new(Pages::new(1).unwrap().page(0).unwrap())
-}
-
 fn slot(log: &Log) -> Registers {
-    let mut registers = empty();
+    let mut registers = Registers::alone();
     let identity = Identity {
         id: 19,
         features: FEATURES,
@@ -231,7 +226,7 @@ fn the_configuration_is_read_in_any_way_and_ends_where_it_ends() {
 #[test]
 fn an_empty_slot_says_that_it_is_empty() {
     let log = Log::default();
-    let mut registers = empty();
+    let mut registers = Registers::alone();
     drive(&mut registers, FEATURES);
     assert_eq!(read(&registers, at::MAGIC), 0x7472_6976);
     assert_eq!(read(&registers, at::DEVICE_ID), 0);
@@ -338,8 +333,8 @@ fn a_device_without_driver_and_an_empty_slot_can_be_saved() {
     let mut restored = slot(&log);
     restored.restore(&saved).unwrap();
     assert!(!restored.is_running() && log.events.lock().unwrap().is_empty());
-    assert_eq!(empty().save(), Ok(None));
-    assert_eq!(empty().restore(&saved), Err(Unfit::Device));
+    assert_eq!(Registers::alone().save(), Ok(None));
+    assert_eq!(Registers::alone().restore(&saved), Err(Unfit::Device));
 }
 
 #[test]
